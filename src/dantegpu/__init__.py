@@ -1,0 +1,3 @@
+"""DanteGPU: a GPU-as-a-Service platform and marketplace that anyone can host."""
+
+__version__ = "0.1.0"
