@@ -68,10 +68,7 @@ _uuid7 = _Uuid7Source()
 
 
 def _encode(value: int) -> str:
-    pairs: list[str] = []
-    for shift in range(120, -1, -10):
-        pairs.append(_PAIRS[value >> shift & 0x3FF])
-    return "".join(pairs)
+    return "".join([_PAIRS[value >> shift & 0x3FF] for shift in range(120, -1, -10)])
 
 
 @dataclass(frozen=True, slots=True, order=True)

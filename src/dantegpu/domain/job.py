@@ -218,6 +218,11 @@ class AttemptRunning:
 
 
 @dataclass(frozen=True, slots=True)
+class AttemptStopping:
+    """The machine is ending the attempt. Still billed until it says that it ended."""
+
+
+@dataclass(frozen=True, slots=True)
 class StopRequested:
     """`by` names the person or the part of the platform, for the audit log."""
 
@@ -249,6 +254,7 @@ type Event = (
     | PlacementRevoked
     | AttemptStarting
     | AttemptRunning
+    | AttemptStopping
     | StopRequested
     | AttemptEnded
     | LeaseExpired
@@ -409,24 +415,30 @@ def _revoked(job: JobSnapshot, event: PlacementRevoked, now: datetime) -> Step:
     if job.stop_reason in _ENDS_JOB:
         ended, more = _end(_without_attempt(job), _stop_outcome(job.stop_reason), now)
         return ended, effects + more
-    queued = replace(
-        _without_attempt(job),
-        state=JobState.QUEUED,
-        queue_reason=event.reason,
-        queue_detail=event.detail,
-        avoided_machines=_avoid(job, machine_id),
-    )
-    return queued, effects
+    waiting = _back_to_queue(_without_attempt(job), event.reason, event.detail)
+    return replace(waiting, avoided_machines=_avoid(job, machine_id)), effects
+
+
+@dataclass(frozen=True, slots=True)
+class _Ending:
+    """How the live attempt ended, and up to when it may be billed."""
+
+    outcome: Outcome
+    exit_code: int | None
+    message: str
+    billed_until: datetime
+    results_uploaded: bool
 
 
 def _attempt_ended(job: JobSnapshot, event: AttemptEnded, now: datetime) -> Step:
-    return _finish_attempt(job, _effective_outcome(job, event.outcome), event.exit_code, event.message, now, now)
+    outcome = _effective_outcome(job, event.outcome)
+    return _finish_attempt(job, _Ending(outcome, event.exit_code, event.message, now, results_uploaded=True), now)
 
 
 def _lease_expired(job: JobSnapshot, event: LeaseExpired, now: datetime) -> Step:
     # A stop that was asked for has come true: the machine killed the attempt when its lease ran out.
     outcome = _effective_outcome(job, Outcome.CANCELLED) if job.stop_reason else Outcome.LOST
-    return _finish_attempt(job, outcome, None, event.message, event.renewed_at, now)
+    return _finish_attempt(job, _Ending(outcome, None, event.message, event.renewed_at, results_uploaded=False), now)
 
 
 def _effective_outcome(job: JobSnapshot, reported: Outcome) -> Outcome:
@@ -451,34 +463,40 @@ def _stop_outcome(why: StopReason | None) -> Outcome:
             return Outcome.CANCELLED
 
 
-def _finish_attempt(
-    job: JobSnapshot, outcome: Outcome, exit_code: int | None, message: str, billed_until: datetime, now: datetime
-) -> Step:
+def _finish_attempt(job: JobSnapshot, ending: _Ending, now: datetime) -> Step:
     attempt_id, machine_id = _live_attempt(job)
-    billable = job.running_at is not None and outcome is not Outcome.PROVIDER_FAULT
+    outcome = ending.outcome
     effects: tuple[Effect, ...] = (
-        CloseAttempt(attempt_id, machine_id, job.epoch, outcome, exit_code, message),
-        CloseHold(attempt_id, job.running_at, max(billed_until, job.running_at))
-        if billable and job.running_at is not None
-        else CloseHold(attempt_id, None, None),
+        CloseAttempt(attempt_id, machine_id, job.epoch, outcome, ending.exit_code, ending.message),
+        _close_hold(job, attempt_id, ending),
     )
-    freed = replace(_without_attempt(job), exit_code=exit_code, message=message)
     if outcome.interruption and job.stop_reason in _ENDS_JOB:
         outcome = _stop_outcome(job.stop_reason)
-    paused = outcome is Outcome.PREEMPTED and job.stop_reason is StopReason.NO_FUNDS
-    # Running out of money or giving way to others is not a try that went wrong.
-    freed = replace(freed, attempts_used=job.attempts_used + (outcome is not Outcome.PREEMPTED))
-    if paused:
-        waiting = replace(freed, state=JobState.QUEUED, queue_reason=QueueReason.NO_FUNDS, stop_reason=None, stop_by="")
-        return waiting, effects
+    freed = replace(
+        _without_attempt(job),
+        exit_code=ending.exit_code,
+        message=ending.message,
+        # Running out of money or giving way to others is not a try that went wrong.
+        attempts_used=job.attempts_used + (outcome is not Outcome.PREEMPTED),
+    )
+    if outcome is Outcome.PREEMPTED and job.stop_reason is StopReason.NO_FUNDS:
+        # No timer: the next round asks billing again.
+        return _back_to_queue(freed, QueueReason.NO_FUNDS, ""), effects
     if _may_retry(freed, outcome, now):
         if outcome in (Outcome.LOST, Outcome.PROVIDER_FAULT):
             freed = replace(freed, avoided_machines=_avoid(job, machine_id))
-        return _requeue(freed, outcome, message, now, effects)
-    ended, more = _end(freed, outcome, now)
-    if outcome is not Outcome.LOST:
+        return _retry_later(freed, outcome, now, effects)
+    if ending.results_uploaded:
         effects += (PublishResults(attempt_id, job.epoch),)
+    ended, more = _end(freed, outcome, now)
     return ended, effects + more
+
+
+def _close_hold(job: JobSnapshot, attempt_id: AttemptId, ending: _Ending) -> CloseHold:
+    """Only the time in which the command ran on a healthy machine is billed."""
+    if job.running_at is None or ending.outcome is Outcome.PROVIDER_FAULT:
+        return CloseHold(attempt_id, None, None)
+    return CloseHold(attempt_id, job.running_at, max(ending.billed_until, job.running_at))
 
 
 def _may_retry(job: JobSnapshot, outcome: Outcome, now: datetime) -> bool:
@@ -488,19 +506,15 @@ def _may_retry(job: JobSnapshot, outcome: Outcome, now: datetime) -> bool:
     return asked and in_time and job.attempts_used < job.retry.max_attempts
 
 
-def _requeue(job: JobSnapshot, outcome: Outcome, message: str, now: datetime, effects: tuple[Effect, ...]) -> Step:
+def _retry_later(job: JobSnapshot, outcome: Outcome, now: datetime, effects: tuple[Effect, ...]) -> Step:
     at = now + timedelta(seconds=job.retry.backoff_seconds(job.attempts_used))
-    detail = f"the last attempt ended {outcome.value}" + (f": {message}" if message else "")
-    queued = replace(
-        job,
-        state=JobState.QUEUED,
-        queue_reason=QueueReason.WAITING_FOR_RETRY,
-        queue_detail=detail,
-        not_before=at,
-        stop_reason=None,
-        stop_by="",
-    )
-    return queued, (*effects, ScheduleRetry(at))
+    detail = f"the last attempt ended {outcome.value}" + (f": {job.message}" if job.message else "")
+    waiting = replace(_back_to_queue(job, QueueReason.WAITING_FOR_RETRY, detail), not_before=at)
+    return waiting, (*effects, ScheduleRetry(at))
+
+
+def _back_to_queue(job: JobSnapshot, reason: QueueReason, detail: str) -> JobSnapshot:
+    return replace(job, state=JobState.QUEUED, queue_reason=reason, queue_detail=detail, stop_reason=None, stop_by="")
 
 
 def _end(job: JobSnapshot, outcome: Outcome, now: datetime) -> Step:
@@ -580,6 +594,7 @@ def _rows() -> dict[tuple[JobState, type[Event]], Row]:
         rows[live, StopRequested] = Row(_stop_live, (_X,), "the machine is told to stop the attempt")
     rows[_X, StopRequested] = Row(_stop_stopping, (_X,), "a user's stop outranks a preemption under way")
     for live in (_P, _S, _R, _X):
+        rows[live, AttemptStopping] = Row(_unchanged, (live,), "the machine is ending it; its end follows")
         ends = (_OK, _BAD, _OFF, _Q)
         rows[live, AttemptEnded] = Row(_attempt_ended, ends, "ends, or waits for a retry (see outcomes)")
         rows[live, LeaseExpired] = Row(
@@ -619,7 +634,7 @@ class AttemptReport:
     machine_id: MachineId
     epoch: int
     seq: int
-    event: AttemptStarting | AttemptRunning | AttemptEnded
+    event: AttemptStarting | AttemptRunning | AttemptStopping | AttemptEnded
 
 
 @dataclass(frozen=True, slots=True)

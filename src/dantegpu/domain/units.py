@@ -173,7 +173,10 @@ class MemoryRange:
 
     @classmethod
     def parse(cls, text: str | int, what: str = "memory range") -> Self:
-        """`"24GB"` and `"24GB.."` are at least 24GB, `"40GB..80GB"` both ends, `"..8GB"` at most. Raises `InvalidQuantity`."""
+        """`"24GB"` and `"24GB.."` are at least 24GB, `"40GB..80GB"` both ends, `"..8GB"` at most.
+
+        Raises `InvalidQuantity`.
+        """
         low, high = _split_range(what, str(text), "a size or a range such as 24GB, 24GB.., 40GB..80GB")
         if high and low.isdigit():
             low += high.lstrip("0123456789. ")  # "40..80GB": the unit is said once
