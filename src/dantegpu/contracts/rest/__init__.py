@@ -1,0 +1,1 @@
+"""The REST API's bodies, shared by the gateway and the SDK."""

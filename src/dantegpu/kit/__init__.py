@@ -1,0 +1,1 @@
+"""Plumbing without business: what every service and the daemon stand on."""

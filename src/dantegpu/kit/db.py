@@ -1,0 +1,158 @@
+"""PostgreSQL: one pool per service on the service's own schema, explicit transactions, named queries.
+
+Only `store.py` files and kit use what is here.
+"""
+
+import re
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from typing import Any, LiteralString, cast
+
+import psycopg
+import structlog
+from psycopg.rows import DictRow, class_row, dict_row
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
+
+from dantegpu.kit.errors import Unavailable
+
+POOL_TIMEOUT_SECONDS = 3.0
+CONNECT_TIMEOUT_SECONDS = 3
+
+log = structlog.get_logger(__name__)
+
+type Params = Mapping[str, object]
+
+
+class Tx:
+    """One open transaction. Commits when its `async with` block ends, rolls back when the block raises."""
+
+    def __init__(self, connection: psycopg.AsyncConnection[DictRow]) -> None:
+        self._connection = connection
+        self.after_commit: list[Callable[[], None]] = []
+        """Called once the commit is known to have happened; for waking tasks, never for work that must not be lost."""
+
+    async def all[T](self, row: type[T], sql: str, **params: object) -> list[T]:
+        """All rows as instances of the dataclass `row` (column names = field names)."""
+        async with self._connection.cursor(row_factory=class_row(row)) as cursor:
+            await cursor.execute(_trusted(sql), params)
+            return await cursor.fetchall()
+
+    async def one[T](self, row: type[T], sql: str, **params: object) -> T | None:
+        async with self._connection.cursor(row_factory=class_row(row)) as cursor:
+            await cursor.execute(_trusted(sql), params)
+            return await cursor.fetchone()
+
+    async def value(self, sql: str, **params: object) -> Any:
+        """First column of the first row, or None."""
+        async with self._connection.cursor() as cursor:
+            await cursor.execute(_trusted(sql), params)
+            found = await cursor.fetchone()
+            return next(iter(found.values())) if found else None
+
+    async def run(self, sql: str, **params: object) -> int:
+        """Execute; the number of rows touched."""
+        async with self._connection.cursor() as cursor:
+            await cursor.execute(_trusted(sql), params)
+            return cursor.rowcount
+
+    async def run_many(self, sql: str, rows: Sequence[Params]) -> None:
+        """Execute once per row, pipelined. For large batches prefer `unnest` of arrays in one statement."""
+        async with self._connection.cursor() as cursor:
+            await cursor.executemany(_trusted(sql), rows)
+
+
+class Database:
+    """A pool of connections whose search_path is `schema` (and nothing else: a service sees only its own tables)."""
+
+    def __init__(self, dsn: str, schema: str, *, max_size: int = 4) -> None:
+        self.dsn = dsn
+        self.schema = schema
+        self._pool = AsyncConnectionPool(
+            dsn,
+            connection_class=psycopg.AsyncConnection[DictRow],
+            kwargs={
+                "row_factory": dict_row,
+                "autocommit": True,
+                "connect_timeout": CONNECT_TIMEOUT_SECONDS,
+                "options": f"-c search_path={schema}",
+                "application_name": f"dante {schema}",
+            },
+            min_size=1,
+            max_size=max_size,
+            open=False,
+            timeout=POOL_TIMEOUT_SECONDS,
+            reconnect_timeout=15.0,
+            name=schema,
+            check=cast(Any, AsyncConnectionPool.check_connection),  # typed for tuple rows only
+        )
+
+    async def start(self) -> None:
+        await self._pool.open()
+
+    async def stop(self) -> None:
+        await self._pool.close()
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncGenerator[Tx]:
+        """A transaction. Raises Unavailable when PostgreSQL does not answer or breaks off.
+
+        After Unavailable the caller cannot know whether a commit in flight happened: what it does must be idempotent.
+        """
+        try:
+            async with self._pool.connection() as connection:
+                tx = Tx(connection)
+                async with connection.transaction():
+                    yield tx
+        except psycopg.errors.DiskFull as error:
+            raise Unavailable("the database", "its disk is full: the operator has to free space", 30) from error
+        except PoolTimeout as error:
+            raise Unavailable("the database") from error
+        except psycopg.errors.QueryCanceled:
+            raise
+        except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+            log.warning("database_unavailable", schema=self.schema, error=str(error).strip())
+            raise Unavailable("the database") from error
+        for callback in tx.after_commit:
+            callback()
+
+    async def ready(self) -> None:
+        """Raises Unavailable when a trivial query fails."""
+        async with self.transaction() as tx:
+            await tx.value("SELECT 1")
+
+
+class Queries:
+    """Named SQL statements of a service, from its `sql/queries.sql`:
+
+    -- name: claim_jobs
+    UPDATE ... ;
+    """
+
+    _HEADER = re.compile(r"^-- name: (\w+)\s*$", re.MULTILINE)
+
+    def __init__(self, text: str) -> None:
+        parts = self._HEADER.split(text)
+        self._statements = {name: body.strip() for name, body in zip(parts[1::2], parts[2::2], strict=True)}
+        if len(self._statements) != len(parts) // 2:
+            raise ValueError("two queries have the same name")
+
+    @staticmethod
+    def of(package: str) -> "Queries":
+        """The queries of a package such as `dantegpu.services.auth`."""
+        return Queries((files(package) / "sql" / "queries.sql").read_text())
+
+    def __getitem__(self, name: str) -> str:
+        return self._statements[name]
+
+
+def _trusted(sql: str) -> LiteralString:
+    # Statements come from our own SQL files, never from input; psycopg's type asks for a literal.
+    return cast(LiteralString, sql)
+
+
+async def in_transaction[T](db: Database, work: Callable[[Tx], Awaitable[T]]) -> T:
+    """Run `work` in a transaction of its own and return what it returned, after the commit."""
+    async with db.transaction() as tx:
+        result = await work(tx)
+    return result

@@ -1,0 +1,14 @@
+"""What the composition root hands to each service's `build(deps, settings)`."""
+
+from dataclasses import dataclass
+
+from dantegpu.domain.clock import Clock
+from dantegpu.kit.bus import Bus
+from dantegpu.kit.rpc import Channels
+
+
+@dataclass(frozen=True, slots=True)
+class Deps:
+    clock: Clock
+    bus: Bus
+    channels: Channels

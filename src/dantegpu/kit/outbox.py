@@ -1,0 +1,89 @@
+"""Transactional outbox: a row and the message about it commit together; a relay publishes what is committed."""
+
+import asyncio
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from google.protobuf.message import Message
+
+from dantegpu.contracts.envelope import wrap
+from dantegpu.domain.clock import Clock
+from dantegpu.domain.ids import EventId
+from dantegpu.kit.actor import current_actor
+from dantegpu.kit.bus import Bus
+from dantegpu.kit.db import Database, Tx
+from dantegpu.kit.lifecycle import Tasks, Wakeup
+from dantegpu.kit.telemetry import current_request_id, current_traceparent
+
+RELAY_BATCH = 500
+SWEEP_INTERVAL_SECONDS = 2.0
+"""How long a message of another, killed replica can lie before this one's relay finds it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    id: int
+    subject: str
+    message_id: str
+    payload: bytes
+
+
+class Outbox:
+    """Writes events in the caller's transaction and relays them to JetStream in id order, at least once."""
+
+    def __init__(self, db: Database, bus: Bus, clock: Clock) -> None:
+        self._db = db
+        self._bus = bus
+        self._clock = clock
+        self._wakeup = Wakeup()
+        self._tasks = Tasks(f"outbox {db.schema}")
+
+    async def add(self, tx: Tx, events: Iterable[tuple[str, Message]]) -> None:
+        """Publish each (subject, event) once `tx` has committed."""
+        subjects: list[str] = []
+        ids: list[str] = []
+        payloads: list[bytes] = []
+        actor = current_actor().to_proto()
+        for subject, event in events:
+            envelope = wrap(
+                event,
+                event_id=EventId.new(),
+                occurred_at=self._clock.now(),
+                actor=actor,
+                traceparent=current_traceparent(),
+                request_id=current_request_id(),
+            )
+            subjects.append(subject)
+            ids.append(envelope.id)
+            payloads.append(envelope.SerializeToString())
+        if not subjects:
+            return
+        await tx.run(
+            "INSERT INTO outbox (subject, message_id, payload)"
+            " SELECT * FROM unnest(%(subjects)s::text[], %(ids)s::text[], %(payloads)s::bytea[])",
+            subjects=subjects, ids=ids, payloads=payloads,
+        )  # fmt: skip
+        tx.after_commit.append(self._wakeup.notify)
+
+    async def start(self) -> None:
+        self._tasks.loop(self._relay, "relay")
+
+    async def stop(self) -> None:
+        await self._tasks.stop()
+
+    async def _relay(self) -> None:
+        if await self._relay_batch() < RELAY_BATCH:
+            await self._wakeup.wait(SWEEP_INTERVAL_SECONDS)
+
+    async def _relay_batch(self) -> int:
+        async with self._db.transaction() as tx:
+            # SKIP LOCKED: replicas share the work; a row stays until NATS has acknowledged it, so a crash repeats it.
+            rows = await tx.all(
+                _Row,
+                "SELECT id, subject, message_id, payload FROM outbox ORDER BY id LIMIT %(n)s FOR UPDATE SKIP LOCKED",
+                n=RELAY_BATCH,
+            )
+            if rows:
+                await asyncio.gather(*(self._bus.publish_stream(r.subject, r.payload, r.message_id) for r in rows))
+                await tx.run("DELETE FROM outbox WHERE id = ANY(%(ids)s)", ids=[r.id for r in rows])
+        return len(rows)
