@@ -74,7 +74,7 @@ def machine_inbox_prefix(machine_id: MachineId) -> str:
 
 
 def machine_of(subject: str) -> MachineId:
-    """The machine that sent on `subject`. NATS lets a machine publish under its own subjects only, so this is who it is.
+    """The machine that sent on `subject`: NATS lets a machine publish under its own subjects only.
 
     Raises InvalidId when the subject is not a machine's.
     """

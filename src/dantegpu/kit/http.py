@@ -60,7 +60,7 @@ class HttpServer:
         )
         self._server = _Uvicorn(config)
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]), name=f"http {self._name}")
-        while not self._server.started and not self._serving.done():
+        while not self._server.started and not self._serving.done():  # noqa: ASYNC110 - uvicorn only sets a flag
             await asyncio.sleep(0.005)
 
     async def stop(self) -> None:
