@@ -1,0 +1,1 @@
+"""Composition: which modules make a process, and the commands that start them."""
