@@ -172,7 +172,7 @@ class Bus:
         handler: Callable[[Sequence[Msg]], Awaitable[None]],
         *,
         max_batch: int = 1000,
-    ) -> None:
+    ) -> "Consuming":
         """Hand what arrives on `stream` to `handler`, in batches, acknowledging each after the handler returned.
 
         The first message goes at once; what arrives meanwhile is the next batch. When the handler raises, the batch is
@@ -181,7 +181,14 @@ class Bus:
         consumer = _Consumer(stream, durable, handler, max_batch)
         self._consumers.append(consumer)
         await self._bind(consumer)
-        self._tasks.loop(consumer.drain, f"consume {stream.name}")
+        task = self._tasks.loop(consumer.drain, f"consume {stream.name}")
+        return Consuming(self, consumer, task)
+
+    async def end_consumer(self, consumer: "_Consumer", task: asyncio.Task[None]) -> None:
+        self._consumers.remove(consumer)
+        task.cancel()
+        if consumer.subscription is not None and self._client.is_connected:
+            await consumer.subscription.unsubscribe()
 
     async def _bind(self, consumer: "_Consumer") -> None:
         config = ConsumerConfig(
@@ -244,6 +251,18 @@ class Bus:
             callback()
         if self._streams:
             self._tasks.spawn(self._repair(), "repair after reconnect")
+
+
+class Consuming:
+    """A running consumer. close() leaves the durable's place in the stream for whoever consumes next."""
+
+    def __init__(self, bus: Bus, consumer: "_Consumer", task: asyncio.Task[None]) -> None:
+        self._bus = bus
+        self._consumer = consumer
+        self._task = task
+
+    async def close(self) -> None:
+        await self._bus.end_consumer(self._consumer, self._task)
 
 
 class _Consumer:

@@ -4,7 +4,7 @@ Only `store.py` files and kit use what is here.
 """
 
 import re
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any, LiteralString, cast
@@ -149,10 +149,3 @@ class Queries:
 def _trusted(sql: str) -> LiteralString:
     # Statements come from our own SQL files, never from input; psycopg's type asks for a literal.
     return cast(LiteralString, sql)
-
-
-async def in_transaction[T](db: Database, work: Callable[[Tx], Awaitable[T]]) -> T:
-    """Run `work` in a transaction of its own and return what it returned, after the commit."""
-    async with db.transaction() as tx:
-        result = await work(tx)
-    return result

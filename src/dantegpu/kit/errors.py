@@ -6,7 +6,7 @@
     |- InvalidArgument, NotFound, Forbidden, Unauthenticated   for the edges' own checks
     `- RemoteError          another service's ServiceError, as it came over gRPC
 
-`status` is one of a few transport-neutral kinds; rpc.py maps it to gRPC, the gateway maps it to HTTP, each in one table.
+`status` is one of a few transport-neutral kinds; rpc.py maps it to gRPC, the gateway to HTTP, each in one table.
 """
 
 from enum import StrEnum

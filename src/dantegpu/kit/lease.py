@@ -50,7 +50,7 @@ class Leadership:
             )  # fmt: skip
 
     async def assert_held(self, tx: Tx) -> None:
-        """Raises LostLeadership unless this holder's epoch is the current one; holds off a successor until `tx` ends."""
+        """Raises LostLeadership unless this holder's epoch is the current one. Keeps a successor out until `tx` ends."""
         epoch = await tx.value(
             "SELECT epoch FROM leader WHERE name = %(name)s AND holder = %(holder)s FOR SHARE",
             name=self._name, holder=self._holder,

@@ -54,7 +54,7 @@ def _add_ids(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDic
 
 
 def configure_tracing(service: str, otlp_endpoint: str) -> None:
-    """Export spans to an OTLP/HTTP collector (`http://host:4318`). With an empty endpoint spans cost next to nothing."""
+    """Export spans to an OTLP/HTTP collector (`http://host:4318`). An empty endpoint: spans cost next to nothing."""
     if not otlp_endpoint:
         return
     # Imported late: without tracing, no process pays for the exporter's memory.

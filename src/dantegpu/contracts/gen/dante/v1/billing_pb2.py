@@ -26,7 +26,7 @@ from dantegpu.contracts.gen.dante.v1 import common_pb2 as dante_dot_v1_dot_commo
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x64\x61nte/v1/billing.proto\x12\x08\x64\x61nte.v1\x1a\x15\x64\x61nte/v1/common.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"s\n\x06Wallet\x12\x0f\n\x07team_id\x18\x01 \x01(\t\x12\x15\n\rbalance_udgpu\x18\x02 \x01(\x03\x12\x12\n\nheld_udgpu\x18\x03 \x01(\x03\x12\x17\n\x0f\x61vailable_udgpu\x18\x04 \x01(\x03\x12\x14\n\x0c\x65\x61rned_udgpu\x18\x05 \x01(\x03\"\xba\x01\n\x0bHoldRequest\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x0e\n\x06job_id\x18\x02 \x01(\t\x12\x0e\n\x06window\x18\x03 \x01(\x03\x12\x15\n\rpayer_team_id\x18\x04 \x01(\t\x12\x18\n\x10provider_team_id\x18\x05 \x01(\t\x12\x1b\n\x13rate_udgpu_per_hour\x18\x06 \x01(\x03\x12\x16\n\x0ewindow_seconds\x18\x07 \x01(\x03\x12\x11\n\tsimulated\x18\x08 \x01(\x08\"p\n\nHoldResult\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x0e\n\x06window\x18\x02 \x01(\x03\x12\x0e\n\x06opened\x18\x03 \x01(\x08\x12\x15\n\rceiling_udgpu\x18\x04 \x01(\x03\x12\x17\n\x0f\x61vailable_udgpu\x18\x05 \x01(\x03\"8\n\x10OpenHoldsRequest\x12$\n\x05holds\x18\x01 \x03(\x0b\x32\x15.dante.v1.HoldRequest\":\n\x11OpenHoldsResponse\x12%\n\x07results\x18\x01 \x03(\x0b\x32\x14.dante.v1.HoldResult\"E\n\tHoldClose\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x0e\n\x06window\x18\x02 \x01(\x03\x12\x14\n\x0cused_seconds\x18\x03 \x01(\x03\"W\n\x0b\x43loseResult\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x0e\n\x06window\x18\x02 \x01(\x03\x12\x15\n\rcharged_udgpu\x18\x03 \x01(\x03\x12\r\n\x05\x66ound\x18\x04 \x01(\x08\"7\n\x11\x43loseHoldsRequest\x12\"\n\x05holds\x18\x01 \x03(\x0b\x32\x13.dante.v1.HoldClose\"<\n\x12\x43loseHoldsResponse\x12&\n\x07results\x18\x01 \x03(\x0b\x32\x15.dante.v1.CloseResult\"\xbf\x01\n\x05\x45ntry\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x14\n\x0c\x61mount_udgpu\x18\x03 \x01(\x03\x12\x1b\n\x13\x62\x61lance_after_udgpu\x18\x04 \x01(\x03\x12\x0e\n\x06job_id\x18\x05 \x01(\t\x12\x12\n\nattempt_id\x18\x06 \x01(\t\x12\x0c\n\x04text\x18\x07 \x01(\t\x12.\n\ncreated_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"#\n\x10GetWalletRequest\x12\x0f\n\x07team_id\x18\x01 \x01(\t\"5\n\x11GetWalletResponse\x12 \n\x06wallet\x18\x01 \x01(\x0b\x32\x10.dante.v1.Wallet\"J\n\x12ListEntriesRequest\x12#\n\x04page\x18\x01 \x01(\x0b\x32\x15.dante.v1.PageRequest\x12\x0f\n\x07team_id\x18\x02 \x01(\t\"L\n\x13ListEntriesResponse\x12 \n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x0f.dante.v1.Entry\x12\x13\n\x0bnext_cursor\x18\x02 \x01(\t\"]\n\rCreditRequest\x12\x0f\n\x07team_id\x18\x01 \x01(\t\x12\x14\n\x0c\x61mount_udgpu\x18\x02 \x01(\x03\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x17\n\x0fidempotency_key\x18\x04 \x01(\t\"2\n\x0e\x43reditResponse\x12 \n\x06wallet\x18\x01 \x01(\x0b\x32\x10.dante.v1.Wallet\"\xe3\x01\n\x0bReceiptLine\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x0e\n\x06window\x18\x02 \x01(\x03\x12\x1b\n\x13rate_udgpu_per_hour\x18\x03 \x01(\x03\x12\x14\n\x0cused_seconds\x18\x04 \x01(\x03\x12\x15\n\rcharged_udgpu\x18\x05 \x01(\x03\x12\x16\n\x0eprovider_udgpu\x18\x06 \x01(\x03\x12\x11\n\tfee_udgpu\x18\x07 \x01(\x03\x12-\n\tclosed_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04open\x18\t \x01(\x08\"k\n\x07Receipt\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x15\n\rpayer_team_id\x18\x02 \x01(\t\x12$\n\x05lines\x18\x03 \x03(\x0b\x32\x15.dante.v1.ReceiptLine\x12\x13\n\x0btotal_udgpu\x18\x04 \x01(\x03\"#\n\x11GetReceiptRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"8\n\x12GetReceiptResponse\x12\"\n\x07receipt\x18\x01 \x01(\x0b\x32\x11.dante.v1.Receipt\"\x85\x01\n\x13\x43heckLedgerResponse\x12\x10\n\x08\x62\x61lanced\x18\x01 \x01(\x08\x12\x10\n\x08\x61\x63\x63ounts\x18\x02 \x01(\x03\x12\x11\n\ttransfers\x18\x03 \x01(\x03\x12\x12\n\nopen_holds\x18\x04 \x01(\x03\x12\x11\n\tsum_udgpu\x18\x05 \x01(\x03\x12\x10\n\x08problems\x18\x06 \x03(\t2\xf6\x03\n\x0e\x42illingService\x12\x44\n\tOpenHolds\x12\x1a.dante.v1.OpenHoldsRequest\x1a\x1b.dante.v1.OpenHoldsResponse\x12G\n\nCloseHolds\x12\x1b.dante.v1.CloseHoldsRequest\x1a\x1c.dante.v1.CloseHoldsResponse\x12\x44\n\tGetWallet\x12\x1a.dante.v1.GetWalletRequest\x1a\x1b.dante.v1.GetWalletResponse\x12J\n\x0bListEntries\x12\x1c.dante.v1.ListEntriesRequest\x1a\x1d.dante.v1.ListEntriesResponse\x12;\n\x06\x43redit\x12\x17.dante.v1.CreditRequest\x1a\x18.dante.v1.CreditResponse\x12G\n\nGetReceipt\x12\x1b.dante.v1.GetReceiptRequest\x1a\x1c.dante.v1.GetReceiptResponse\x12=\n\x0b\x43heckLedger\x12\x0f.dante.v1.Empty\x1a\x1d.dante.v1.CheckLedgerResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x64\x61nte/v1/billing.proto\x12\x08\x64\x61nte.v1\x1a\x15\x64\x61nte/v1/common.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"s\n\x06Wallet\x12\x0f\n\x07team_id\x18\x01 \x01(\t\x12\x15\n\rbalance_udgpu\x18\x02 \x01(\x03\x12\x12\n\nheld_udgpu\x18\x03 \x01(\x03\x12\x17\n\x0f\x61vailable_udgpu\x18\x04 \x01(\x03\x12\x14\n\x0c\x65\x61rned_udgpu\x18\x05 \x01(\x03\"\xba\x01\n\x0bHoldRequest\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x0e\n\x06job_id\x18\x02 \x01(\t\x12\x0e\n\x06window\x18\x03 \x01(\x03\x12\x15\n\rpayer_team_id\x18\x04 \x01(\t\x12\x18\n\x10provider_team_id\x18\x05 \x01(\t\x12\x1b\n\x13rate_udgpu_per_hour\x18\x06 \x01(\x03\x12\x16\n\x0ewindow_seconds\x18\x07 \x01(\x03\x12\x11\n\tsimulated\x18\x08 \x01(\x08\"p\n\nHoldResult\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x0e\n\x06window\x18\x02 \x01(\x03\x12\x0e\n\x06opened\x18\x03 \x01(\x08\x12\x15\n\rceiling_udgpu\x18\x04 \x01(\x03\x12\x17\n\x0f\x61vailable_udgpu\x18\x05 \x01(\x03\"8\n\x10OpenHoldsRequest\x12$\n\x05holds\x18\x01 \x03(\x0b\x32\x15.dante.v1.HoldRequest\":\n\x11OpenHoldsResponse\x12%\n\x07results\x18\x01 \x03(\x0b\x32\x14.dante.v1.HoldResult\"E\n\tHoldClose\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x0e\n\x06window\x18\x02 \x01(\x03\x12\x14\n\x0cused_seconds\x18\x03 \x01(\x03\"W\n\x0b\x43loseResult\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x0e\n\x06window\x18\x02 \x01(\x03\x12\x15\n\rcharged_udgpu\x18\x03 \x01(\x03\x12\r\n\x05\x66ound\x18\x04 \x01(\x08\"7\n\x11\x43loseHoldsRequest\x12\"\n\x05holds\x18\x01 \x03(\x0b\x32\x13.dante.v1.HoldClose\"<\n\x12\x43loseHoldsResponse\x12&\n\x07results\x18\x01 \x03(\x0b\x32\x15.dante.v1.CloseResult\"W\n\x14ListOpenHoldsRequest\x12\x1a\n\x12older_than_seconds\x18\x01 \x01(\x03\x12#\n\x04page\x18\x02 \x01(\x0b\x32\x15.dante.v1.PageRequest\"]\n\x08OpenHold\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x0e\n\x06window\x18\x02 \x01(\x03\x12-\n\topened_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"O\n\x15ListOpenHoldsResponse\x12!\n\x05holds\x18\x01 \x03(\x0b\x32\x12.dante.v1.OpenHold\x12\x13\n\x0bnext_cursor\x18\x02 \x01(\t\"\xbf\x01\n\x05\x45ntry\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x14\n\x0c\x61mount_udgpu\x18\x03 \x01(\x03\x12\x1b\n\x13\x62\x61lance_after_udgpu\x18\x04 \x01(\x03\x12\x0e\n\x06job_id\x18\x05 \x01(\t\x12\x12\n\nattempt_id\x18\x06 \x01(\t\x12\x0c\n\x04text\x18\x07 \x01(\t\x12.\n\ncreated_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"#\n\x10GetWalletRequest\x12\x0f\n\x07team_id\x18\x01 \x01(\t\"5\n\x11GetWalletResponse\x12 \n\x06wallet\x18\x01 \x01(\x0b\x32\x10.dante.v1.Wallet\"J\n\x12ListEntriesRequest\x12#\n\x04page\x18\x01 \x01(\x0b\x32\x15.dante.v1.PageRequest\x12\x0f\n\x07team_id\x18\x02 \x01(\t\"L\n\x13ListEntriesResponse\x12 \n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x0f.dante.v1.Entry\x12\x13\n\x0bnext_cursor\x18\x02 \x01(\t\"]\n\rCreditRequest\x12\x0f\n\x07team_id\x18\x01 \x01(\t\x12\x14\n\x0c\x61mount_udgpu\x18\x02 \x01(\x03\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x17\n\x0fidempotency_key\x18\x04 \x01(\t\"2\n\x0e\x43reditResponse\x12 \n\x06wallet\x18\x01 \x01(\x0b\x32\x10.dante.v1.Wallet\"\xe3\x01\n\x0bReceiptLine\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x0e\n\x06window\x18\x02 \x01(\x03\x12\x1b\n\x13rate_udgpu_per_hour\x18\x03 \x01(\x03\x12\x14\n\x0cused_seconds\x18\x04 \x01(\x03\x12\x15\n\rcharged_udgpu\x18\x05 \x01(\x03\x12\x16\n\x0eprovider_udgpu\x18\x06 \x01(\x03\x12\x11\n\tfee_udgpu\x18\x07 \x01(\x03\x12-\n\tclosed_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04open\x18\t \x01(\x08\"k\n\x07Receipt\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x15\n\rpayer_team_id\x18\x02 \x01(\t\x12$\n\x05lines\x18\x03 \x03(\x0b\x32\x15.dante.v1.ReceiptLine\x12\x13\n\x0btotal_udgpu\x18\x04 \x01(\x03\"#\n\x11GetReceiptRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"8\n\x12GetReceiptResponse\x12\"\n\x07receipt\x18\x01 \x01(\x0b\x32\x11.dante.v1.Receipt\"\x85\x01\n\x13\x43heckLedgerResponse\x12\x10\n\x08\x62\x61lanced\x18\x01 \x01(\x08\x12\x10\n\x08\x61\x63\x63ounts\x18\x02 \x01(\x03\x12\x11\n\ttransfers\x18\x03 \x01(\x03\x12\x12\n\nopen_holds\x18\x04 \x01(\x03\x12\x11\n\tsum_udgpu\x18\x05 \x01(\x03\x12\x10\n\x08problems\x18\x06 \x03(\t2\xc8\x04\n\x0e\x42illingService\x12\x44\n\tOpenHolds\x12\x1a.dante.v1.OpenHoldsRequest\x1a\x1b.dante.v1.OpenHoldsResponse\x12G\n\nCloseHolds\x12\x1b.dante.v1.CloseHoldsRequest\x1a\x1c.dante.v1.CloseHoldsResponse\x12P\n\rListOpenHolds\x12\x1e.dante.v1.ListOpenHoldsRequest\x1a\x1f.dante.v1.ListOpenHoldsResponse\x12\x44\n\tGetWallet\x12\x1a.dante.v1.GetWalletRequest\x1a\x1b.dante.v1.GetWalletResponse\x12J\n\x0bListEntries\x12\x1c.dante.v1.ListEntriesRequest\x1a\x1d.dante.v1.ListEntriesResponse\x12;\n\x06\x43redit\x12\x17.dante.v1.CreditRequest\x1a\x18.dante.v1.CreditResponse\x12G\n\nGetReceipt\x12\x1b.dante.v1.GetReceiptRequest\x1a\x1c.dante.v1.GetReceiptResponse\x12=\n\x0b\x43heckLedger\x12\x0f.dante.v1.Empty\x1a\x1d.dante.v1.CheckLedgerResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -51,30 +51,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CLOSEHOLDSREQUEST']._serialized_end=845
   _globals['_CLOSEHOLDSRESPONSE']._serialized_start=847
   _globals['_CLOSEHOLDSRESPONSE']._serialized_end=907
-  _globals['_ENTRY']._serialized_start=910
-  _globals['_ENTRY']._serialized_end=1101
-  _globals['_GETWALLETREQUEST']._serialized_start=1103
-  _globals['_GETWALLETREQUEST']._serialized_end=1138
-  _globals['_GETWALLETRESPONSE']._serialized_start=1140
-  _globals['_GETWALLETRESPONSE']._serialized_end=1193
-  _globals['_LISTENTRIESREQUEST']._serialized_start=1195
-  _globals['_LISTENTRIESREQUEST']._serialized_end=1269
-  _globals['_LISTENTRIESRESPONSE']._serialized_start=1271
-  _globals['_LISTENTRIESRESPONSE']._serialized_end=1347
-  _globals['_CREDITREQUEST']._serialized_start=1349
-  _globals['_CREDITREQUEST']._serialized_end=1442
-  _globals['_CREDITRESPONSE']._serialized_start=1444
-  _globals['_CREDITRESPONSE']._serialized_end=1494
-  _globals['_RECEIPTLINE']._serialized_start=1497
-  _globals['_RECEIPTLINE']._serialized_end=1724
-  _globals['_RECEIPT']._serialized_start=1726
-  _globals['_RECEIPT']._serialized_end=1833
-  _globals['_GETRECEIPTREQUEST']._serialized_start=1835
-  _globals['_GETRECEIPTREQUEST']._serialized_end=1870
-  _globals['_GETRECEIPTRESPONSE']._serialized_start=1872
-  _globals['_GETRECEIPTRESPONSE']._serialized_end=1928
-  _globals['_CHECKLEDGERRESPONSE']._serialized_start=1931
-  _globals['_CHECKLEDGERRESPONSE']._serialized_end=2064
-  _globals['_BILLINGSERVICE']._serialized_start=2067
-  _globals['_BILLINGSERVICE']._serialized_end=2569
+  _globals['_LISTOPENHOLDSREQUEST']._serialized_start=909
+  _globals['_LISTOPENHOLDSREQUEST']._serialized_end=996
+  _globals['_OPENHOLD']._serialized_start=998
+  _globals['_OPENHOLD']._serialized_end=1091
+  _globals['_LISTOPENHOLDSRESPONSE']._serialized_start=1093
+  _globals['_LISTOPENHOLDSRESPONSE']._serialized_end=1172
+  _globals['_ENTRY']._serialized_start=1175
+  _globals['_ENTRY']._serialized_end=1366
+  _globals['_GETWALLETREQUEST']._serialized_start=1368
+  _globals['_GETWALLETREQUEST']._serialized_end=1403
+  _globals['_GETWALLETRESPONSE']._serialized_start=1405
+  _globals['_GETWALLETRESPONSE']._serialized_end=1458
+  _globals['_LISTENTRIESREQUEST']._serialized_start=1460
+  _globals['_LISTENTRIESREQUEST']._serialized_end=1534
+  _globals['_LISTENTRIESRESPONSE']._serialized_start=1536
+  _globals['_LISTENTRIESRESPONSE']._serialized_end=1612
+  _globals['_CREDITREQUEST']._serialized_start=1614
+  _globals['_CREDITREQUEST']._serialized_end=1707
+  _globals['_CREDITRESPONSE']._serialized_start=1709
+  _globals['_CREDITRESPONSE']._serialized_end=1759
+  _globals['_RECEIPTLINE']._serialized_start=1762
+  _globals['_RECEIPTLINE']._serialized_end=1989
+  _globals['_RECEIPT']._serialized_start=1991
+  _globals['_RECEIPT']._serialized_end=2098
+  _globals['_GETRECEIPTREQUEST']._serialized_start=2100
+  _globals['_GETRECEIPTREQUEST']._serialized_end=2135
+  _globals['_GETRECEIPTRESPONSE']._serialized_start=2137
+  _globals['_GETRECEIPTRESPONSE']._serialized_end=2193
+  _globals['_CHECKLEDGERRESPONSE']._serialized_start=2196
+  _globals['_CHECKLEDGERRESPONSE']._serialized_end=2329
+  _globals['_BILLINGSERVICE']._serialized_start=2332
+  _globals['_BILLINGSERVICE']._serialized_end=2916
 # @@protoc_insertion_point(module_scope)

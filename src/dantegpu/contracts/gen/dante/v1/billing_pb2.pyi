@@ -251,6 +251,76 @@ class CloseHoldsResponse(message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 @typing.final
+class ListOpenHoldsRequest(message.Message):
+    """Holds that nobody closed: the scheduler closes those whose attempt it does not know (it crashed before its commit)."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    OLDER_THAN_SECONDS_FIELD_NUMBER: builtins.int
+    PAGE_FIELD_NUMBER: builtins.int
+    older_than_seconds: builtins.int
+    @builtins.property
+    def page(self) -> common_pb2.PageRequest: ...
+    def __init__(
+        self,
+        *,
+        older_than_seconds: builtins.int = ...,
+        page: common_pb2.PageRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["page", b"page"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["older_than_seconds", b"older_than_seconds", "page", b"page"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class OpenHold(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    ATTEMPT_ID_FIELD_NUMBER: builtins.int
+    WINDOW_FIELD_NUMBER: builtins.int
+    OPENED_AT_FIELD_NUMBER: builtins.int
+    attempt_id: builtins.str
+    window: builtins.int
+    @builtins.property
+    def opened_at(self) -> timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        attempt_id: builtins.str = ...,
+        window: builtins.int = ...,
+        opened_at: timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["opened_at", b"opened_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt_id", b"attempt_id", "opened_at", b"opened_at", "window", b"window"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ListOpenHoldsResponse(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    HOLDS_FIELD_NUMBER: builtins.int
+    NEXT_CURSOR_FIELD_NUMBER: builtins.int
+    next_cursor: builtins.str
+    @builtins.property
+    def holds(self) -> containers.RepeatedCompositeFieldContainer[OpenHold]:
+        """oldest first"""
+
+    def __init__(
+        self,
+        *,
+        holds: abc.Iterable[OpenHold] | None = ...,
+        next_cursor: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["holds", b"holds", "next_cursor", b"next_cursor"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
 class Entry(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 

@@ -46,6 +46,11 @@ class BillingServiceStub:
                 request_serializer=dante_dot_v1_dot_billing__pb2.CloseHoldsRequest.SerializeToString,
                 response_deserializer=dante_dot_v1_dot_billing__pb2.CloseHoldsResponse.FromString,
                 _registered_method=True)
+        self.ListOpenHolds = channel.unary_unary(
+                '/dante.v1.BillingService/ListOpenHolds',
+                request_serializer=dante_dot_v1_dot_billing__pb2.ListOpenHoldsRequest.SerializeToString,
+                response_deserializer=dante_dot_v1_dot_billing__pb2.ListOpenHoldsResponse.FromString,
+                _registered_method=True)
         self.GetWallet = channel.unary_unary(
                 '/dante.v1.BillingService/GetWallet',
                 request_serializer=dante_dot_v1_dot_billing__pb2.GetWalletRequest.SerializeToString,
@@ -85,6 +90,13 @@ class BillingServiceServicer:
 
     def CloseHolds(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListOpenHolds(self, request, context):
+        """services only
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -132,6 +144,11 @@ def add_BillingServiceServicer_to_server(servicer, server):
                     servicer.CloseHolds,
                     request_deserializer=dante_dot_v1_dot_billing__pb2.CloseHoldsRequest.FromString,
                     response_serializer=dante_dot_v1_dot_billing__pb2.CloseHoldsResponse.SerializeToString,
+            ),
+            'ListOpenHolds': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListOpenHolds,
+                    request_deserializer=dante_dot_v1_dot_billing__pb2.ListOpenHoldsRequest.FromString,
+                    response_serializer=dante_dot_v1_dot_billing__pb2.ListOpenHoldsResponse.SerializeToString,
             ),
             'GetWallet': grpc.unary_unary_rpc_method_handler(
                     servicer.GetWallet,
@@ -214,6 +231,33 @@ class BillingService:
             '/dante.v1.BillingService/CloseHolds',
             dante_dot_v1_dot_billing__pb2.CloseHoldsRequest.SerializeToString,
             dante_dot_v1_dot_billing__pb2.CloseHoldsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListOpenHolds(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dante.v1.BillingService/ListOpenHolds',
+            dante_dot_v1_dot_billing__pb2.ListOpenHoldsRequest.SerializeToString,
+            dante_dot_v1_dot_billing__pb2.ListOpenHoldsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -19,6 +19,8 @@ class BillingServiceStub:
     def __init__(self, channel: aio.Channel) -> None: ...
     OpenHolds: aio.UnaryUnaryMultiCallable[billing_pb2.OpenHoldsRequest, billing_pb2.OpenHoldsResponse]
     CloseHolds: aio.UnaryUnaryMultiCallable[billing_pb2.CloseHoldsRequest, billing_pb2.CloseHoldsResponse]
+    ListOpenHolds: aio.UnaryUnaryMultiCallable[billing_pb2.ListOpenHoldsRequest, billing_pb2.ListOpenHoldsResponse]
+    """services only"""
     GetWallet: aio.UnaryUnaryMultiCallable[billing_pb2.GetWalletRequest, billing_pb2.GetWalletResponse]
     ListEntries: aio.UnaryUnaryMultiCallable[billing_pb2.ListEntriesRequest, billing_pb2.ListEntriesResponse]
     Credit: aio.UnaryUnaryMultiCallable[billing_pb2.CreditRequest, billing_pb2.CreditResponse]
@@ -42,6 +44,14 @@ class BillingServiceServicer(metaclass=abc_1.ABCMeta):
         request: billing_pb2.CloseHoldsRequest,
         context: aio.ServicerContext[billing_pb2.CloseHoldsRequest, abc.Awaitable[billing_pb2.CloseHoldsResponse]],
     ) -> abc.Awaitable[billing_pb2.CloseHoldsResponse]: ...
+
+    @abc_1.abstractmethod
+    def ListOpenHolds(
+        self,
+        request: billing_pb2.ListOpenHoldsRequest,
+        context: aio.ServicerContext[billing_pb2.ListOpenHoldsRequest, abc.Awaitable[billing_pb2.ListOpenHoldsResponse]],
+    ) -> abc.Awaitable[billing_pb2.ListOpenHoldsResponse]:
+        """services only"""
 
     @abc_1.abstractmethod
     def GetWallet(

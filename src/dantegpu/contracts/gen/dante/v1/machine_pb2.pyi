@@ -225,6 +225,7 @@ class AttemptStatus(message.Message):
     RESULTS_FIELD_NUMBER: builtins.int
     LOG_BYTES_FIELD_NUMBER: builtins.int
     SANDBOX_FIELD_NUMBER: builtins.int
+    RAN_MS_FIELD_NUMBER: builtins.int
     attempt_id: builtins.str
     job_id: builtins.str
     epoch: builtins.int
@@ -241,6 +242,8 @@ class AttemptStatus(message.Message):
     """length of the attempt's log so far"""
     sandbox: builtins.str
     """bubblewrap | none: what it really ran in"""
+    ran_ms: builtins.int
+    """with a terminal state: how long the command ran; may only lower the bill"""
     @builtins.property
     def results(self) -> containers.RepeatedCompositeFieldContainer[jobs_pb2.ResultFile]:
         """uploaded files; with a terminal state"""
@@ -259,10 +262,11 @@ class AttemptStatus(message.Message):
         results: abc.Iterable[jobs_pb2.ResultFile] | None = ...,
         log_bytes: builtins.int = ...,
         sandbox: builtins.str = ...,
+        ran_ms: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["_exit_code", b"_exit_code", "exit_code", b"exit_code"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_exit_code", b"_exit_code", "attempt_id", b"attempt_id", "epoch", b"epoch", "exit_code", b"exit_code", "job_id", b"job_id", "log_bytes", b"log_bytes", "message", b"message", "outcome", b"outcome", "results", b"results", "sandbox", b"sandbox", "seq", b"seq", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_exit_code", b"_exit_code", "attempt_id", b"attempt_id", "epoch", b"epoch", "exit_code", b"exit_code", "job_id", b"job_id", "log_bytes", b"log_bytes", "message", b"message", "outcome", b"outcome", "ran_ms", b"ran_ms", "results", b"results", "sandbox", b"sandbox", "seq", b"seq", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exit_code: _TypeAlias = typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015
