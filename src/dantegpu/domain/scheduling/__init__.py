@@ -1,0 +1,31 @@
+"""Placement as a pure function over a snapshot: `schedule(snapshot, pending, policy, now=...) -> Plan`.
+
+`explain(snapshot, job, now)` answers why one job waits and what the smallest change would open.
+"""
+
+from dantegpu.domain.scheduling.constraints import Constraint, ConstraintCount, PendingJob
+from dantegpu.domain.scheduling.explain import Relaxation, Why, explain
+from dantegpu.domain.scheduling.plan import DeviceShare, Placement, Plan, Unplaced, schedule
+from dantegpu.domain.scheduling.policy import DEFAULT_POLICY, Objective, Policy
+from dantegpu.domain.scheduling.snapshot import Lease, Snapshot, SnapshotBuilder, TeamUse
+
+__all__ = [
+    "DEFAULT_POLICY",
+    "Constraint",
+    "ConstraintCount",
+    "DeviceShare",
+    "Lease",
+    "Objective",
+    "PendingJob",
+    "Placement",
+    "Plan",
+    "Policy",
+    "Relaxation",
+    "Snapshot",
+    "SnapshotBuilder",
+    "TeamUse",
+    "Unplaced",
+    "Why",
+    "explain",
+    "schedule",
+]
