@@ -494,9 +494,13 @@ def _finish_attempt(job: JobSnapshot, ending: _Ending, now: datetime) -> Step:
 
 def _close_hold(job: JobSnapshot, attempt_id: AttemptId, ending: _Ending) -> CloseHold:
     """Only the time in which the command ran on a healthy machine is billed."""
-    if job.running_at is None or ending.outcome is Outcome.PROVIDER_FAULT:
+    running_at = job.running_at
+    if running_at is None and ending.exit_code is not None:
+        # A command so short that its start was never told on its own: the least that is billed.
+        running_at = ending.billed_until
+    if running_at is None or ending.outcome is Outcome.PROVIDER_FAULT:
         return CloseHold(attempt_id, None, None)
-    return CloseHold(attempt_id, job.running_at, max(ending.billed_until, job.running_at))
+    return CloseHold(attempt_id, running_at, max(ending.billed_until, running_at))
 
 
 def _may_retry(job: JobSnapshot, outcome: Outcome, now: datetime) -> bool:
