@@ -122,7 +122,7 @@ def format_duration(seconds: int) -> str:
 def _split_range(what: str, text: str, expected: str) -> tuple[str, str | None]:
     """`"a..b"` -> (a, b), either side may be empty; no dots -> (text, None)."""
     low, dots, high = text.strip().partition("..")
-    if dots and not low.strip() and not high.strip():
+    if not low.strip() and not high.strip():
         raise InvalidQuantity(what, text, expected)
     return low.strip(), high.strip() if dots else None
 

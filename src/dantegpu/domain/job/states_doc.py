@@ -1,4 +1,4 @@
-"""docs/job_states.md, from the transition table: `python -m dantegpu.domain.job_states_doc > docs/job_states.md`."""
+"""docs/job_states.md, from the transition table: `python -m dantegpu.domain.job.states_doc > docs/job_states.md`."""
 
 from dantegpu.domain.job import TRANSITIONS, JobState, Outcome, QueueReason
 
@@ -61,7 +61,7 @@ def job_states_markdown() -> str:
     lines = [
         "# Job states",
         "",
-        "Made from the transition table in `dantegpu.domain.job` by `python -m dantegpu.domain.job_states_doc`.",
+        "Made from the transition table in `dantegpu.domain.job` by `python -m dantegpu.domain.job.states_doc`.",
         "A pair of state and event that is not listed here raises an error.",
         "",
         *_diagram(),

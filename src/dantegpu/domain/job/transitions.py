@@ -1,333 +1,44 @@
-"""The life of a job: states, events, effects as values, and one table that says what is allowed.
-
-`transition(job, event, now)` is the only way to a new state. A machine's reports go through `fold_report`, which
-decides stale epochs and doubled reports before the table is asked. Effects are returned, never done here.
-"""
+"""The one table of what is allowed, and the handlers behind it. `transition` is the only way to a new state."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
 
-from dantegpu.domain.ids import AttemptId, JobId, MachineId, TeamId
-
-RETRY_BACKOFF_BASE_SECONDS = 2
-RETRY_BACKOFF_MAX_SECONDS = 300
-DEFAULT_MAX_ATTEMPTS = 5
-MAX_AVOIDED_MACHINES = 16
-
-
-class JobState(StrEnum):
-    QUEUED = "QUEUED"
-    PLACED = "PLACED"
-    STARTING = "STARTING"
-    RUNNING = "RUNNING"
-    STOPPING = "STOPPING"
-    SUCCEEDED = "SUCCEEDED"
-    FAILED = "FAILED"
-    CANCELLED = "CANCELLED"
-
-    @property
-    def terminal(self) -> bool:
-        return self in _TERMINAL
-
-    @property
-    def live(self) -> bool:
-        """An attempt of the job holds devices."""
-        return self in _LIVE
-
-
-_TERMINAL = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
-_LIVE = frozenset({JobState.PLACED, JobState.STARTING, JobState.RUNNING, JobState.STOPPING})
-
-
-class Outcome(StrEnum):
-    """How an attempt ended."""
-
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-    LOST = "lost"
-    PREEMPTED = "preempted"
-    TIMED_OUT = "timed_out"
-    PROVIDER_FAULT = "provider_fault"
-
-    @property
-    def interruption(self) -> bool:
-        """Not the job's own doing: retried by default."""
-        return self in _INTERRUPTIONS
-
-
-_INTERRUPTIONS = frozenset({Outcome.LOST, Outcome.PREEMPTED, Outcome.PROVIDER_FAULT})
-
-
-class QueueReason(StrEnum):
-    """Why a queued job still waits. Every queued job has one."""
-
-    NEW = "new"
-    NO_FUNDS = "no_funds"
-    NO_PROVIDER_ONLINE = "no_provider_online"
-    NO_MATCHING_GPU = "no_matching_gpu"
-    NO_MATCHING_MACHINE = "no_matching_machine"
-    RESTRICTED = "restricted"
-    PRICE_ABOVE_MAX = "price_above_max"
-    NO_CAPACITY = "no_capacity"
-    WAITING_FOR_RETRY = "waiting_for_retry"
-    PLACEMENT_REVOKED = "placement_revoked"
-    PAUSED = "paused"
-
-    @property
-    def text(self) -> str:
-        """One sentence for people."""
-        return _QUEUE_REASON_TEXTS[self]
-
-
-_QUEUE_REASON_TEXTS: Mapping[QueueReason, str] = MappingProxyType({
-    QueueReason.NEW: "It was just submitted and is looked at in the next scheduling round.",
-    QueueReason.NO_FUNDS: "The team's wallet cannot cover the hold; the job starts when money comes in.",
-    QueueReason.NO_PROVIDER_ONLINE: "No provider's machine is online.",
-    QueueReason.NO_MATCHING_GPU: "No machine online has the requested GPUs.",
-    QueueReason.NO_MATCHING_MACHINE: "Machines with such GPUs are online, but none is large enough otherwise.",
-    QueueReason.RESTRICTED: "The machines that fit take only jobs of their own team (simulated GPUs or no sandbox).",
-    QueueReason.PRICE_ABOVE_MAX: "Every machine that fits costs more than the job's max_price.",
-    QueueReason.NO_CAPACITY: "Machines that fit are online, but busy.",
-    QueueReason.WAITING_FOR_RETRY: "An attempt ended early; the next one starts after a short wait.",
-    QueueReason.PLACEMENT_REVOKED: "The chosen machine could not take the job; another is being looked for.",
-    QueueReason.PAUSED: "It is paused and waits to be resumed.",
-})  # fmt: skip
-
-
-class StopReason(StrEnum):
-    """Why somebody asked for the job to stop; decides what the end of the attempt means."""
-
-    USER = "user"
-    OPERATOR = "operator"
-    MAX_DURATION = "max_duration"
-    BUDGET = "budget"
-    NO_FUNDS = "no_funds"
-    PREEMPTED = "preempted"
-    MACHINE_DRAINED = "machine_drained"
-
-
-_ENDS_JOB = frozenset({StopReason.USER, StopReason.OPERATOR, StopReason.MAX_DURATION, StopReason.BUDGET})
-
-
-class RetryOn(StrEnum):
-    """What a job file's `retry.on_events` may name."""
-
-    NO_CAPACITY = "no-capacity"
-    INTERRUPTION = "interruption"
-    ERROR = "error"
-
-
-@dataclass(frozen=True, slots=True)
-class RetryPolicy:
-    """Interruptions are always retried while attempts are left; the job's own errors only when asked.
-
-    `max_attempts` counts all attempts that used up a try, the first included.
-    `duration_seconds` bounds the time since submission in which a retry may still begin; None is unbounded.
-    """
-
-    on_events: frozenset[RetryOn] = frozenset({RetryOn.NO_CAPACITY, RetryOn.INTERRUPTION})
-    max_attempts: int = DEFAULT_MAX_ATTEMPTS
-    duration_seconds: int | None = None
-
-    def backoff_seconds(self, attempts_used: int) -> int:
-        """2, 4, 8, ... seconds after the first, second, third try, at most RETRY_BACKOFF_MAX_SECONDS."""
-        return min(RETRY_BACKOFF_MAX_SECONDS, RETRY_BACKOFF_BASE_SECONDS << min(max(attempts_used - 1, 0), 16))
-
-
-DEFAULT_RETRY = RetryPolicy()
-
-
-@dataclass(frozen=True, slots=True)
-class JobSnapshot:
-    """All that a transition needs to know of a job. Times are the server's, aware UTC.
-
-    `epoch` is the fencing token: it rises with each attempt and never falls. `report_seq` is the last report folded
-    for the live attempt. `attempt_id`, `machine_id`, `placed_at` and `running_at` are of the live attempt, else None.
-    """
-
-    id: JobId
-    team_id: TeamId
-    submitted_at: datetime
-    state: JobState = JobState.QUEUED
-    epoch: int = 0
-    attempts_used: int = 0
-    retry: RetryPolicy = DEFAULT_RETRY
-    queue_reason: QueueReason | None = QueueReason.NEW
-    queue_detail: str = ""
-    not_before: datetime | None = None
-    attempt_id: AttemptId | None = None
-    machine_id: MachineId | None = None
-    report_seq: int = 0
-    placed_at: datetime | None = None
-    running_at: datetime | None = None
-    stop_reason: StopReason | None = None
-    stop_by: str = ""
-    avoided_machines: tuple[MachineId, ...] = ()
-    first_running_at: datetime | None = None
-    ended_at: datetime | None = None
-    outcome: Outcome | None = None
-    exit_code: int | None = None
-    message: str = ""
-
-
-# --- Events
-
-
-@dataclass(frozen=True, slots=True)
-class StillWaiting:
-    """A round found no place. `detail` adds numbers to the reason's text."""
-
-    reason: QueueReason
-    detail: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class RetryDue:
-    """The back-off is over."""
-
-
-@dataclass(frozen=True, slots=True)
-class Placed:
-    """A plan was applied: devices are leased and the hold is open."""
-
-    attempt_id: AttemptId
-    machine_id: MachineId
-
-
-@dataclass(frozen=True, slots=True)
-class PlacementRevoked:
-    """The placement came to nothing before the machine began (refused, or the hold failed). Uses up no try."""
-
-    reason: QueueReason = QueueReason.PLACEMENT_REVOKED
-    detail: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class AttemptStarting:
-    """The machine prepares image and inputs. Not billed."""
-
-
-@dataclass(frozen=True, slots=True)
-class AttemptRunning:
-    """The command runs. Billing begins."""
-
-
-@dataclass(frozen=True, slots=True)
-class AttemptStopping:
-    """The machine is ending the attempt. Still billed until it says that it ended."""
-
-
-@dataclass(frozen=True, slots=True)
-class StopRequested:
-    """`by` names the person or the part of the platform, for the audit log."""
-
-    by: str
-    why: StopReason = StopReason.USER
-
-
-@dataclass(frozen=True, slots=True)
-class AttemptEnded:
-    """The machine says how the attempt ended. `exit_code` is None when no process ran."""
-
-    outcome: Outcome
-    exit_code: int | None = None
-    message: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class LeaseExpired:
-    """The machine did not renew until receipt + lease + grace. Billing ends at `renewed_at`, the last renewal."""
-
-    renewed_at: datetime
-    message: str = "the machine stopped answering"
-
-
-type Event = (
-    StillWaiting
-    | RetryDue
-    | Placed
-    | PlacementRevoked
-    | AttemptStarting
-    | AttemptRunning
-    | AttemptStopping
-    | StopRequested
-    | AttemptEnded
-    | LeaseExpired
+from dantegpu.domain.ids import AttemptId, MachineId
+from dantegpu.domain.job.events import (
+    AttemptEnded,
+    AttemptRunning,
+    AttemptStarting,
+    AttemptStopping,
+    CloseAttempt,
+    CloseHold,
+    Effect,
+    EndJob,
+    Event,
+    LeaseExpired,
+    OpenAttempt,
+    Placed,
+    PlacementRevoked,
+    PublishResults,
+    RetryDue,
+    ScheduleRetry,
+    StillWaiting,
+    StopAttempt,
+    StopRequested,
+)
+from dantegpu.domain.job.model import (
+    ENDS_JOB,
+    MAX_AVOIDED_MACHINES,
+    JobSnapshot,
+    JobState,
+    Outcome,
+    QueueReason,
+    RetryOn,
+    StopReason,
 )
 
-
-# --- Effects: what the caller must do in the transaction that stores the new snapshot
-
-
-@dataclass(frozen=True, slots=True)
-class OpenAttempt:
-    """Insert the attempt and lease its devices; then wake the machine."""
-
-    attempt_id: AttemptId
-    machine_id: MachineId
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class StopAttempt:
-    """Set the stop flag in the machine's desired attempts; then wake the machine."""
-
-    attempt_id: AttemptId
-    machine_id: MachineId
-    epoch: int
-    why: StopReason
-
-
-@dataclass(frozen=True, slots=True)
-class CloseAttempt:
-    """Write the attempt's outcome and free its devices. `outcome` None: revoked before the machine began."""
-
-    attempt_id: AttemptId
-    machine_id: MachineId
-    epoch: int
-    outcome: Outcome | None
-    exit_code: int | None
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
-class CloseHold:
-    """Post the seconds from `billable_from` to `billable_until`, void the rest. Both None: nothing is billed."""
-
-    attempt_id: AttemptId
-    billable_from: datetime | None
-    billable_until: datetime | None
-
-
-@dataclass(frozen=True, slots=True)
-class PublishResults:
-    """Make `results/<job>/<epoch>/` the job's results, if the job's epoch still is `epoch`."""
-
-    attempt_id: AttemptId
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduleRetry:
-    """Send `RetryDue` at `at`."""
-
-    at: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class EndJob:
-    """The job is terminal: archive its logs, tell followers."""
-
-    state: JobState
-    outcome: Outcome
-
-
-type Effect = OpenAttempt | StopAttempt | CloseAttempt | CloseHold | PublishResults | ScheduleRetry | EndJob
 type Step = tuple[JobSnapshot, tuple[Effect, ...]]
 
 
@@ -338,9 +49,6 @@ class IllegalTransition(Exception):
         super().__init__(f"{job.id} in {job.state} cannot take {type(event).__name__}")
         self.state = job.state
         self.event = event
-
-
-# --- Handlers
 
 
 def _unchanged(job: JobSnapshot, event: Event, now: datetime) -> Step:
@@ -375,7 +83,7 @@ def _placed(job: JobSnapshot, event: Placed, now: datetime) -> Step:
 
 
 def _cancel_queued(job: JobSnapshot, event: StopRequested, now: datetime) -> Step:
-    if event.why not in _ENDS_JOB:
+    if event.why not in ENDS_JOB:
         return job, ()
     return _end(replace(job, stop_reason=event.why, stop_by=event.by), _stop_outcome(event.why), now)
 
@@ -388,7 +96,7 @@ def _stop_live(job: JobSnapshot, event: StopRequested, now: datetime) -> Step:
 
 def _stop_stopping(job: JobSnapshot, event: StopRequested, now: datetime) -> Step:
     # A user's stop outranks a preemption that is under way: the job must not come back.
-    if event.why in _ENDS_JOB and job.stop_reason not in _ENDS_JOB:
+    if event.why in ENDS_JOB and job.stop_reason not in ENDS_JOB:
         return replace(job, stop_reason=event.why, stop_by=event.by), ()
     return job, ()
 
@@ -412,7 +120,7 @@ def _revoked(job: JobSnapshot, event: PlacementRevoked, now: datetime) -> Step:
         CloseAttempt(attempt_id, machine_id, job.epoch, None, None, event.detail),
         CloseHold(attempt_id, None, None),
     )
-    if job.stop_reason in _ENDS_JOB:
+    if job.stop_reason in ENDS_JOB:
         ended, more = _end(_without_attempt(job), _stop_outcome(job.stop_reason), now)
         return ended, effects + more
     waiting = _back_to_queue(_without_attempt(job), event.reason, event.detail)
@@ -470,7 +178,7 @@ def _finish_attempt(job: JobSnapshot, ending: _Ending, now: datetime) -> Step:
         CloseAttempt(attempt_id, machine_id, job.epoch, outcome, ending.exit_code, ending.message),
         _close_hold(job, attempt_id, ending),
     )
-    if outcome.interruption and job.stop_reason in _ENDS_JOB:
+    if outcome.interruption and job.stop_reason in ENDS_JOB:
         outcome = _stop_outcome(job.stop_reason)
     freed = replace(
         _without_attempt(job),
@@ -550,9 +258,6 @@ def _live_attempt(job: JobSnapshot) -> tuple[AttemptId, MachineId]:
     return job.attempt_id, job.machine_id
 
 
-# --- The table
-
-
 @dataclass(frozen=True, slots=True)
 class Row:
     """One allowed (state, event): what runs, where it can lead, and the sentence in docs/job_states.md."""
@@ -625,44 +330,3 @@ def transition(job: JobSnapshot, event: Event, now: datetime) -> Step:
             f"{job.state} + {type(event).__name__} led to {after.state}, which the table does not list"
         )
     return after, effects
-
-
-# --- Reports of machines
-
-
-@dataclass(frozen=True, slots=True)
-class AttemptReport:
-    """One change of an attempt as its machine tells it. `seq` rises by one per change within an attempt."""
-
-    attempt_id: AttemptId
-    machine_id: MachineId
-    epoch: int
-    seq: int
-    event: AttemptStarting | AttemptRunning | AttemptStopping | AttemptEnded
-
-
-@dataclass(frozen=True, slots=True)
-class Stale:
-    """The report changes nothing: doubled, late, or of an attempt that this machine no longer holds."""
-
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
-class Folded:
-    job: JobSnapshot
-    effects: tuple[Effect, ...]
-
-
-def fold_report(job: JobSnapshot, report: AttemptReport, now: datetime) -> Folded | Stale:
-    """Apply a machine's report, or say why it changes nothing. Never raises for what a machine may send."""
-    if not job.state.live or job.attempt_id is None:
-        return Stale(f"the job has no live attempt ({job.state})")
-    if report.epoch != job.epoch or report.attempt_id != job.attempt_id:
-        return Stale(f"epoch {report.epoch} is not the live attempt's epoch {job.epoch}")
-    if report.machine_id != job.machine_id:
-        return Stale("the attempt belongs to another machine")
-    if report.seq <= job.report_seq:
-        return Stale(f"report {report.seq} was already folded (the last was {job.report_seq})")
-    after, effects = transition(job, report.event, now)
-    return Folded(replace(after, report_seq=report.seq), effects)
