@@ -1,0 +1,206 @@
+"""The port every way of running an attempt implements: a sandboxed process now; containers and clusters fit behind it.
+
+An executor is asked by the daemon's reconcile loop and outlives nothing: whatever it starts keeps running when the
+daemon dies, and a new daemon finds it again by its `Handle`.
+"""
+
+import enum
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from dantegpu.domain.ids import AttemptId
+
+MAX_ENV_ENTRIES = 512
+MAX_ENV_BYTES = 256 << 10
+MAX_ARGUMENT_BYTES = 256 << 10
+
+
+class ExecutorError(Exception):
+    """Base of what goes wrong while an attempt is prepared or started; the provider's fault unless said otherwise."""
+
+
+class AttemptRefused(ExecutorError):
+    """This executor cannot run the attempt as specified (a limit, network or device it does not offer)."""
+
+
+class SandboxFailed(ExecutorError):
+    """The sandbox could not be built. `detail` is what its tool said."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(f"the sandbox could not be started: {detail.strip() or 'no message'}")
+        self.detail = detail
+
+
+class AlreadyStarted(ExecutorError):
+    """The attempt was started before, by this daemon or by one that died: adopt it instead."""
+
+
+class UnknownHandle(ExecutorError):
+    """The handle is of another executor or version."""
+
+
+class SandboxKind(enum.StrEnum):
+    BUBBLEWRAP = "bubblewrap"
+    NONE = "none"
+
+
+class StopReason(enum.StrEnum):
+    REQUESTED = "requested"
+    TIMED_OUT = "timed_out"
+    LEASE_LOST = "lease_lost"
+    LOG_LIMIT = "log_limit"
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceGrant:
+    """One leased device. `paths` are device nodes of the host; a simulated device has none."""
+
+    uuid: str
+    model: str
+    index: int
+    paths: tuple[str, ...] = ()
+    simulated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptSpec:
+    """What to run and within which limits. Zero means "no limit" for cpu, memory and pids."""
+
+    attempt_id: AttemptId
+    command: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict[str, str])
+    cpu_milli: int = 0
+    memory_bytes: int = 0
+    pids_max: int = 4096
+    tmp_bytes: int = 1 << 30
+    network: bool = False
+    devices: tuple[DeviceGrant, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.command or not self.command[0]:
+            raise AttemptRefused("the command is empty")
+        if sum(len(part) for part in self.command) > MAX_ARGUMENT_BYTES:
+            raise AttemptRefused(f"the command is longer than {MAX_ARGUMENT_BYTES} bytes")
+        if len(self.env) > MAX_ENV_ENTRIES or sum(len(k) + len(v) for k, v in self.env.items()) > MAX_ENV_BYTES:
+            raise AttemptRefused(f"more than {MAX_ENV_ENTRIES} variables or {MAX_ENV_BYTES} bytes of environment")
+        for text in (*self.command, *self.env, *self.env.values()):
+            if "\0" in text:
+                raise AttemptRefused("a NUL character in the command or the environment")
+        for name in self.env:
+            if not name.isascii() or not name.replace("_", "a").isalnum() or name[0].isdigit():
+                raise AttemptRefused(f"{name!r} is not the name of an environment variable")
+
+
+@dataclass(frozen=True, slots=True)
+class Handle:
+    """What a later daemon needs to find the attempt again. Opaque outside its executor; kept in the journal."""
+
+    executor: str
+    attempt_id: AttemptId
+    data: str
+
+    def dumps(self) -> str:
+        return json.dumps({"executor": self.executor, "attempt_id": str(self.attempt_id), "data": self.data})
+
+    @classmethod
+    def loads(cls, text: str) -> "Handle":
+        raw = json.loads(text)
+        return cls(raw["executor"], AttemptId.parse(raw["attempt_id"]), raw["data"])
+
+
+class Adoption(enum.StrEnum):
+    """What `adopt` found."""
+
+    NOT_STARTED = "not_started"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True, slots=True)
+class ExitStatus:
+    """How an attempt ended. `exit_code` follows the shell (128 + signal); None: nobody saw the end (`lost`)."""
+
+    exit_code: int | None
+    oom_killed: bool = False
+    stop_reason: StopReason | None = None
+
+    @property
+    def lost(self) -> bool:
+        return self.exit_code is None
+
+    @property
+    def timed_out(self) -> bool:
+        return self.stop_reason is StopReason.TIMED_OUT
+
+    @property
+    def signal(self) -> int | None:
+        if self.exit_code is None or not 128 < self.exit_code <= 192:
+            return None
+        return self.exit_code - 128
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What a running attempt uses. None: not measured here."""
+
+    cpu_seconds: float | None
+    memory_bytes: int | None
+    memory_peak_bytes: int | None
+    pids: int
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What this executor can do on this machine. `missing` maps a lacking guarantee to why and how to get it."""
+
+    sandbox: SandboxKind
+    limits: frozenset[str]
+    missing: Mapping[str, str]
+    network: bool
+
+
+class Executor(ABC):
+    """Every method may be called again after a crash; none blocks the event loop for long."""
+
+    name: str
+
+    @abstractmethod
+    async def probe(self) -> Capabilities:
+        """Find out, by trying, what works here."""
+
+    @abstractmethod
+    async def prepare(self, spec: AttemptSpec) -> Handle:
+        """Make everything ready except the start; the same attempt again gives the same handle.
+
+        Raises AttemptRefused.
+        """
+
+    @abstractmethod
+    async def start(self, handle: Handle, spec: AttemptSpec) -> None:
+        """Run the command, once for ever; returns when it runs. Raises AlreadyStarted, SandboxFailed."""
+
+    @abstractmethod
+    async def adopt(self, handle: Handle) -> Adoption:
+        """Take over what an earlier daemon prepared or started. Raises UnknownHandle."""
+
+    @abstractmethod
+    async def wait(self, handle: Handle) -> ExitStatus:
+        """Wait for the end. Afterwards nothing of the attempt runs any more."""
+
+    @abstractmethod
+    async def stop(self, handle: Handle, *, grace_seconds: float, reason: StopReason) -> None:
+        """SIGTERM to the job, SIGKILL to all of it after the grace. Returns when nothing of it runs any more."""
+
+    @abstractmethod
+    async def destroy(self, handle: Handle) -> None:
+        """Kill what is left and remove every trace, folders included. Idempotent."""
+
+    @abstractmethod
+    async def stats(self, handle: Handle) -> Stats:
+        """A sample of what the attempt uses right now."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Release what this daemon holds; running attempts keep running."""

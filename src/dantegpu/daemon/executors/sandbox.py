@@ -1,0 +1,300 @@
+"""The bubblewrap sandbox: what a job sees of the machine, and as whom it runs.
+
+As root, two stages. The first makes namespaces and mounts with root's rights, because the Python to show may lie below
+a 0700 home; it keeps three capabilities, only to become an unprivileged user of the attempt's own (`uid`). The second,
+already that user, makes the user namespace in which the job is uid 1000 and installs the seccomp filter. A job never
+runs as the host's uid 0, not even inside a user namespace: root's files and /proc/sys would be its own.
+An ordinary user's daemon needs one stage only.
+"""
+
+import os
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dantegpu.daemon.executors.base import AttemptSpec
+
+INSIDE_UID = 1000
+WORK = "/work"
+OUTPUT = "/output"
+HOSTNAME = "dante"
+SEARCH_PATH = "/usr/local/bin:/usr/bin:/bin"
+RELOCATED_PREFIX = "/opt/dante/venv"
+GET_BUBBLEWRAP = "install it, for example with: apt-get install bubblewrap"
+MAX_PAYLOAD_BYTES = 1 << 20
+"""What a pipe holds at most: the daemon hands over all arguments before the job may start."""
+
+_MERGED = ("bin", "lib", "lib32", "lib64", "sbin")
+# Copied from the host's /etc, once, into one folder that becomes the job's: one mount instead of a dozen is 2 ms.
+_HOST_ETC = (
+    "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "ssl/certs", "ssl/openssl.cnf", "pki/ca-trust", "pki/tls/certs",
+    "alternatives", "localtime", "timezone", "protocols", "services", "mime.types", "fonts", "OpenCL", "vulkan",
+)  # fmt: skip
+_NETWORK_ETC = ("resolv.conf", "hosts")
+_MAX_ETC_FILE_BYTES = 16 << 20
+_OWN_ETC = {
+    "passwd": f"root:x:0:0:root:/:/usr/sbin/nologin\ndante:x:{INSIDE_UID}:{INSIDE_UID}:job:{WORK}:/bin/sh\n"
+    "nobody:x:65534:65534:nobody:/:/usr/sbin/nologin\n",
+    "group": f"root:x:0:\ndante:x:{INSIDE_UID}:\nnogroup:x:65534:\n",
+    "nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\n",
+    "hostname": f"{HOSTNAME}\n",
+    "hosts": f"127.0.0.1 localhost {HOSTNAME}\n::1 localhost\n",
+    "resolv.conf": "",
+}
+# Tells the daemon on descriptor 9 that the command runs, then becomes it; a missing command ends with 127, as in a
+# shell.
+_ENTRY = 'echo r >&9; exec "$@" 9>&-'
+
+
+@dataclass(frozen=True, slots=True)
+class PythonRuntime:
+    """The daemon's own Python, shown to jobs read-only: (folder on the host, folder in the sandbox)."""
+
+    mounts: tuple[tuple[str, str], ...]
+    search_path: str
+    problem: str = ""
+
+    @classmethod
+    def of_this_process(cls, hidden: Path) -> "PythonRuntime":
+        """`hidden` is the daemon's data, which must not become visible with it."""
+        mounts: list[tuple[str, str]] = []
+        folders: list[str] = []
+        for prefix in dict.fromkeys((sys.prefix, sys.base_prefix)):
+            if _is_below(prefix, "/usr"):
+                continue
+            if prefix in ("/", os.path.expanduser("~")) or _is_below(str(hidden), prefix):
+                return cls((), SEARCH_PATH, f"the daemon's Python ({prefix}) cannot be shown without private data")
+            # A mount point below the job's own folder would have to be made inside that folder.
+            inside = RELOCATED_PREFIX if _is_below(prefix, WORK) or _is_below(prefix, OUTPUT) else prefix
+            mounts.append((prefix, inside))
+            folders.append(f"{inside}/bin")
+        return cls(tuple(mounts), ":".join((*folders, SEARCH_PATH)))
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
+
+
+@dataclass(frozen=True, slots=True)
+class Bubblewrap:
+    """The tools found on this machine, and which of their options exist."""
+
+    bwrap: str
+    setpriv: str
+    options: frozenset[str]
+    as_root: bool
+
+    @classmethod
+    def find(cls, search_path: str | None = None) -> "Bubblewrap | str":
+        """The tools, or why there is no sandbox here."""
+        path = f"{os.environ.get('PATH', '')}:/usr/bin:/usr/local/bin" if search_path is None else search_path
+        bwrap = shutil.which("bwrap", path=path)
+        if bwrap is None:
+            return f"bubblewrap (bwrap) is not installed; {GET_BUBBLEWRAP}"
+        as_root = os.geteuid() == 0
+        setpriv = shutil.which("setpriv", path="/usr/bin:/bin:/usr/sbin:/sbin")
+        if as_root and setpriv is None:
+            return "setpriv is not installed; it is part of util-linux"
+        text = subprocess.run([bwrap, "--help"], capture_output=True, text=True, check=False, timeout=10).stdout
+        options = frozenset(word for word in text.split() if word.startswith("--"))
+        if lacking := {"--args", "--clearenv", "--perms", "--new-session", "--die-with-parent"} - options:
+            return f"{bwrap} is too old: it lacks {', '.join(sorted(lacking))}; {GET_BUBBLEWRAP}"
+        return cls(bwrap, setpriv or "", options, as_root)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Host folders that become the job's, and files that the daemon made for all jobs."""
+
+    work: Path
+    output: Path
+    etc: Path
+    python: PythonRuntime
+    seccomp: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What the shim is handed: a script for descriptor 3 and arguments for descriptors 4 and 5."""
+
+    script: bytes
+    arguments: bytes = b""
+    inner_arguments: bytes = b""
+
+
+def write_etc(folder: Path, host: Path = Path("/etc")) -> None:
+    """Make the job's /etc: what programs need of the host's, nothing else, and its own users and names."""
+    fresh = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(mode=0o755, parents=True)
+    for name in _HOST_ETC:
+        _copy_readable(host / name, fresh / name)
+    for name, text in _OWN_ETC.items():
+        (fresh / name).unlink(missing_ok=True)
+        (fresh / name).write_text(text)
+    for path in (fresh, *fresh.rglob("*")):
+        if not path.is_symlink():
+            path.chmod(0o755 if path.is_dir() else 0o644)
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
+
+
+def _copy_readable(source: Path, target: Path) -> None:
+    """Copy what everybody on the host may read; links stay links, and dangle where their goal is not shown."""
+    if source.name == "localtime" and source.exists():
+        source = source.resolve()
+    try:
+        info = source.lstat()
+    except FileNotFoundError:
+        return
+    if stat.S_ISDIR(info.st_mode):
+        target.mkdir(mode=0o755, parents=True, exist_ok=True)
+        for child in source.iterdir():
+            _copy_readable(child, target / child.name)
+    elif stat.S_ISLNK(info.st_mode):
+        target.symlink_to(os.readlink(source))
+    elif stat.S_ISREG(info.st_mode) and info.st_mode & 0o004 and info.st_size <= _MAX_ETC_FILE_BYTES:
+        target.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+
+
+def environment(spec: AttemptSpec, *, work: str, output: str, search_path: str) -> dict[str, str]:
+    """The job's whole environment: nothing of the daemon's own gets in."""
+    variables = {
+        "PATH": search_path,
+        "HOME": work,
+        "USER": "dante",
+        "LOGNAME": "dante",
+        "LANG": "C.UTF-8",
+        "TMPDIR": "/tmp",
+        # A job's print is followed live; a file would otherwise get it in blocks of 8 KiB.
+        "PYTHONUNBUFFERED": "1",
+    }
+    if spec.cpu_milli:
+        # Else libraries start one thread per core of the machine, whatever part of it the job has.
+        variables["OMP_NUM_THREADS"] = str(max(1, -(-spec.cpu_milli // 1000)))
+    variables |= spec.env
+    variables["DANTE_OUTPUT"] = output
+    real = [device for device in spec.devices if not device.simulated]
+    variables["CUDA_VISIBLE_DEVICES"] = ",".join(device.uuid for device in real)
+    if simulated := [device for device in spec.devices if device.simulated]:
+        variables["DANTE_SIMULATED_GPUS"] = ",".join(device.model for device in simulated)
+    return variables
+
+
+def sandboxed(tools: Bubblewrap, layout: Layout, spec: AttemptSpec, uid: int) -> Launch:
+    """How to start `spec` inside. As root, the job runs as the host's `uid`, else as the daemon's own user."""
+    variables = environment(spec, work=WORK, output=OUTPUT, search_path=layout.python.search_path)
+    entry = ["/bin/sh", "-c", _ENTRY, "sh", *spec.command]
+    user = ["--unshare-user", "--uid", str(INSIDE_UID), "--gid", str(INSIDE_UID), "--new-session", "--clearenv"]
+    user += [part for name, value in variables.items() for part in ("--setenv", name, value)]
+    user += ["--chdir", WORK, "--cap-drop", "ALL"]
+    redirect = "3<&-"
+    if layout.seccomp is not None:
+        user += ["--seccomp", "7"]
+        redirect += f" 7<{shlex.quote(str(layout.seccomp))}"
+    elif "--disable-userns" in tools.options and not tools.as_root:
+        user.append("--disable-userns")
+    mounts = [*_namespaces(spec), *_mounts(tools, layout, spec)]
+    if not tools.as_root:
+        command = [tools.bwrap, "--args", "4", "--", *entry]
+        return Launch(_script(command, f"{redirect} 5<&-"), _nul([*mounts, *user]))
+    capabilities = ["--cap-drop", "ALL"]
+    for name in ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"):
+        capabilities += ["--cap-add", name]
+    drop = [tools.setpriv, "--reuid", str(uid), "--regid", str(uid), "--clear-groups", "--inh-caps=-all"]
+    drop += ["--bounding-set=-all", "--no-new-privs", "--"]
+    command = [tools.bwrap, "--args", "4", "--", *drop, tools.bwrap, "--args", "5", "--", *entry]
+    first = [*mounts, "--clearenv", "--setenv", "PATH", SEARCH_PATH, *capabilities]
+    second = ["--dev-bind", "/", "/", "--die-with-parent", *user]
+    return Launch(_script(command, redirect), _nul(first), _nul(second))
+
+
+def unsandboxed(work: Path, output: Path, spec: AttemptSpec, search_path: str) -> Launch:
+    """How to start `spec` as the daemon's own user, seeing what that user sees, in a session of its own."""
+    variables = environment(spec, work=str(work), output=str(output), search_path=search_path)
+    setsid = shutil.which("setsid", path="/usr/bin:/bin") or "setsid"
+    assignments = "".join(f"{name}={shlex.quote(value)} " for name, value in variables.items())
+    # The variables are set by the shell, never given as arguments: a command line is readable by everybody.
+    names = "".join(f" {name}" for name in variables)
+    script = f"cd {shlex.quote(str(work))} || exit 1\n{assignments}\nexport{names}\n"
+    command = [setsid, "/bin/sh", "-c", _ENTRY, "sh", *spec.command]
+    return Launch(script.encode() + _script(command, "3<&- 4<&- 5<&-"))
+
+
+def _script(command: Sequence[str], redirect: str) -> bytes:
+    return f"exec {shlex.join(command)} {redirect}\n".encode()
+
+
+def _nul(arguments: Sequence[str]) -> bytes:
+    return b"".join(os.fsencode(argument) + b"\0" for argument in arguments)
+
+
+def _namespaces(spec: AttemptSpec) -> list[str]:
+    arguments = ["--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try", "--die-with-parent"]
+    if not spec.network:
+        arguments.append("--unshare-net")
+    return [*arguments, "--hostname", HOSTNAME]
+
+
+def _mounts(tools: Bubblewrap, layout: Layout, spec: AttemptSpec) -> list[str]:
+    mounts: list[tuple[str, str, str]] = [("--ro-bind", str(layout.etc), "/etc")]
+    if spec.network:
+        mounts += [("--ro-bind-try", f"/etc/{name}", f"/etc/{name}") for name in _NETWORK_ETC]
+    mounts += [("--ro-bind", host, inside) for host, inside in layout.python.mounts]
+    for tool in (tools.bwrap, tools.setpriv):
+        if tool and not _is_below(os.path.realpath(tool), "/usr"):
+            mounts.append(("--ro-bind", tool, tool))
+    mounts += _devices(spec)
+    mounts += [("--bind", str(layout.work), WORK), ("--bind", str(layout.output), OUTPUT)]
+    arguments = [*_system(), "--proc", "/proc", "--dev", "/dev"]
+    arguments += [*_tmpfs(tools, "/dev/shm", spec), *_tmpfs(tools, "/tmp", spec)]
+    arguments += _folders("/run", "/var", "/home", *_parents(inside for _, _, inside in mounts))
+    arguments += ["--symlink", "/tmp", "/var/tmp"]
+    arguments += [part for mount in mounts for part in mount]
+    return [*arguments, "--remount-ro", "/"]
+
+
+def _parents(paths: Iterable[str]) -> list[str]:
+    """The folders above mount points, outermost first: bubblewrap itself would make them closed to the job."""
+    found = {str(parent) for path in paths for parent in Path(path).parents}
+    given = ("/", "/dev", "/etc", "/tmp", "/usr", "/proc", "/sys")
+    return sorted(found - set(given) | ({"/sys"} & found))
+
+
+def _folders(*paths: str) -> list[str]:
+    return [part for path in dict.fromkeys(paths) for part in ("--perms", "0755", "--dir", path)]
+
+
+def _system() -> list[str]:
+    arguments = ["--ro-bind", "/usr", "/usr"]
+    for name in _MERGED:
+        path = Path("/", name)
+        if path.is_symlink():
+            arguments += ["--symlink", os.readlink(path), str(path)]
+        elif path.is_dir():
+            arguments += ["--ro-bind", str(path), str(path)]
+    return arguments
+
+
+def _tmpfs(tools: Bubblewrap, path: str, spec: AttemptSpec) -> list[str]:
+    size = ["--size", str(spec.tmp_bytes)] if "--size" in tools.options and spec.tmp_bytes else []
+    return ["--perms", "1777", *size, "--tmpfs", path]
+
+
+def _devices(spec: AttemptSpec) -> list[tuple[str, str, str]]:
+    """Only the leased devices' nodes. CUDA reads its cards' topology from /sys; others see the processors' only."""
+    paths = [path for device in spec.devices for path in device.paths]
+    shown = "/sys" if paths else "/sys/devices/system"
+    mounts = [("--ro-bind", shown, shown)] if Path(shown).is_dir() else []
+    return [*mounts, *(("--dev-bind", path, path) for path in dict.fromkeys(paths))]
+
+
+def describe_limits(missing: Mapping[str, str]) -> list[str]:
+    """`missing` of an executor, one line each, for people."""
+    return [f"{name}: {why}" for name, why in sorted(missing.items())]
