@@ -99,7 +99,9 @@ def install_packages(name: str) -> None:
     pip = [str(VENV_PYTHON), "-m", "pip", "install", "--quiet", "--require-hashes", "--no-deps", "--no-input"]
     lock = str(lock_path(name))
     uv = VENV / "bin" / "uv"
-    if uv.exists() or run([*pip, "--only-binary=:all:", "-r", str(REQUIREMENTS / "uv.txt")], quiet=True):
+    if not uv.exists():
+        run([*pip, "--only-binary=:all:", "-r", str(REQUIREMENTS / "uv.txt")], quiet=True)
+    if uv.exists():
         sync = [str(uv), "pip", "sync", "--python", str(VENV_PYTHON), "--require-hashes", "--allow-empty-requirements"]
         if not sys.stderr.isatty():
             sync.append("--quiet")
