@@ -1,0 +1,9 @@
+"""Loads every module of tests/fixtures as a plugin; put new fixtures there, not here."""
+
+from pathlib import Path
+
+pytest_plugins = [
+    f"tests.fixtures.{path.stem}"
+    for path in sorted((Path(__file__).parent / "fixtures").glob("*.py"))
+    if not path.stem.startswith("_")
+]
