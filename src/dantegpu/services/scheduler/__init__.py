@@ -1,0 +1,1 @@
+"""scheduler-orchestrator-service: the job store, the queue, placement, leases and attempts."""

@@ -1,0 +1,33 @@
+"""What the scheduler refuses, and why."""
+
+from dantegpu.domain.ids import JobId
+from dantegpu.kit.errors import ErrorStatus, ServiceError
+
+
+class JobNotFound(ServiceError):
+    """No such job, or it is another team's: the answer is the same."""
+
+    type = "job-not-found"
+    status = ErrorStatus.NOT_FOUND
+
+    def __init__(self, job_id: JobId) -> None:
+        super().__init__(f"no job {job_id} in your team; `dante ps --all` lists what there is", job_id=str(job_id))
+
+
+class InvalidJob(ServiceError):
+    type = "invalid-job"
+    status = ErrorStatus.INVALID
+
+
+class InputNotUploaded(ServiceError):
+    """The job names an input that the team has not uploaded."""
+
+    type = "input-not-uploaded"
+    status = ErrorStatus.PRECONDITION
+
+
+class NoOfferFits(ServiceError):
+    """`no_wait` was asked for and no machine could take the job now."""
+
+    type = "no-offer-fits"
+    status = ErrorStatus.PRECONDITION

@@ -1,0 +1,79 @@
+"""Wiring of scheduler-orchestrator-service."""
+
+import asyncio
+from pathlib import Path
+
+from dantegpu.contracts.gen.dante.v1 import (
+    billing_pb2_grpc,
+    jobs_pb2_grpc,
+    marketplace_pb2_grpc,
+    registry_pb2_grpc,
+    storage_pb2_grpc,
+)
+from dantegpu.kit.db import Database
+from dantegpu.kit.deps import Deps
+from dantegpu.kit.lease import Leadership
+from dantegpu.kit.lifecycle import Service
+from dantegpu.kit.migrate import Migrations
+from dantegpu.kit.outbox import Outbox
+from dantegpu.services.scheduler.consumers import MachineConsumers
+from dantegpu.services.scheduler.rpc import JobRpc
+from dantegpu.services.scheduler.service.intake import Intake
+from dantegpu.services.scheduler.service.inventory import Inventory
+from dantegpu.services.scheduler.service.machines import Dispatcher, Machines
+from dantegpu.services.scheduler.service.placement import PlacementLeader
+from dantegpu.services.scheduler.service.settlement import Settlement
+from dantegpu.services.scheduler.service.timers import Timers
+from dantegpu.services.scheduler.service.transitions import Wakeups
+from dantegpu.services.scheduler.settings import SchedulerSettings
+
+SCHEMA = "scheduler"
+MIGRATIONS = Path(__file__).parent / "sql" / "migrations"
+
+
+def build(deps: Deps, settings: SchedulerSettings) -> Service:
+    dsn = settings.database_url.get_secret_value()
+    db = Database(dsn, SCHEMA, max_size=settings.database_pool_max_size)
+    outbox = Outbox(db, deps.bus, deps.clock)
+    registry = registry_pb2_grpc.RegistryServiceStub(deps.channels.to("provider-registry-service"))
+    marketplace = marketplace_pb2_grpc.MarketplaceServiceStub(deps.channels.to("agora-marketplace"))
+    billing = billing_pb2_grpc.BillingServiceStub(deps.channels.to("billing-payment-service"))
+    storage = storage_pb2_grpc.StorageServiceStub(deps.channels.to("storage-service"))
+
+    wakeups = Wakeups()
+    inventory = Inventory(registry, marketplace, deps.bus, settings.inventory_refresh_seconds)
+    machines = Machines(db, inventory, registry, storage, outbox, wakeups, deps.clock, settings)
+    dispatcher = Dispatcher(machines, deps.bus)
+    settlement = Settlement(db, billing, outbox, wakeups, deps.clock, settings.lease_seconds)
+    timers = Timers(db, outbox, wakeups, deps.clock, settings)
+    placement = PlacementLeader(
+        db, deps.bus, inventory, billing, outbox, wakeups, deps.clock,
+        settings.lease_seconds, settings.max_duration_seconds,
+    )  # fmt: skip
+    wakeups.machines = dispatcher.notify
+    wakeups.settlement = settlement.notify
+    wakeups.placement = placement.notify
+
+    async def lead(_epoch: int) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(placement.lead(), name="placement")
+            tasks.create_task(timers.run(), name="timers")
+            tasks.create_task(settlement.run(), name="settlement")
+
+    leadership = Leadership(db, "placement", lead)
+    placement.leadership = leadership
+    intake = Intake(db, inventory, storage, outbox, wakeups, deps.clock, settings)
+    return Service(
+        name=settings.service_name,
+        components=[
+            Migrations(dsn, SCHEMA, MIGRATIONS),
+            db,
+            outbox,
+            inventory,
+            dispatcher,
+            MachineConsumers(deps.bus, machines),
+            leadership,
+        ],
+        register_rpc=lambda server: jobs_pb2_grpc.add_JobServiceServicer_to_server(JobRpc(db, intake), server),
+        checks={"database": db.ready, "nats": deps.bus.ready, "inventory": inventory.ready},
+    )

@@ -1,0 +1,193 @@
+"""gRPC edge of the scheduler: one transaction per call, rows to protobuf."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from dantegpu.contracts.gen.dante.v1 import jobs_pb2, jobs_pb2_grpc, machine_pb2
+from dantegpu.domain.ids import AttemptId, DeviceId, JobId, MachineId, TeamId, UserId
+from dantegpu.domain.job import JobState
+from dantegpu.kit.actor import current_actor
+from dantegpu.kit.db import Database
+from dantegpu.kit.idempotency import once
+from dantegpu.services.scheduler import store
+from dantegpu.services.scheduler.service.intake import Intake, JobDetails, JobExplanation, reason_text
+from dantegpu.services.scheduler.service.transitions import event_message
+from dantegpu.services.scheduler.store import AttemptRow, JobRow, LeaseRow
+
+type Context = Any  # grpc.aio.ServicerContext; not used: actor and ids are in context variables
+
+
+class JobRpc(jobs_pb2_grpc.JobServiceServicer):
+    def __init__(self, db: Database, intake: Intake) -> None:
+        self._db = db
+        self._intake = intake
+
+    async def SubmitJobs(self, request: jobs_pb2.SubmitJobsRequest, context: Context) -> jobs_pb2.SubmitJobsResponse:
+        actor = current_actor()
+        await self._intake.check(actor, request.specs, no_wait=request.no_wait)
+        async with self._db.transaction() as tx:
+
+            async def submit() -> jobs_pb2.SubmitJobsResponse:
+                rows = await self._intake.submit(tx, actor, request.specs)
+                return jobs_pb2.SubmitJobsResponse(jobs=[job_message(row) for row in rows])
+
+            return await once(
+                tx,
+                scope=f"{actor.team_id}:SubmitJobs",
+                key=request.idempotency_key,
+                request=request,
+                response_type=jobs_pb2.SubmitJobsResponse,
+                do=submit,
+            )
+
+    async def GetJobs(self, request: jobs_pb2.GetJobsRequest, context: Context) -> jobs_pb2.GetJobsResponse:
+        async with self._db.transaction() as tx:
+            details = await self._intake.get(tx, current_actor(), _job_ids(request.job_ids))
+        return jobs_pb2.GetJobsResponse(jobs=[_detailed(detail) for detail in details])
+
+    async def ListJobs(self, request: jobs_pb2.ListJobsRequest, context: Context) -> jobs_pb2.ListJobsResponse:
+        async with self._db.transaction() as tx:
+            rows, next_cursor = await self._intake.list_jobs(
+                tx,
+                current_actor(),
+                states=[JobState(jobs_pb2.JobState.Name(state)) for state in request.states],
+                cursor=request.page.cursor,
+                limit=request.page.limit,
+                all_teams=request.all_teams,
+            )
+        return jobs_pb2.ListJobsResponse(jobs=[job_message(row) for row in rows], next_cursor=next_cursor)
+
+    async def StopJobs(self, request: jobs_pb2.StopJobsRequest, context: Context) -> jobs_pb2.StopJobsResponse:
+        async with self._db.transaction() as tx:
+            rows = await self._intake.stop(tx, current_actor(), _job_ids(request.job_ids))
+        return jobs_pb2.StopJobsResponse(jobs=[job_message(row) for row in rows])
+
+    async def ListJobEvents(
+        self, request: jobs_pb2.ListJobEventsRequest, context: Context
+    ) -> jobs_pb2.ListJobEventsResponse:
+        async with self._db.transaction() as tx:
+            rows = await self._intake.events(
+                tx, current_actor(), JobId.parse(request.job_id), request.after_seq, request.limit
+            )
+        return jobs_pb2.ListJobEventsResponse(events=[event_message(row) for row in rows])
+
+    async def ExplainJobs(self, request: jobs_pb2.ExplainJobsRequest, context: Context) -> jobs_pb2.ExplainJobsResponse:
+        async with self._db.transaction() as tx:
+            found = await self._intake.explain(tx, current_actor(), _job_ids(request.job_ids))
+        return jobs_pb2.ExplainJobsResponse(explanations=[_explanation(explanation) for explanation in found])
+
+    async def ResolveAttempts(
+        self, request: jobs_pb2.ResolveAttemptsRequest, context: Context
+    ) -> jobs_pb2.ResolveAttemptsResponse:
+        current_actor().require_service()
+        ids = [AttemptId.parse(attempt_id).uuid for attempt_id in request.attempt_ids]
+        async with self._db.transaction() as tx:
+            rows = await store.resolve_attempts(tx, ids)
+        return jobs_pb2.ResolveAttemptsResponse(
+            attempts=[
+                jobs_pb2.ResolvedAttempt(
+                    attempt_id=str(AttemptId(row.id)),
+                    job_id=str(JobId(row.job_id)),
+                    team_id=str(TeamId(row.team_id)),
+                    machine_id=str(MachineId(row.machine_id)),
+                    epoch=row.epoch,
+                    live=row.live,
+                )
+                for row in rows
+            ]
+        )
+
+
+def _job_ids(texts: Sequence[str]) -> list[JobId]:
+    return [JobId.parse(text) for text in texts]
+
+
+def job_message(row: JobRow) -> jobs_pb2.Job:
+    return jobs_pb2.Job(
+        id=str(JobId(row.id)),
+        team_id=str(TeamId(row.team_id)),
+        user_id=str(UserId(row.user_id)) if row.user_id else "",
+        spec=jobs_pb2.JobSpec.FromString(row.spec),
+        state=jobs_pb2.JobState.Value(row.state),
+        reason=row.reason or "",
+        reason_text=reason_text(row),
+        epoch=row.epoch,
+        outcome=_outcome(row.outcome),
+        exit_code=row.exit_code,
+        message=row.message,
+        cost_udgpu=row.cost_udgpu,
+        results_epoch=row.results_epoch,
+        created_at=_timestamp(row.submitted_at),
+        started_at=_timestamp(row.first_running_at),
+        ended_at=_timestamp(row.ended_at),
+        settled=row.settled,
+    )
+
+
+def _detailed(details: JobDetails) -> jobs_pb2.Job:
+    message = job_message(details.job)
+    for attempt in details.attempts:
+        message.attempts.append(_attempt_message(attempt, details.leases.get(attempt.id, [])))
+        if attempt.epoch == details.job.results_epoch:
+            message.results.extend(machine_pb2.AttemptStatus.FromString(attempt.results).results)
+    return message
+
+
+def _attempt_message(row: AttemptRow, leases: Sequence[LeaseRow]) -> jobs_pb2.Attempt:
+    return jobs_pb2.Attempt(
+        id=str(AttemptId(row.id)),
+        job_id=str(JobId(row.job_id)),
+        epoch=row.epoch,
+        machine_id=str(MachineId(row.machine_id)),
+        state=jobs_pb2.JobState.Value(row.state),
+        outcome=_outcome(row.outcome),
+        exit_code=row.exit_code,
+        message=row.message,
+        rate_udgpu_per_hour=row.rate_udgpu_per_hour,
+        billed_seconds=row.billed_seconds,
+        cost_udgpu=row.cost_udgpu,
+        device_ids=[str(DeviceId(lease.device_id)) for lease in leases],
+        created_at=_timestamp(row.created_at),
+        started_at=_timestamp(row.running_at),
+        ended_at=_timestamp(row.ended_at),
+        simulated=row.simulated,
+        sandbox=row.sandbox,
+    )
+
+
+def _explanation(found: JobExplanation) -> jobs_pb2.Explanation:
+    message = jobs_pb2.Explanation(job_id=str(JobId(found.job.id)))
+    if found.why is None:
+        return message
+    message.reason = found.job.reason or ""
+    message.reason_text = reason_text(found.job)
+    message.machines_total = found.why.machines_total
+    message.machines_fitting = found.why.machines_fitting
+    for count in found.why.constraints:
+        message.constraints.add(
+            constraint=count.constraint.value, machines_excluded=count.machines_excluded, text=count.text
+        )
+    for relaxation in found.why.relaxations:
+        added = message.relaxations.add(
+            field=relaxation.field,
+            to=relaxation.after,
+            machines=relaxation.machines,
+            available_now=relaxation.available_now,
+        )
+        setattr(added, "from", relaxation.before)  # a Python keyword
+    return message
+
+
+def _outcome(value: str | None) -> "jobs_pb2.Outcome.ValueType":
+    return jobs_pb2.Outcome.Value(f"OUTCOME_{value.upper()}") if value else jobs_pb2.OUTCOME_UNSPECIFIED
+
+
+def _timestamp(value: datetime | None) -> Timestamp | None:
+    if value is None:
+        return None
+    message = Timestamp()
+    message.FromDatetime(value)
+    return message

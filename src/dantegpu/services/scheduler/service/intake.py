@@ -1,0 +1,219 @@
+"""What users ask of their jobs: submit, look, stop, why."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+from dantegpu.contracts import subjects
+from dantegpu.contracts.gen.dante.v1 import events_pb2, jobs_pb2, storage_pb2, storage_pb2_grpc
+from dantegpu.domain import job as lifecycle
+from dantegpu.domain.clock import Clock
+from dantegpu.domain.ids import JobId, TeamId
+from dantegpu.domain.job import JobState, QueueReason, StopReason
+from dantegpu.domain.resources import InvalidGpuSpec
+from dantegpu.domain.scheduling import DEFAULT_POLICY, PendingJob, Snapshot, Why, explain, schedule
+from dantegpu.kit import rpc
+from dantegpu.kit.actor import SERVICE, Actor
+from dantegpu.kit.db import Database, Tx
+from dantegpu.kit.errors import InvalidArgument
+from dantegpu.kit.outbox import Outbox
+from dantegpu.kit.telemetry import current_traceparent
+from dantegpu.services.scheduler import store
+from dantegpu.services.scheduler.errors import InputNotUploaded, InvalidJob, JobNotFound, NoOfferFits
+from dantegpu.services.scheduler.service.inventory import Inventory
+from dantegpu.services.scheduler.service.placement import live_leases, pending_of, request_of
+from dantegpu.services.scheduler.service.transitions import JobBatch, Wakeups
+from dantegpu.services.scheduler.settings import SchedulerSettings
+from dantegpu.services.scheduler.store import AttemptRow, JobRow, LeaseRow
+
+MAX_JOBS_PER_CALL = 10_000
+MAX_SPEC_BYTES = 256 << 10
+MAX_NAME_LENGTH = 100
+DEFAULT_PAGE = 50
+MAX_PAGE = 500
+MAX_EVENTS_PAGE = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class JobDetails:
+    job: JobRow
+    attempts: Sequence[AttemptRow]
+    leases: dict[UUID, list[LeaseRow]]
+
+
+@dataclass(frozen=True, slots=True)
+class JobExplanation:
+    job: JobRow
+    why: Why | None
+    """None once the job does not wait any more."""
+
+
+class Intake:
+    def __init__(
+        self,
+        db: Database,
+        inventory: Inventory,
+        storage: storage_pb2_grpc.StorageServiceStub,
+        outbox: Outbox,
+        wakeups: Wakeups,
+        clock: Clock,
+        settings: SchedulerSettings,
+    ) -> None:
+        self._db = db
+        self._inventory = inventory
+        self._storage = storage
+        self._outbox = outbox
+        self._wakeups = wakeups
+        self._clock = clock
+        self._settings = settings
+
+    async def check(self, actor: Actor, specs: Sequence[jobs_pb2.JobSpec], *, no_wait: bool) -> None:
+        """Everything about a submission that needs no transaction. Raises InvalidJob, InputNotUploaded, NoOfferFits."""
+        team_id = actor.require_writer()
+        if not 1 <= len(specs) <= MAX_JOBS_PER_CALL:
+            raise InvalidArgument(f"{len(specs)} jobs in one call; 1 to {MAX_JOBS_PER_CALL} are accepted")
+        for index, spec in enumerate(specs):
+            self._check_spec(spec, f"job {index + 1}: " if len(specs) > 1 else "")
+        await self._check_inputs(team_id, specs)
+        if no_wait:
+            await self._check_fits_now(team_id, specs)
+
+    def _check_spec(self, spec: jobs_pb2.JobSpec, where: str) -> None:
+        if bool(spec.argv) == bool(spec.commands):
+            raise InvalidJob(f"{where}give either a command or `commands`: what shall run?", field="commands")
+        if spec.ByteSize() > MAX_SPEC_BYTES:
+            raise InvalidJob(f"{where}the job is {spec.ByteSize()} bytes long, at most {MAX_SPEC_BYTES} are accepted")
+        if not 0 <= spec.priority <= 100:
+            raise InvalidJob(f"{where}priority {spec.priority}: expected 0 to 100", field="priority")
+        if len(spec.name) > MAX_NAME_LENGTH:
+            raise InvalidJob(f"{where}name: at most {MAX_NAME_LENGTH} characters", field="name")
+        if not 0 <= spec.max_duration_seconds <= self._settings.max_duration_seconds:
+            most = self._settings.max_duration_seconds
+            raise InvalidJob(f"{where}max_duration: 1 to {most} seconds", field="max_duration")
+        try:
+            request_of(spec)
+            for event in spec.retry.on_events:
+                lifecycle.RetryOn(event)
+        except InvalidGpuSpec as error:
+            raise InvalidJob(f"{where}{error}", field="resources.gpu") from error
+        except ValueError as error:
+            raise InvalidJob(f"{where}{error}") from error
+
+    async def _check_inputs(self, team_id: TeamId, specs: Sequence[jobs_pb2.JobSpec]) -> None:
+        digests = sorted({spec.input_sha256 for spec in specs if spec.input_sha256})
+        if not digests:
+            return
+        request = storage_pb2.StatBlobsRequest(team_id=str(team_id), sha256s=digests)
+        answer = await rpc.call(self._storage.StatBlobs, request, actor=SERVICE)
+        for digest, size_bytes in zip(digests, answer.sizes_bytes, strict=True):
+            if size_bytes < 0:
+                raise InputNotUploaded(
+                    f"the input {digest[:12]}... is not in your team's storage; upload it first (POST /v1/uploads)",
+                    sha256=digest,
+                )
+
+    async def _check_fits_now(self, team_id: TeamId, specs: Sequence[jobs_pb2.JobSpec]) -> None:
+        await self._inventory.ready()
+        now = self._clock.now()
+        pending = [PendingJob(JobId.new(), team_id, now, request_of(spec), spec.priority) for spec in specs]
+        async with self._db.transaction() as tx:
+            leases = await live_leases(tx)
+        plan = schedule(Snapshot.from_machines(self._inventory.machines(), leases), pending, DEFAULT_POLICY, now=now)
+        if plan.unplaced:
+            first = plan.unplaced[0]
+            detail = f" ({first.detail})" if first.detail else ""
+            raise NoOfferFits(
+                f"no machine can take this job now: {first.reason.text}{detail} Without --no-wait it would be queued.",
+                reason=first.reason.value,
+            )
+
+    async def submit(self, tx: Tx, actor: Actor, specs: Sequence[jobs_pb2.JobSpec]) -> list[JobRow]:
+        """Write the jobs and wake placement. What was checked by check() is not checked again."""
+        team_id = actor.require_writer()
+        ids = [JobId.new() for _ in specs]
+        await store.insert_jobs(
+            tx,
+            ids=[job_id.uuid for job_id in ids],
+            specs=[spec.SerializeToString() for spec in specs],
+            priorities=[spec.priority for spec in specs],
+            team_id=team_id.uuid,
+            user_id=actor.user_id.uuid if actor.user_id else None,
+            submitted_at=self._clock.now(),
+            traceparent=current_traceparent(),
+        )
+        await self._outbox.add(
+            tx, [(subjects.JOB_SUBMITTED, events_pb2.JobSubmitted(job_id=str(job_id))) for job_id in ids]
+        )
+        rows = await store.jobs_by_id(tx, [job_id.uuid for job_id in ids])
+        return [rows[job_id.uuid] for job_id in ids]
+
+    async def get(self, tx: Tx, actor: Actor, job_ids: Sequence[JobId]) -> list[JobDetails]:
+        """Raises JobNotFound for the first id that does not exist or is another team's."""
+        rows = await self._own_jobs(tx, actor, job_ids)
+        attempts = await store.attempts_of_jobs(tx, [row.id for row in rows])
+        leases = await store.leases_of_attempts(tx, [attempt.id for attempt in attempts]) if attempts else {}
+        return [JobDetails(row, [a for a in attempts if a.job_id == row.id], leases) for row in rows]
+
+    async def list_jobs(
+        self, tx: Tx, actor: Actor, *, states: Sequence[JobState], cursor: str, limit: int, all_teams: bool
+    ) -> tuple[list[JobRow], str]:
+        """Newest first; the rows and the cursor of the next page (empty at the end)."""
+        team_id = actor.require_team()
+        if all_teams:
+            actor.require_operator()
+        size = min(limit or DEFAULT_PAGE, MAX_PAGE)
+        rows = await store.list_jobs(
+            tx,
+            team_id=None if all_teams else team_id.uuid,
+            before=JobId.parse(cursor).uuid if cursor else None,
+            states=[state.value for state in states] or None,
+            limit=size + 1,
+        )
+        next_cursor = str(JobId(rows[size - 1].id)) if len(rows) > size else ""
+        return rows[:size], next_cursor
+
+    async def stop(self, tx: Tx, actor: Actor, job_ids: Sequence[JobId]) -> list[JobRow]:
+        """Ask the jobs to end; those that ended already stay as they are."""
+        actor.require_writer()
+        await self._own_jobs(tx, actor, job_ids)
+        batch = await JobBatch.lock(tx, [job_id.uuid for job_id in job_ids], self._clock.now())
+        why = StopReason.OPERATOR if actor.operator and not actor.user_id else StopReason.USER
+        for job_id in dict.fromkeys(job_ids):
+            batch.apply(job_id.uuid, lifecycle.StopRequested(by=str(actor.user_id or "operator"), why=why))
+        await batch.save(tx, self._outbox, self._wakeups, lease_seconds=self._settings.lease_seconds)
+        rows = await store.jobs_by_id(tx, [job_id.uuid for job_id in job_ids])
+        return [rows[job_id.uuid] for job_id in job_ids]
+
+    async def events(self, tx: Tx, actor: Actor, job_id: JobId, after: int, limit: int) -> list[store.EventRow]:
+        await self._own_jobs(tx, actor, [job_id])
+        return await store.events_after(tx, job_id.uuid, after, min(limit or MAX_EVENTS_PAGE, MAX_EVENTS_PAGE))
+
+    async def explain(self, tx: Tx, actor: Actor, job_ids: Sequence[JobId]) -> list[JobExplanation]:
+        await self._inventory.ready()
+        rows = await self._own_jobs(tx, actor, job_ids)
+        snapshot = Snapshot.from_machines(self._inventory.machines(), await live_leases(tx))
+        now = self._clock.now()
+        return [
+            JobExplanation(row, explain(snapshot, pending_of(row), now) if row.state == JobState.QUEUED.value else None)
+            for row in rows
+        ]
+
+    async def _own_jobs(self, tx: Tx, actor: Actor, job_ids: Sequence[JobId]) -> list[JobRow]:
+        team_id = actor.require_team() if not actor.is_service else None
+        if len(job_ids) > MAX_PAGE:
+            raise InvalidArgument(f"{len(job_ids)} jobs in one call; at most {MAX_PAGE}")
+        rows = await store.jobs_by_id(tx, [job_id.uuid for job_id in job_ids])
+        for job_id in job_ids:
+            row = rows.get(job_id.uuid)
+            foreign = row is not None and team_id is not None and row.team_id != team_id.uuid and not actor.operator
+            if row is None or foreign:
+                raise JobNotFound(job_id)
+        return [rows[job_id.uuid] for job_id in job_ids]
+
+
+def reason_text(row: JobRow) -> str:
+    """The reason for people, with its numbers."""
+    if row.reason is None:
+        return ""
+    text = QueueReason(row.reason).text
+    return f"{text} {row.reason_detail}" if row.reason_detail else text

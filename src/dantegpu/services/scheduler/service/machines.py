@@ -1,0 +1,275 @@
+"""What machines say (sync, reports, URLs) and what they are told (their desired attempts)."""
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from pathlib import PurePosixPath
+from uuid import UUID
+
+import structlog
+from nats.aio.msg import Msg
+
+from dantegpu.contracts import subjects
+from dantegpu.contracts.gen.dante.v1 import (
+    jobs_pb2,
+    machine_pb2,
+    registry_pb2,
+    registry_pb2_grpc,
+    storage_pb2,
+    storage_pb2_grpc,
+)
+from dantegpu.domain.clock import Clock
+from dantegpu.domain.ids import AttemptId, DeviceId, InvalidId, JobId, MachineId, TeamId
+from dantegpu.kit import rpc
+from dantegpu.kit.actor import SERVICE
+from dantegpu.kit.bus import Bus
+from dantegpu.kit.db import Database, Tx
+from dantegpu.kit.errors import ErrorStatus, ServiceError, status_of
+from dantegpu.kit.lifecycle import Tasks, Wakeup
+from dantegpu.kit.outbox import Outbox
+from dantegpu.services.scheduler import store
+from dantegpu.services.scheduler.service.inventory import Inventory
+from dantegpu.services.scheduler.service.transitions import JobBatch, Wakeups
+from dantegpu.services.scheduler.settings import SchedulerSettings
+
+log = structlog.get_logger(__name__)
+
+MAX_ATTEMPTS_PER_SYNC = 10_000
+MAX_RESULT_FILES = 10_000
+MAX_PATH_LENGTH = 1024
+_ENDED = frozenset({jobs_pb2.SUCCEEDED, jobs_pb2.FAILED, jobs_pb2.CANCELLED})
+
+
+class Machines:
+    """Folds what machines report and answers with what they shall run."""
+
+    def __init__(
+        self,
+        db: Database,
+        inventory: Inventory,
+        registry: registry_pb2_grpc.RegistryServiceStub,
+        storage: storage_pb2_grpc.StorageServiceStub,
+        outbox: Outbox,
+        wakeups: Wakeups,
+        clock: Clock,
+        settings: SchedulerSettings,
+    ) -> None:
+        self._db = db
+        self._inventory = inventory
+        self._registry = registry
+        self._storage = storage
+        self._outbox = outbox
+        self._wakeups = wakeups
+        self._clock = clock
+        self._settings = settings
+
+    async def fold(self, reports: Sequence[tuple[MachineId, machine_pb2.AttemptStatus]]) -> None:
+        """Apply reports, in order, in one transaction."""
+        usable = [(machine, status) for machine, status in reports if _well_formed(machine, status)]
+        if usable:
+            async with self._db.transaction() as tx:
+                await self._fold(tx, usable, self._clock.now())
+
+    async def _fold(
+        self, tx: Tx, reports: Sequence[tuple[MachineId, machine_pb2.AttemptStatus]], now: datetime
+    ) -> None:
+        batch = await JobBatch.lock(tx, [JobId.parse(status.job_id).uuid for _, status in reports], now)
+        for machine_id, status in reports:
+            batch.fold(machine_id, status)
+        await batch.save(tx, self._outbox, self._wakeups, lease_seconds=self._settings.lease_seconds)
+
+    async def sync(self, machine_id: MachineId, request: machine_pb2.SyncRequest) -> machine_pb2.DesiredState:
+        """Fold what the machine has, renew the leases of what lives, answer with what it shall have."""
+        if refusal := await self._refusal(machine_id):
+            return refusal
+        statuses = [s for s in request.attempts[:MAX_ATTEMPTS_PER_SYNC] if _well_formed(machine_id, s)]
+        live = [(AttemptId.parse(s.attempt_id).uuid, s.epoch) for s in statuses if s.state not in _ENDED]
+        now = self._clock.now()
+        async with self._db.transaction() as tx:
+            if statuses:
+                await self._fold(tx, [(machine_id, status) for status in statuses], now)
+            if live:
+                await store.renew_leases(tx, machine_id.uuid, live, now=now, lease_seconds=self._settings.lease_seconds)
+            state = (await self._desired(tx, [machine_id.uuid], now))[machine_id.uuid]
+        # Only now, after the commit: what is acknowledged may be forgotten by the machine.
+        state.acknowledged.extend(
+            machine_pb2.AttemptAck(attempt_id=s.attempt_id, epoch=s.epoch, seq=s.seq) for s in request.attempts
+        )
+        return state
+
+    async def _refusal(self, machine_id: MachineId) -> machine_pb2.DesiredState | None:
+        if self._inventory.machine(machine_id) is not None:
+            return None
+        request = registry_pb2.GetMachinesRequest(machine_ids=[str(machine_id)])
+        try:
+            answer = await rpc.call(self._registry.GetMachines, request, actor=SERVICE)
+        except ServiceError as error:
+            if status_of(error) is not ErrorStatus.NOT_FOUND:
+                raise
+            return machine_pb2.DesiredState(machine_id=str(machine_id), error="unknown machine: enrol it again")
+        if answer.machines[0].status == registry_pb2.MACHINE_LEFT:
+            return machine_pb2.DesiredState(machine_id=str(machine_id), error="this machine has left", left=True)
+        return None
+
+    async def desired(self, machine_ids: Sequence[UUID]) -> dict[UUID, machine_pb2.DesiredState]:
+        async with self._db.transaction() as tx:
+            return await self._desired(tx, machine_ids, self._clock.now())
+
+    async def _desired(
+        self, tx: Tx, machine_ids: Sequence[UUID], now: datetime
+    ) -> dict[UUID, machine_pb2.DesiredState]:
+        # The revision first: if the set changes between the two reads, the newer set goes out under the older number
+        # and is replaced by the push that follows the change.
+        revisions = await store.machine_revisions(tx, machine_ids)
+        rows = await store.desired_attempts(tx, machine_ids, now)
+        leases = await store.leases_of_attempts(tx, [row.id for row in rows]) if rows else {}
+        server_time_us = int(now.timestamp() * 1_000_000)
+        states = {
+            machine_id: machine_pb2.DesiredState(
+                machine_id=str(MachineId(machine_id)),
+                revision=revisions.get(machine_id, 0),
+                server_time_us=server_time_us,
+            )
+            for machine_id in machine_ids
+        }
+        for row in rows:
+            states[row.machine_id].desired.append(self._desired_attempt(row, leases.get(row.id, []), now))
+        return states
+
+    def _desired_attempt(
+        self, row: store.DesiredRow, leases: Iterable[store.LeaseRow], now: datetime
+    ) -> machine_pb2.DesiredAttempt:
+        spec = jobs_pb2.JobSpec.FromString(row.spec)
+        if not spec.max_duration_seconds:
+            spec.max_duration_seconds = self._settings.max_duration_seconds
+        return machine_pb2.DesiredAttempt(
+            attempt_id=str(AttemptId(row.id)),
+            job_id=str(JobId(row.job_id)),
+            team_id=str(TeamId(row.team_id)),
+            epoch=row.epoch,
+            spec=spec,
+            devices=[
+                machine_pb2.DeviceLease(
+                    device_id=str(DeviceId(lease.device_id)), index=lease.device_index, milli=lease.milli
+                )
+                for lease in leases
+            ],
+            lease_ms=int((row.lease_expires_at - now).total_seconds() * 1000),
+            stop=row.stop_reason is not None,
+            stop_grace_ms=int(self._settings.stop_grace_seconds * 1000),
+            stop_reason=row.stop_reason or "",
+            traceparent=row.traceparent,
+            log_limit_bytes=self._settings.log_limit_bytes,
+            results_limit_bytes=self._settings.results_limit_bytes,
+        )
+
+    async def urls(self, machine_id: MachineId, request: machine_pb2.UrlsRequest) -> machine_pb2.UrlsReply:
+        """Presigned URLs for an attempt that this machine holds at this moment, and for nothing else (I7)."""
+        async with self._db.transaction() as tx:
+            found = await store.attempts_by_id(tx, [AttemptId.parse(request.attempt_id).uuid])
+            attempt = next(iter(found.values()), None)
+            if (
+                attempt is None
+                or attempt.machine_id != machine_id.uuid
+                or attempt.epoch != request.epoch
+                or attempt.ended_at is not None
+                or attempt.lease_expires_at <= self._clock.now()
+            ):
+                return machine_pb2.UrlsReply(error="stale")
+            job = (await store.jobs_by_id(tx, [attempt.job_id]))[attempt.job_id]
+        if problem := self._results_problem(request.results):
+            return machine_pb2.UrlsReply(error=f"refused: {problem}")
+        items = [_presign_input(job)] if request.input else []
+        items += [_presign_result(job.id, attempt.epoch, result) for result in request.results]
+        answer = await rpc.call(self._storage.PresignUrls, storage_pb2.PresignRequest(items=items), actor=SERVICE)
+        urls = list(answer.urls)
+        input_url = urls.pop(0) if request.input else ""
+        return machine_pb2.UrlsReply(input_url=input_url, result_urls=urls)
+
+    def _results_problem(self, results: Sequence[jobs_pb2.ResultFile]) -> str:
+        if len(results) > MAX_RESULT_FILES:
+            return f"{len(results)} result files, at most {MAX_RESULT_FILES} are kept"
+        if (total := sum(result.size_bytes for result in results)) > self._settings.results_limit_bytes:
+            return f"{total} bytes of results, at most {self._settings.results_limit_bytes} are kept"
+        for result in results:
+            if not is_safe_path(result.path) or result.size_bytes < 0:
+                return f"result path {result.path[:200]!r} is not a plain relative path"
+        return ""
+
+
+def is_safe_path(path: str) -> bool:
+    """A relative POSIX path without `..`, empty parts or control characters."""
+    parts = PurePosixPath(path).parts
+    return (
+        bool(parts)
+        and len(path.encode()) <= MAX_PATH_LENGTH
+        and not path.startswith("/")
+        and ".." not in parts
+        and "/".join(parts) == path
+        and path.isprintable()
+    )
+
+
+def _presign_input(job: store.JobRow) -> storage_pb2.Presign:
+    spec = jobs_pb2.JobSpec.FromString(job.spec)
+    return storage_pb2.Presign(method=storage_pb2.Presign.GET, key=f"blobs/{TeamId(job.team_id)}/{spec.input_sha256}")
+
+
+def _presign_result(job_id: UUID, epoch: int, result: jobs_pb2.ResultFile) -> storage_pb2.Presign:
+    return storage_pb2.Presign(
+        method=storage_pb2.Presign.PUT,
+        key=f"results/{JobId(job_id)}/{epoch}/{result.path}",
+        size_bytes=result.size_bytes,
+        sha256=result.sha256,
+    )
+
+
+def _well_formed(machine_id: MachineId, status: machine_pb2.AttemptStatus) -> bool:
+    try:
+        AttemptId.parse(status.attempt_id)
+        JobId.parse(status.job_id)
+    except InvalidId as error:
+        log.warning("report_refused", machine_id=str(machine_id), error=str(error))
+        return False
+    return True
+
+
+class Dispatcher:
+    """Component: pushes a machine's desired attempts when they changed. A lost push is repaired by the next sync."""
+
+    def __init__(self, machines: Machines, bus: Bus) -> None:
+        self._machines = machines
+        self._bus = bus
+        self._due: set[UUID] = set()
+        self._wakeup = Wakeup()
+        self._tasks = Tasks("dispatcher")
+
+    def notify(self, machine_ids: set[UUID]) -> None:
+        self._due |= machine_ids
+        self._wakeup.notify()
+
+    async def start(self) -> None:
+        self._tasks.loop(self._push, "push")
+
+    async def stop(self) -> None:
+        await self._tasks.stop()
+
+    async def _push(self) -> None:
+        await self._wakeup.wait()
+        due, self._due = self._due, set()
+        states = await self._machines.desired(sorted(due))
+        await asyncio.gather(
+            *(
+                self._bus.publish(subjects.machine_desired(MachineId(machine_id)), state)
+                for machine_id, state in states.items()
+            )
+        )
+
+
+async def decode_reports(messages: Sequence[Msg]) -> list[tuple[MachineId, machine_pb2.AttemptStatus]]:
+    """Statuses in order of arrival, each with the machine that NATS says sent it."""
+    found: list[tuple[MachineId, machine_pb2.AttemptStatus]] = []
+    for message in messages:
+        machine_id = subjects.machine_of(message.subject)
+        found.extend((machine_id, status) for status in machine_pb2.Report.FromString(message.data).attempts)
+    return found

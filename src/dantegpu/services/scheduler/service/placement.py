@@ -1,0 +1,381 @@
+"""The leader's rounds: what waits, what is free, one plan, holds for it, one transaction that applies it."""
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from uuid import UUID
+
+import structlog
+from nats.aio.msg import Msg
+from psycopg.errors import CheckViolation, UniqueViolation
+
+from dantegpu.contracts import subjects
+from dantegpu.contracts.envelope import unwrap
+from dantegpu.contracts.gen.dante.v1 import billing_pb2, billing_pb2_grpc, events_pb2, jobs_pb2
+from dantegpu.domain import job as lifecycle
+from dantegpu.domain.clock import Clock
+from dantegpu.domain.ids import AttemptId, DeviceId, JobId, MachineId, TeamId
+from dantegpu.domain.job import JobState, QueueReason
+from dantegpu.domain.pricing import WINDOW_SECONDS
+from dantegpu.domain.resources import MachineInfo, ResourceRequest, parse_gpu_spec
+from dantegpu.domain.scheduling import DEFAULT_POLICY, Lease, PendingJob, Placement, Snapshot, Unplaced, schedule
+from dantegpu.domain.units import format_dgpu
+from dantegpu.kit import rpc
+from dantegpu.kit.actor import SERVICE
+from dantegpu.kit.bus import Bus
+from dantegpu.kit.db import Database, Tx
+from dantegpu.kit.errors import ServiceError
+from dantegpu.kit.lease import Leadership
+from dantegpu.kit.lifecycle import Wakeup
+from dantegpu.kit.outbox import Outbox
+from dantegpu.kit.telemetry import span
+from dantegpu.services.scheduler import store
+from dantegpu.services.scheduler.service.inventory import Inventory
+from dantegpu.services.scheduler.service.transitions import JobBatch, Opening, Wakeups
+from dantegpu.services.scheduler.store import JobRow
+
+log = structlog.get_logger(__name__)
+
+LOAD_PAGE = 1000
+MAX_PLACEMENTS_PER_ROUND = 1000
+MAX_REASONS_PER_ROUND = 1000
+NO_FUNDS_RETRY_SECONDS = 10.0
+IDLE_ROUND_SECONDS = 5.0
+"""A round also runs this often while something waits: what woke nobody is found all the same."""
+SWEEP_SECONDS = 15.0
+"""How often the queue in memory is compared with PostgreSQL."""
+
+
+def pending_of(row: JobRow) -> PendingJob:
+    """A waiting job as placement sees it."""
+    spec = jobs_pb2.JobSpec.FromString(row.spec)
+    return PendingJob(
+        id=JobId(row.id),
+        team_id=TeamId(row.team_id),
+        submitted_at=row.submitted_at,
+        request=request_of(spec),
+        priority=row.priority,
+        max_price_udgpu_per_hour=(
+            spec.max_price_udgpu_per_gpu_hour if spec.HasField("max_price_udgpu_per_gpu_hour") else None
+        ),
+        avoided_machines=frozenset(MachineId(machine) for machine in row.avoided_machines),
+        not_before=row.not_before,
+    )
+
+
+def request_of(spec: jobs_pb2.JobSpec) -> ResourceRequest:
+    """Raises InvalidGpuSpec or ValueError when the spec asks for what cannot be."""
+    resources = spec.resources
+    return ResourceRequest(
+        gpu=parse_gpu_spec(resources.gpu) if resources.gpu else None,
+        cpu_milli=resources.cpu_milli,
+        memory_bytes=resources.memory_bytes,
+        disk_bytes=resources.disk_bytes,
+    )
+
+
+async def live_leases(tx: Tx) -> list[Lease]:
+    return [
+        Lease(
+            machine_id=MachineId(row.machine_id),
+            team_id=TeamId(row.team_id),
+            cpu_milli=row.cpu_milli,
+            memory_bytes=row.memory_bytes,
+            disk_bytes=row.disk_bytes,
+            devices=tuple((DeviceId(device), milli) for device, milli in zip(row.device_ids, row.millis, strict=True)),
+        )
+        for row in await store.live_leases(tx)
+    ]
+
+
+@dataclass(slots=True)
+class _Waiting:
+    job: PendingJob
+    max_duration_seconds: int
+    told: tuple[str, str]
+    """The reason and detail that the database has."""
+    blocked_until_seconds: float = 0.0
+    """Monotonic; no funds: billing is not asked again before, unless money came in."""
+
+
+class PlacementLeader:
+    """Runs on the one replica that holds the lease. Its queue is a cache of PostgreSQL's QUEUED rows."""
+
+    def __init__(
+        self,
+        db: Database,
+        bus: Bus,
+        inventory: Inventory,
+        billing: billing_pb2_grpc.BillingServiceStub,
+        outbox: Outbox,
+        wakeups: Wakeups,
+        clock: Clock,
+        lease_seconds: float,
+        default_max_duration_seconds: int,
+    ) -> None:
+        self._db = db
+        self._bus = bus
+        self._inventory = inventory
+        self._billing = billing
+        self._outbox = outbox
+        self._wakeups = wakeups
+        self._clock = clock
+        self._lease_seconds = lease_seconds
+        self._default_max_duration_seconds = default_max_duration_seconds
+        self._queue: dict[UUID, _Waiting] = {}
+        self._again = Wakeup()
+        self.leadership: Leadership | None = None
+        inventory.on_change.append(self._again)
+
+    def notify(self) -> None:
+        self._again.notify()
+
+    async def lead(self) -> None:
+        """Until cancelled: the queue from PostgreSQL, then rounds."""
+        self._queue.clear()
+        await self._load()
+        wallets = await self._bus.subscribe(subjects.ALL_WALLET_EVENTS, self._wallet_changed)
+        consuming = await self._bus.consume(subjects.JOBS, subjects.PLACEMENT_CONSUMER, self._submitted)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._rounds(), name="placement rounds")
+                tasks.create_task(self._sweeps(), name="placement sweeps")
+        finally:
+            await consuming.close()
+            await wallets.unsubscribe()
+
+    # --- the queue ----------------------------------------------------------------------------------------------------
+
+    async def _submitted(self, messages: Sequence[Msg]) -> None:
+        ids = [JobId.parse(unwrap(message.data, events_pb2.JobSubmitted)[1].job_id).uuid for message in messages]
+        async with self._db.transaction() as tx:
+            rows = await store.jobs_by_id(tx, ids)
+        self._add(rows.values())
+
+    def _add(self, rows: Iterable[JobRow]) -> None:
+        for row in rows:
+            if row.state == JobState.QUEUED.value:
+                spec = jobs_pb2.JobSpec.FromString(row.spec)
+                duration = spec.max_duration_seconds or self._default_max_duration_seconds
+                self._queue[row.id] = _Waiting(pending_of(row), duration, (row.reason or "", row.reason_detail))
+        self._again.notify()
+
+    async def _load(self) -> None:
+        """Every QUEUED job of PostgreSQL that is not in memory, and nothing in memory that is not QUEUED."""
+        after: JobRow | None = None
+        seen: set[UUID] = set()
+        before = set(self._queue)
+        while True:
+            async with self._db.transaction() as tx:
+                rows = await store.queued_jobs(tx, after=after, limit=LOAD_PAGE)
+            seen.update(row.id for row in rows)
+            self._add(row for row in rows if row.id not in self._queue)
+            if len(rows) < LOAD_PAGE:
+                break
+            after = rows[-1]
+        for gone in before - seen:
+            self._queue.pop(gone, None)
+
+    async def _sweeps(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            try:
+                await self._load()
+            except ServiceError as error:
+                log.warning("queue_sweep_failed", error=error.message)
+
+    async def _wallet_changed(self, message: Msg) -> None:
+        _, event = unwrap(message.data, events_pb2.WalletChanged)
+        team_id = TeamId.parse(event.team_id)
+        for waiting in self._queue.values():
+            if waiting.job.team_id == team_id:
+                waiting.blocked_until_seconds = 0.0
+        self._again.notify()
+
+    # --- rounds -------------------------------------------------------------------------------------------------------
+
+    async def _rounds(self) -> None:
+        while True:
+            again = False
+            if self._queue and self._inventory.loaded:
+                try:
+                    again = await self._round()
+                except ServiceError as error:
+                    log.warning("round_failed", error=error.message)
+                except (CheckViolation, UniqueViolation) as error:
+                    # Somebody changed what the plan was made of. The constraint held; the next round sees the truth.
+                    log.warning("plan_rejected", error=str(error).splitlines()[0])
+            if not again:
+                await self._again.wait(self._pause_seconds())
+
+    def _pause_seconds(self) -> float | None:
+        if not self._queue:
+            return None
+        now = self._clock.now()
+        due = [w.job.not_before for w in self._queue.values() if w.job.not_before and w.job.not_before > now]
+        until_due = (min(due) - now).total_seconds() if due else IDLE_ROUND_SECONDS
+        return max(0.02, min(IDLE_ROUND_SECONDS, until_due))
+
+    async def _round(self) -> bool:
+        """One plan, applied. True when the next round should follow at once."""
+        now = self._clock.now()
+        monotonic = self._clock.monotonic()
+        ready = [w.job for w in self._queue.values() if w.blocked_until_seconds <= monotonic]
+        if not ready:
+            return False
+        with span("placement round", jobs=str(len(ready))):
+            async with self._db.transaction() as tx:
+                leases = await live_leases(tx)
+            snapshot = Snapshot.from_machines(self._inventory.machines(), leases)
+            plan = schedule(snapshot, ready, DEFAULT_POLICY, now=now)
+            chosen = plan.placements[:MAX_PLACEMENTS_PER_ROUND]
+            attempts = {placement.job_id.uuid: AttemptId.new() for placement in chosen}
+            refused = await self._open_holds(chosen, attempts, snapshot)
+            try:
+                unused = await self._apply(chosen, attempts, refused, plan.unplaced, snapshot, now)
+            except BaseException:
+                await self._void(attempts.values())
+                raise
+            if unused:
+                await self._void(unused)
+        return len(plan.placements) > len(chosen)
+
+    async def _open_holds(
+        self, chosen: Sequence[Placement], attempts: dict[UUID, AttemptId], snapshot: Snapshot
+    ) -> dict[UUID, int]:
+        """Open the first window's hold of each placement; job -> what its team had, for those that were refused."""
+        if not chosen:
+            return {}
+        requests = [
+            billing_pb2.HoldRequest(
+                attempt_id=str(attempts[placement.job_id.uuid]),
+                job_id=str(placement.job_id),
+                window=0,
+                payer_team_id=str(placement.team_id),
+                provider_team_id=str(snapshot.machines[placement.machine_index].team_id),
+                rate_udgpu_per_hour=placement.rate_udgpu_per_hour,
+                window_seconds=WINDOW_SECONDS,
+                simulated=snapshot.machines[placement.machine_index].simulated,
+            )
+            for placement in chosen
+        ]
+        answer = await rpc.call(
+            self._billing.OpenHolds, billing_pb2.OpenHoldsRequest(holds=requests), actor=SERVICE, timeout_seconds=10
+        )
+        return {
+            placement.job_id.uuid: result.available_udgpu
+            for placement, result in zip(chosen, answer.results, strict=True)
+            if not result.opened
+        }
+
+    async def _apply(
+        self,
+        chosen: Sequence[Placement],
+        attempts: dict[UUID, AttemptId],
+        refused: dict[UUID, int],
+        unplaced: Sequence[Unplaced],
+        snapshot: Snapshot,
+        now: datetime,
+    ) -> list[AttemptId]:
+        """Write the plan. Returns the attempts that came to nothing because their job changed meanwhile."""
+        told = self._news(unplaced, refused)
+        placed = [placement for placement in chosen if placement.job_id.uuid not in refused]
+        if not placed and not told:
+            return []
+        unused: list[AttemptId] = []
+        done: list[UUID] = []
+        gone: list[UUID] = []
+        async with self._db.transaction() as tx:
+            assert self.leadership is not None, "rounds run under a lease"
+            await self.leadership.assert_held(tx)
+            batch = await JobBatch.lock(tx, [*(p.job_id.uuid for p in placed), *told], now)
+            for placement in placed:
+                job_id = placement.job_id.uuid
+                job = batch.get(job_id)
+                if job is None or job.state is not JobState.QUEUED:
+                    unused.append(attempts[job_id])
+                    gone.append(job_id)
+                    continue
+                machine = snapshot.machines[placement.machine_index]
+                event = lifecycle.Placed(attempts[job_id], placement.machine_id)
+                batch.apply(job_id, event, self._opening(placement, machine))
+                done.append(job_id)
+            for job_id, reason in told.items():
+                job = batch.get(job_id)
+                if job is None or job.state is not JobState.QUEUED:
+                    gone.append(job_id)
+                else:
+                    batch.apply(job_id, lifecycle.StillWaiting(QueueReason(reason[0]), reason[1]))
+            await batch.save(tx, self._outbox, self._wakeups, lease_seconds=self._lease_seconds)
+        for job_id in (*done, *gone):
+            self._queue.pop(job_id, None)
+        for job_id, reason in told.items():
+            if job_id in self._queue:
+                self._queue[job_id].told = reason
+        return unused
+
+    def _news(self, unplaced: Sequence[Unplaced], refused: dict[UUID, int]) -> dict[UUID, tuple[str, str]]:
+        """Jobs whose reason is another one than the database has."""
+        news: dict[UUID, tuple[str, str]] = {}
+        for decision in unplaced:
+            waiting = self._queue.get(decision.job_id.uuid)
+            reason = (decision.reason.value, decision.detail)
+            # A retry's reason says what happened to the last attempt; a round has nothing to add to that.
+            if waiting and decision.reason is not QueueReason.WAITING_FOR_RETRY and waiting.told != reason:
+                news[decision.job_id.uuid] = reason
+            if len(news) >= MAX_REASONS_PER_ROUND:
+                break
+        for job_id, available in refused.items():
+            waiting = self._queue.get(job_id)
+            if waiting is None:
+                continue
+            waiting.blocked_until_seconds = self._clock.monotonic() + NO_FUNDS_RETRY_SECONDS
+            reason = (QueueReason.NO_FUNDS.value, _no_funds_text(available))
+            if waiting.told != reason:
+                news[job_id] = reason
+        return news
+
+    def _opening(self, placement: Placement, machine: MachineInfo) -> Opening:
+        waiting = self._queue.get(placement.job_id.uuid)
+        known = self._inventory.machine(machine.id)
+        return Opening(
+            attempt={
+                "job_id": placement.job_id.uuid,
+                "team_id": placement.team_id.uuid,
+                "machine_id": machine.id.uuid,
+                "provider_team_id": machine.team_id.uuid,
+                "simulated": any(machine.devices[share.index].simulated for share in placement.devices),
+                "sandbox": known.inventory.sandbox if known else "",
+                "cpu_milli": placement.cpu_milli,
+                "memory_bytes": placement.memory_bytes,
+                "disk_bytes": placement.disk_bytes,
+                "rate_udgpu_per_hour": placement.rate_udgpu_per_hour,
+                "max_duration_seconds": (
+                    waiting.max_duration_seconds if waiting else self._default_max_duration_seconds
+                ),
+            },
+            devices=tuple(
+                {"device_id": share.device_id.uuid, "device_index": share.index, "milli": share.milli}
+                for share in placement.devices
+            ),
+            message=f"on {known.inventory.hostname if known else machine.id} ({machine.id}), "
+            f"{format_dgpu(placement.rate_udgpu_per_hour)} $dGPU per hour",
+        )
+
+    async def _void(self, attempts: Iterable[AttemptId]) -> None:
+        """Give back holds whose attempt came to nothing. When this fails, settlement's sweep finds them."""
+        closes = [billing_pb2.HoldClose(attempt_id=str(attempt), window=0, used_seconds=0) for attempt in attempts]
+        if not closes:
+            return
+        try:
+            await rpc.call(self._billing.CloseHolds, billing_pb2.CloseHoldsRequest(holds=closes), actor=SERVICE)
+        except ServiceError as error:
+            log.warning("holds_not_voided", holds=len(closes), error=error.message)
+
+
+def _no_funds_text(available_udgpu: int) -> str:
+    return (
+        f"the wallet has {format_dgpu(available_udgpu)} $dGPU available, less than the first {WINDOW_SECONDS // 60} "
+        "minutes cost; the job starts when money comes in"
+    )

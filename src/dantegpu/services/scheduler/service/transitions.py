@@ -1,0 +1,386 @@
+"""The one way in which jobs and attempts change: lock, ask the transition table, write everything back at once."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from google.protobuf.message import Message
+
+from dantegpu.contracts import subjects
+from dantegpu.contracts.gen.dante.v1 import events_pb2, jobs_pb2, machine_pb2
+from dantegpu.domain import job as lifecycle
+from dantegpu.domain.ids import AttemptId, JobId, MachineId, TeamId
+from dantegpu.domain.job import JobSnapshot, JobState, Outcome, QueueReason, RetryOn, RetryPolicy, StopReason
+from dantegpu.domain.pricing import billable_seconds
+from dantegpu.kit.db import Tx
+from dantegpu.kit.outbox import Outbox
+from dantegpu.services.scheduler import store
+from dantegpu.services.scheduler.store import JobRow
+
+
+@dataclass(slots=True)
+class Wakeups:
+    """Whom to wake once changes are committed. Each is only a hint: everybody also looks by himself now and then."""
+
+    machines: Callable[[set[UUID]], None] = field(default=lambda machine_ids: None)
+    settlement: Callable[[], None] = field(default=lambda: None)
+    placement: Callable[[], None] = field(default=lambda: None)
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What a placement adds to the attempt that a Placed event opens."""
+
+    attempt: Mapping[str, Any]
+    devices: tuple[Mapping[str, Any], ...]
+    message: str
+
+
+_ATTEMPT_END_STATES: Mapping[Outcome, JobState] = {
+    Outcome.SUCCEEDED: JobState.SUCCEEDED,
+    Outcome.CANCELLED: JobState.CANCELLED,
+}
+
+
+def snapshot_of(row: JobRow) -> JobSnapshot:
+    """The row as the transition table wants it."""
+    return JobSnapshot(
+        id=JobId(row.id),
+        team_id=TeamId(row.team_id),
+        submitted_at=row.submitted_at,
+        state=JobState(row.state),
+        epoch=row.epoch,
+        attempts_used=row.attempts_used,
+        retry=_retry_policy(jobs_pb2.JobSpec.FromString(row.spec)),
+        queue_reason=QueueReason(row.reason) if row.reason else None,
+        queue_detail=row.reason_detail,
+        not_before=row.not_before,
+        attempt_id=AttemptId(row.attempt_id) if row.attempt_id else None,
+        machine_id=MachineId(row.machine_id) if row.machine_id else None,
+        report_seq=row.report_seq,
+        placed_at=row.placed_at,
+        running_at=row.running_at,
+        stop_reason=StopReason(row.stop_reason) if row.stop_reason else None,
+        stop_by=row.stop_by,
+        avoided_machines=tuple(MachineId(machine) for machine in row.avoided_machines),
+        first_running_at=row.first_running_at,
+        ended_at=row.ended_at,
+        outcome=Outcome(row.outcome) if row.outcome else None,
+        exit_code=row.exit_code,
+        message=row.message,
+    )
+
+
+def _retry_policy(spec: jobs_pb2.JobSpec) -> RetryPolicy:
+    if not spec.HasField("retry"):
+        return lifecycle.DEFAULT_RETRY
+    return RetryPolicy(
+        on_events=frozenset(RetryOn(event) for event in spec.retry.on_events),
+        duration_seconds=spec.retry.duration_seconds or None,
+    )
+
+
+class JobBatch:
+    """Some jobs, locked in one transaction. Apply events, then save() once."""
+
+    def __init__(self, rows: Mapping[UUID, JobRow], now: datetime) -> None:
+        self._rows = rows
+        self._now = now
+        self._jobs = {job_id: snapshot_of(row) for job_id, row in rows.items()}
+        self._results_epoch = {job_id: row.results_epoch for job_id, row in rows.items()}
+        self._event_seq = {job_id: row.event_seq for job_id, row in rows.items()}
+        self._changed: set[UUID] = set()
+        self._events: list[dict[str, Any]] = []
+        self._attempts: dict[UUID, dict[str, Any]] = {}
+        self._opened: list[Mapping[str, Any]] = []
+        self._leases: list[Mapping[str, Any]] = []
+        self._closed: list[UUID] = []
+        self._machines: set[UUID] = set()
+        self._requeued: set[UUID] = set()
+
+    @staticmethod
+    async def lock(tx: Tx, job_ids: Iterable[UUID], now: datetime) -> "JobBatch":
+        return JobBatch(await store.lock_jobs(tx, set(job_ids)), now)
+
+    def get(self, job_id: UUID) -> JobSnapshot | None:
+        """The job as it is after what was applied so far; None when there is no such job."""
+        return self._jobs.get(job_id)
+
+    def apply(self, job_id: UUID, event: lifecycle.Event, opening: Opening | None = None) -> JobSnapshot:
+        """Raises IllegalTransition for a pair that the table does not have."""
+        before = self._jobs[job_id]
+        after, effects = lifecycle.transition(before, event, self._now)
+        self._take(before, after, effects, opening, None)
+        return after
+
+    def fold(self, machine_id: MachineId, status: machine_pb2.AttemptStatus) -> None:
+        """What a machine says of one of its attempts; stale and repeated reports change nothing."""
+        job_id = JobId.parse(status.job_id).uuid
+        if job_id not in self._jobs:
+            return
+        event = _event_of(status)
+        if event is None:
+            return
+        if isinstance(event, lifecycle.AttemptEnded):
+            self._start_unseen(job_id, machine_id, status)
+        before = self._jobs[job_id]
+        report = lifecycle.AttemptReport(
+            AttemptId.parse(status.attempt_id), machine_id, status.epoch, status.seq, event
+        )
+        folded = lifecycle.fold_report(before, report, self._now)
+        if isinstance(folded, lifecycle.Folded):
+            self._take(before, folded.job, folded.effects, None, status)
+
+    def _start_unseen(self, job_id: UUID, machine_id: MachineId, status: machine_pb2.AttemptStatus) -> None:
+        """The report of the start got lost or was overtaken: bill from when it must have started, never from before
+        the placement."""
+        before = self._jobs[job_id]
+        if before.running_at is not None or status.ran_ms <= 0 or before.placed_at is None:
+            return
+        started_at = max(before.placed_at, self._now - timedelta(milliseconds=status.ran_ms))
+        report = lifecycle.AttemptReport(
+            AttemptId.parse(status.attempt_id), machine_id, status.epoch, status.seq - 1, lifecycle.AttemptRunning()
+        )
+        folded = lifecycle.fold_report(before, report, started_at)
+        if isinstance(folded, lifecycle.Folded):
+            self._take(before, folded.job, folded.effects, None, None)
+
+    def _take(
+        self,
+        before: JobSnapshot,
+        after: JobSnapshot,
+        effects: tuple[lifecycle.Effect, ...],
+        opening: Opening | None,
+        status: machine_pb2.AttemptStatus | None,
+    ) -> None:
+        job_id = after.id.uuid
+        if after == before and not effects:
+            return
+        self._jobs[job_id] = after
+        self._changed.add(job_id)
+        if before.attempt_id is not None and after.attempt_id == before.attempt_id:
+            self._attempt(before.attempt_id.uuid, after)
+        for effect in effects:
+            self._effect(effect, before, opening, status)
+        if after.state is JobState.QUEUED and before.state is not JobState.QUEUED:
+            self._requeued.add(job_id)
+        if told := _event_text(before, after, opening):
+            self._tell(job_id, after, before.attempt_id or after.attempt_id, *told)
+
+    def _attempt(self, attempt_id: UUID, job: JobSnapshot) -> dict[str, Any]:
+        record = self._attempts.setdefault(attempt_id, {"id": attempt_id})
+        record["state"] = job.state.value
+        record["running_at"] = job.running_at
+        return record
+
+    def _effect(
+        self,
+        effect: lifecycle.Effect,
+        before: JobSnapshot,
+        opening: Opening | None,
+        status: machine_pb2.AttemptStatus | None,
+    ) -> None:
+        match effect:
+            case lifecycle.OpenAttempt(attempt_id, machine_id, epoch):
+                assert opening is not None, "a placement says what it opens"
+                self._opened.append({**opening.attempt, "id": attempt_id.uuid, "epoch": epoch})
+                self._leases.extend({**device, "attempt_id": attempt_id.uuid} for device in opening.devices)
+                self._machines.add(machine_id.uuid)
+            case lifecycle.StopAttempt(attempt_id, machine_id, _, why):
+                record = self._attempt(attempt_id.uuid, self._jobs[before.id.uuid])
+                record["stop_reason"] = why.value
+                self._machines.add(machine_id.uuid)
+            case lifecycle.CloseAttempt(attempt_id, machine_id, _, outcome, exit_code, message):
+                self._close(attempt_id.uuid, outcome, exit_code, message, before, status)
+                self._machines.add(machine_id.uuid)
+            case lifecycle.CloseHold(attempt_id, since, until):
+                seconds = billable_seconds(since, until)
+                if status is not None and status.ran_ms > 0:
+                    # A provider's report may only lower what the server's clock says.
+                    seconds = min(seconds, max(1, math.ceil(status.ran_ms / 1000)))
+                self._attempts[attempt_id.uuid]["billed_seconds"] = seconds
+            case lifecycle.PublishResults(_, epoch):
+                if status is not None and status.results:
+                    self._results_epoch[before.id.uuid] = epoch
+            case lifecycle.ScheduleRetry() | lifecycle.EndJob():
+                pass  # `not_before` and the terminal state are in the job itself
+
+    def _close(
+        self,
+        attempt_id: UUID,
+        outcome: Outcome | None,
+        exit_code: int | None,
+        message: str,
+        before: JobSnapshot,
+        status: machine_pb2.AttemptStatus | None,
+    ) -> None:
+        record = self._attempts.setdefault(attempt_id, {"id": attempt_id})
+        state = _ATTEMPT_END_STATES.get(outcome, JobState.FAILED) if outcome else JobState.CANCELLED
+        record |= {
+            "state": state.value,
+            "outcome": outcome.value if outcome else None,
+            "exit_code": exit_code,
+            "message": message,
+            "running_at": before.running_at,
+            "ended_at": self._now,
+        }
+        if status is not None:
+            record["results"] = machine_pb2.AttemptStatus(results=status.results).SerializeToString()
+            record["sandbox"] = status.sandbox or None
+        self._closed.append(attempt_id)
+
+    def _tell(self, job_id: UUID, job: JobSnapshot, attempt_id: AttemptId | None, type_: str, message: str) -> None:
+        self._event_seq[job_id] += 1
+        self._events.append({
+            "job_id": job_id,
+            "seq": self._event_seq[job_id],
+            "state": job.state.value,
+            "type": type_,
+            "message": message,
+            "attempt_id": attempt_id.uuid if attempt_id else None,
+            "occurred_at": self._now,
+        })  # fmt: skip
+
+    async def save(self, tx: Tx, outbox: Outbox, wakeups: Wakeups, *, lease_seconds: float) -> None:
+        """Write every change of this batch, and what has to be published, into `tx`."""
+        if not self._changed:
+            return
+        if self._attempts:
+            await store.save_attempts(tx, [_complete(record) for record in self._attempts.values()])
+        if self._closed:
+            await store.release_devices(tx, self._closed)
+        await store.save_jobs(tx, [self._record(job_id) for job_id in self._changed])
+        if self._opened:
+            await store.insert_attempts(tx, self._opened, now=self._now, lease_seconds=lease_seconds)
+            await store.lease_devices(tx, self._leases)
+        if self._events:
+            await store.insert_events(tx, self._events)
+        if self._machines:
+            await store.bump_machines(tx, self._machines)
+        await outbox.add(tx, self._messages())
+        tx.after_commit.append(lambda: self._wake(wakeups))
+
+    def _wake(self, wakeups: Wakeups) -> None:
+        if self._machines:
+            wakeups.machines(self._machines)
+        if self._closed:
+            wakeups.placement()
+        if self._closed or any(self._jobs[job_id].state.terminal for job_id in self._changed):
+            wakeups.settlement()
+
+    def _messages(self) -> list[tuple[str, Message]]:
+        messages: list[tuple[str, Message]] = []
+        for record in self._events:
+            job = self._jobs[record["job_id"]]
+            changed = events_pb2.JobChanged(
+                job_id=str(job.id), team_id=str(job.team_id), event=event_message(store.EventRow(**record))
+            )
+            messages.append((subjects.job_event(job.id), changed))
+        messages.extend(
+            (subjects.JOB_SUBMITTED, events_pb2.JobSubmitted(job_id=str(JobId(job_id)))) for job_id in self._requeued
+        )
+        return messages
+
+    def _record(self, job_id: UUID) -> dict[str, Any]:
+        job = self._jobs[job_id]
+        return {
+            "id": job_id,
+            "state": job.state.value,
+            "epoch": job.epoch,
+            "attempts_used": job.attempts_used,
+            "reason": job.queue_reason.value if job.queue_reason else None,
+            "reason_detail": job.queue_detail,
+            "not_before": job.not_before,
+            "attempt_id": job.attempt_id.uuid if job.attempt_id else None,
+            "machine_id": job.machine_id.uuid if job.machine_id else None,
+            "report_seq": job.report_seq,
+            "placed_at": job.placed_at,
+            "running_at": job.running_at,
+            "first_running_at": job.first_running_at,
+            "stop_reason": job.stop_reason.value if job.stop_reason else None,
+            "stop_by": job.stop_by,
+            "avoided_machines": [str(machine.uuid) for machine in job.avoided_machines],
+            "ended_at": job.ended_at,
+            "outcome": job.outcome.value if job.outcome else None,
+            "exit_code": job.exit_code,
+            "message": job.message,
+            "results_epoch": self._results_epoch[job_id],
+            "event_seq": self._event_seq[job_id],
+        }
+
+
+_ATTEMPT_COLUMNS = (
+    "id", "state", "stop_reason", "outcome", "exit_code", "message", "running_at", "ended_at", "results",
+    "billed_seconds", "sandbox",
+)  # fmt: skip
+
+
+def _complete(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {column: record.get(column) for column in _ATTEMPT_COLUMNS}
+
+
+def _event_of(status: machine_pb2.AttemptStatus) -> (
+    lifecycle.AttemptStarting | lifecycle.AttemptRunning | lifecycle.AttemptStopping | lifecycle.AttemptEnded | None
+):  # fmt: skip
+    match status.state:
+        case jobs_pb2.STARTING:
+            return lifecycle.AttemptStarting()
+        case jobs_pb2.RUNNING:
+            return lifecycle.AttemptRunning()
+        case jobs_pb2.STOPPING:
+            return lifecycle.AttemptStopping()
+        case jobs_pb2.SUCCEEDED | jobs_pb2.FAILED | jobs_pb2.CANCELLED:
+            outcome = outcome_of(status.outcome) or Outcome.PROVIDER_FAULT
+            exit_code = status.exit_code if status.HasField("exit_code") else None
+            return lifecycle.AttemptEnded(outcome, exit_code, status.message[:2000])
+        case _:
+            return None
+
+
+def outcome_of(value: "jobs_pb2.Outcome.ValueType") -> Outcome | None:
+    """None for OUTCOME_UNSPECIFIED and for values of a newer daemon."""
+    if value not in jobs_pb2.Outcome.values() or value == jobs_pb2.OUTCOME_UNSPECIFIED:
+        return None
+    return Outcome(jobs_pb2.Outcome.Name(value).removeprefix("OUTCOME_").lower())
+
+
+def _event_text(before: JobSnapshot, after: JobSnapshot, opening: Opening | None) -> tuple[str, str] | None:
+    """(type, message) of the job's history line for this change; None when people need not hear of it."""
+    if after.state is JobState.QUEUED:
+        if before.state is not JobState.QUEUED:
+            return "requeued", after.queue_detail or (after.queue_reason.text if after.queue_reason else "")
+        if after.queue_reason != before.queue_reason and after.queue_reason is not None:
+            return "waiting", after.queue_detail or after.queue_reason.text
+        return None
+    if after.state is before.state:
+        return None
+    match after.state:
+        case JobState.PLACED:
+            return "placed", opening.message if opening else ""
+        case JobState.STARTING:
+            return "starting", "the machine fetches the inputs"
+        case JobState.RUNNING:
+            return "running", "the command runs; billing began"
+        case JobState.STOPPING:
+            why = after.stop_reason.value if after.stop_reason else ""
+            return "stop_requested", f"{why} (by {after.stop_by})" if after.stop_by else why
+        case _:
+            code = f", exit code {after.exit_code}" if after.exit_code is not None else ""
+            outcome = after.outcome.value if after.outcome else ""
+            return "ended", f"{outcome}{code}" + (f": {after.message}" if after.message else "")
+
+
+def event_message(row: store.EventRow) -> jobs_pb2.JobEvent:
+    event = jobs_pb2.JobEvent(
+        job_id=str(JobId(row.job_id)),
+        seq=row.seq,
+        state=jobs_pb2.JobState.Value(row.state),
+        type=row.type,
+        message=row.message,
+        attempt_id=str(AttemptId(row.attempt_id)) if row.attempt_id else "",
+    )
+    event.occurred_at.FromDatetime(row.occurred_at)
+    return event

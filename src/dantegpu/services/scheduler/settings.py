@@ -1,0 +1,21 @@
+"""Settings of the scheduler."""
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from dantegpu.kit.settings import ServiceSettings
+
+
+class SchedulerSettings(ServiceSettings):
+    service_name: ClassVar[str] = "scheduler-orchestrator-service"
+
+    lease_seconds: float = Field(default=30.0, ge=1, description="how long an attempt may run without a renewal")
+    lease_grace_seconds: float = Field(
+        default=10.0, ge=0.5, description="how long after its lease an attempt counts as lost; covers clock rates"
+    )
+    stop_grace_seconds: float = Field(default=10.0, ge=0, description="between SIGTERM and SIGKILL")
+    inventory_refresh_seconds: float = Field(default=10.0, ge=0.1, description="full read of machines and prices")
+    max_duration_seconds: int = Field(default=7 * 24 * 3600, ge=1, description="of jobs that name none; and the most")
+    log_limit_bytes: int = Field(default=64 << 20, ge=1024)
+    results_limit_bytes: int = Field(default=10 << 30, ge=1024)

@@ -1,0 +1,190 @@
+-- name: insert_jobs
+INSERT INTO jobs (id, team_id, user_id, spec, state, priority, submitted_at, traceparent, reason)
+SELECT id, %(team_id)s, %(user_id)s, spec, 'QUEUED', priority, %(submitted_at)s, %(traceparent)s, 'new'
+FROM unnest(%(ids)s::uuid[], %(specs)s::bytea[], %(priorities)s::smallint[]) AS new (id, spec, priority);
+
+-- name: jobs_by_id
+SELECT * FROM jobs WHERE id = ANY(%(ids)s);
+
+-- name: lock_jobs
+SELECT * FROM jobs WHERE id = ANY(%(ids)s) ORDER BY id FOR UPDATE;
+
+-- name: list_jobs
+SELECT * FROM jobs
+WHERE (%(team_id)s::uuid IS NULL OR team_id = %(team_id)s)
+  AND (%(before)s::uuid IS NULL OR id < %(before)s)
+  AND (%(states)s::text[] IS NULL OR state = ANY(%(states)s))
+ORDER BY id DESC LIMIT %(limit)s;
+
+-- name: queued_jobs
+SELECT * FROM jobs WHERE state = 'QUEUED' AND (submitted_at, id) > (%(after_time)s, %(after_id)s)
+ORDER BY submitted_at, id LIMIT %(limit)s;
+
+-- name: save_jobs
+UPDATE jobs SET
+    state = new.state, epoch = new.epoch, attempts_used = new.attempts_used, reason = new.reason,
+    reason_detail = new.reason_detail, not_before = new.not_before, attempt_id = new.attempt_id,
+    machine_id = new.machine_id, report_seq = new.report_seq, placed_at = new.placed_at, running_at = new.running_at,
+    first_running_at = new.first_running_at, stop_reason = new.stop_reason, stop_by = new.stop_by,
+    avoided_machines = new.avoided_machines, ended_at = new.ended_at, outcome = new.outcome,
+    exit_code = new.exit_code, message = new.message, results_epoch = new.results_epoch, event_seq = new.event_seq
+FROM jsonb_to_recordset(%(rows)s) AS new (
+    id uuid, state text, epoch bigint, attempts_used integer, reason text, reason_detail text, not_before timestamptz,
+    attempt_id uuid, machine_id uuid, report_seq bigint, placed_at timestamptz, running_at timestamptz,
+    first_running_at timestamptz, stop_reason text, stop_by text, avoided_machines uuid[], ended_at timestamptz,
+    outcome text, exit_code integer, message text, results_epoch bigint, event_seq bigint)
+WHERE jobs.id = new.id;
+
+-- name: insert_events
+INSERT INTO job_events (job_id, seq, state, type, message, attempt_id, occurred_at)
+SELECT job_id, seq, state, type, message, attempt_id, occurred_at
+FROM jsonb_to_recordset(%(rows)s) AS new (
+    job_id uuid, seq bigint, state text, type text, message text, attempt_id uuid, occurred_at timestamptz);
+
+-- name: events_after
+SELECT job_id, seq, state, type, message, attempt_id, occurred_at FROM job_events
+WHERE job_id = %(job_id)s AND seq > %(after)s ORDER BY seq LIMIT %(limit)s;
+
+-- name: insert_attempts
+INSERT INTO attempts (id, job_id, team_id, epoch, machine_id, provider_team_id, simulated, sandbox, cpu_milli,
+    memory_bytes, disk_bytes, rate_udgpu_per_hour, max_duration_seconds, state, created_at, lease_renewed_at,
+    lease_expires_at)
+SELECT id, job_id, team_id, epoch, machine_id, provider_team_id, simulated, sandbox, cpu_milli, memory_bytes,
+    disk_bytes, rate_udgpu_per_hour, max_duration_seconds, 'PLACED', %(now)s, %(now)s,
+    %(now)s + make_interval(secs => %(lease_seconds)s)
+FROM jsonb_to_recordset(%(rows)s) AS new (
+    id uuid, job_id uuid, team_id uuid, epoch bigint, machine_id uuid, provider_team_id uuid, simulated boolean,
+    sandbox text, cpu_milli bigint, memory_bytes bigint, disk_bytes bigint, rate_udgpu_per_hour bigint,
+    max_duration_seconds bigint);
+
+-- name: lease_devices
+WITH leased AS (
+    INSERT INTO device_leases (attempt_id, device_id, device_index, milli)
+    SELECT attempt_id, device_id, device_index, milli FROM jsonb_to_recordset(%(rows)s)
+        AS new (attempt_id uuid, device_id uuid, device_index integer, milli integer)
+    RETURNING device_id, milli
+)
+INSERT INTO device_usage AS usage (device_id, leased_milli)
+SELECT device_id, sum(milli) FROM leased GROUP BY device_id ORDER BY device_id
+ON CONFLICT (device_id) DO UPDATE SET leased_milli = usage.leased_milli + excluded.leased_milli;
+
+-- name: release_devices
+WITH released AS (
+    UPDATE device_leases SET released = true WHERE attempt_id = ANY(%(attempt_ids)s) AND NOT released
+    RETURNING device_id, milli
+), freed AS (
+    SELECT device_id, sum(milli) AS milli FROM released GROUP BY device_id ORDER BY device_id
+)
+UPDATE device_usage SET leased_milli = leased_milli - freed.milli FROM freed
+WHERE device_usage.device_id = freed.device_id;
+
+-- name: save_attempts
+-- NULL leaves what is there; an ended attempt never changes again.
+UPDATE attempts SET
+    state = new.state, stop_reason = coalesce(new.stop_reason, attempts.stop_reason), outcome = new.outcome,
+    exit_code = new.exit_code, message = coalesce(new.message, attempts.message),
+    running_at = coalesce(attempts.running_at, new.running_at), ended_at = new.ended_at,
+    results = coalesce(decode(new.results, 'hex'), attempts.results),
+    billed_seconds = coalesce(new.billed_seconds, 0), sandbox = coalesce(new.sandbox, attempts.sandbox)
+FROM jsonb_to_recordset(%(rows)s) AS new (
+    id uuid, state text, stop_reason text, outcome text, exit_code integer, message text, running_at timestamptz,
+    ended_at timestamptz, results text, billed_seconds bigint, sandbox text)
+WHERE attempts.id = new.id AND attempts.ended_at IS NULL;
+
+-- name: attempts_by_id
+SELECT * FROM attempts WHERE id = ANY(%(ids)s);
+
+-- name: attempts_of_jobs
+SELECT * FROM attempts WHERE job_id = ANY(%(job_ids)s) ORDER BY job_id, epoch;
+
+-- name: leases_of_attempts
+SELECT attempt_id, device_id, device_index, milli FROM device_leases WHERE attempt_id = ANY(%(attempt_ids)s)
+ORDER BY attempt_id, device_index;
+
+-- name: renew_leases
+-- A lease that has run out is never renewed: its attempt may already be somebody else's (I6).
+UPDATE attempts SET lease_renewed_at = %(now)s, lease_expires_at = %(now)s + make_interval(secs => %(lease_seconds)s)
+WHERE machine_id = %(machine_id)s AND ended_at IS NULL AND lease_expires_at > %(now)s
+  AND (id, epoch) IN (SELECT * FROM unnest(%(ids)s::uuid[], %(epochs)s::bigint[]));
+
+-- name: desired_attempts
+SELECT a.id, a.job_id, a.team_id, a.epoch, a.machine_id, a.stop_reason, a.lease_expires_at, j.spec, j.traceparent
+FROM attempts a JOIN jobs j ON j.id = a.job_id
+WHERE a.machine_id = ANY(%(machine_ids)s) AND a.ended_at IS NULL AND a.lease_expires_at > %(now)s
+ORDER BY a.id;
+
+-- name: bump_machines
+INSERT INTO machines AS m (machine_id, desired_revision)
+SELECT id, 1 FROM unnest(%(machine_ids)s::uuid[]) AS ids (id) ORDER BY id
+ON CONFLICT (machine_id) DO UPDATE SET desired_revision = m.desired_revision + 1;
+
+-- name: machine_revisions
+SELECT machine_id, desired_revision FROM machines WHERE machine_id = ANY(%(machine_ids)s);
+
+-- name: live_leases
+SELECT a.machine_id, a.team_id, a.cpu_milli, a.memory_bytes, a.disk_bytes,
+    coalesce(array_agg(l.device_id ORDER BY l.device_index) FILTER (WHERE l.device_id IS NOT NULL), '{}') AS device_ids,
+    coalesce(array_agg(l.milli ORDER BY l.device_index) FILTER (WHERE l.device_id IS NOT NULL), '{}') AS millis
+FROM attempts a LEFT JOIN device_leases l ON l.attempt_id = a.id
+WHERE a.ended_at IS NULL GROUP BY a.id;
+
+-- name: expired_attempts
+SELECT a.job_id, a.id AS attempt_id, a.epoch, a.lease_renewed_at FROM attempts a
+WHERE a.ended_at IS NULL AND a.lease_expires_at + make_interval(secs => %(grace_seconds)s) <= %(now)s
+ORDER BY a.job_id LIMIT %(limit)s;
+
+-- name: overdue_attempts
+SELECT a.job_id, a.id AS attempt_id, a.epoch, a.lease_renewed_at FROM attempts a
+WHERE a.ended_at IS NULL AND a.stop_reason IS NULL
+  AND a.running_at + make_interval(secs => a.max_duration_seconds + %(grace_seconds)s) <= %(now)s
+ORDER BY a.job_id LIMIT %(limit)s;
+
+-- name: unsettled_attempts
+SELECT * FROM attempts WHERE ended_at IS NOT NULL AND NOT settled ORDER BY ended_at LIMIT %(limit)s;
+
+-- name: attempts_needing_window
+SELECT * FROM attempts
+WHERE ended_at IS NULL AND running_at IS NOT NULL
+  AND running_at + make_interval(secs => windows_opened * %(window_seconds)s - %(ahead_seconds)s) <= %(now)s
+  AND windows_opened * %(window_seconds)s < max_duration_seconds
+ORDER BY id LIMIT %(limit)s;
+
+-- name: attempts_with_full_windows
+SELECT * FROM attempts
+WHERE ended_at IS NULL AND running_at IS NOT NULL AND windows_closed < windows_opened
+  AND running_at + make_interval(secs => (windows_closed + 1) * %(window_seconds)s) <= %(now)s
+ORDER BY id LIMIT %(limit)s;
+
+-- name: open_windows
+UPDATE attempts SET windows_opened = new.windows_opened
+FROM unnest(%(ids)s::uuid[], %(windows_opened)s::integer[]) AS new (id, windows_opened)
+WHERE attempts.id = new.id AND attempts.windows_opened < new.windows_opened;
+
+-- name: close_windows
+-- Cost and closed windows move together, and only forward: the same answer folded twice changes nothing.
+WITH charged AS (
+    UPDATE attempts SET windows_closed = new.windows_closed, cost_udgpu = attempts.cost_udgpu + new.cost_udgpu,
+        settled = new.settled
+    FROM jsonb_to_recordset(%(rows)s) AS new (
+        id uuid, closed_before integer, windows_closed integer, cost_udgpu bigint, settled boolean)
+    WHERE attempts.id = new.id AND attempts.windows_closed = new.closed_before AND NOT attempts.settled
+    RETURNING attempts.job_id, new.cost_udgpu
+), per_job AS (
+    SELECT job_id, sum(cost_udgpu)::bigint AS cost_udgpu FROM charged GROUP BY job_id ORDER BY job_id
+)
+UPDATE jobs SET cost_udgpu = jobs.cost_udgpu + per_job.cost_udgpu FROM per_job WHERE jobs.id = per_job.job_id;
+
+-- name: jobs_to_mark_settled
+SELECT j.* FROM jobs j
+WHERE j.ended_at IS NOT NULL AND NOT j.settled
+  AND NOT EXISTS (SELECT 1 FROM attempts a WHERE a.job_id = j.id AND NOT a.settled)
+ORDER BY j.id LIMIT %(limit)s FOR UPDATE OF j;
+
+-- name: mark_jobs_settled
+UPDATE jobs SET settled = true, event_seq = event_seq + 1 WHERE id = ANY(%(job_ids)s);
+
+-- name: known_attempts
+SELECT id FROM attempts WHERE id = ANY(%(ids)s);
+
+-- name: resolve_attempts
+SELECT id, job_id, team_id, machine_id, epoch, ended_at IS NULL AS live FROM attempts WHERE id = ANY(%(ids)s);

@@ -1,0 +1,346 @@
+"""Jobs, attempts and leases in PostgreSQL. Named SQL: sql/queries.sql."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from psycopg.types.json import Jsonb
+
+from dantegpu.domain.pricing import WINDOW_SECONDS
+from dantegpu.kit.db import Queries, Tx
+
+QUERIES = Queries.of("dantegpu.services.scheduler")
+_ZERO = UUID(int=0)
+
+
+@dataclass(frozen=True, slots=True)
+class JobRow:
+    id: UUID
+    team_id: UUID
+    user_id: UUID | None
+    spec: bytes
+    state: str
+    priority: int
+    submitted_at: datetime
+    traceparent: str
+    epoch: int
+    attempts_used: int
+    reason: str | None
+    reason_detail: str
+    not_before: datetime | None
+    attempt_id: UUID | None
+    machine_id: UUID | None
+    report_seq: int
+    placed_at: datetime | None
+    running_at: datetime | None
+    first_running_at: datetime | None
+    stop_reason: str | None
+    stop_by: str
+    avoided_machines: list[UUID]
+    ended_at: datetime | None
+    outcome: str | None
+    exit_code: int | None
+    message: str
+    results_epoch: int
+    cost_udgpu: int
+    settled: bool
+    event_seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRow:
+    id: UUID
+    job_id: UUID
+    team_id: UUID
+    epoch: int
+    machine_id: UUID
+    provider_team_id: UUID
+    simulated: bool
+    sandbox: str
+    cpu_milli: int
+    memory_bytes: int
+    disk_bytes: int
+    rate_udgpu_per_hour: int
+    max_duration_seconds: int
+    state: str
+    stop_reason: str | None
+    outcome: str | None
+    exit_code: int | None
+    message: str
+    created_at: datetime
+    running_at: datetime | None
+    ended_at: datetime | None
+    lease_renewed_at: datetime
+    lease_expires_at: datetime
+    results: bytes
+    billed_seconds: int
+    windows_opened: int
+    windows_closed: int
+    cost_udgpu: int
+    settled: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseRow:
+    attempt_id: UUID
+    device_id: UUID
+    device_index: int
+    milli: int
+
+
+@dataclass(frozen=True, slots=True)
+class DesiredRow:
+    id: UUID
+    job_id: UUID
+    team_id: UUID
+    epoch: int
+    machine_id: UUID
+    stop_reason: str | None
+    lease_expires_at: datetime
+    spec: bytes
+    traceparent: str
+
+
+@dataclass(frozen=True, slots=True)
+class EventRow:
+    job_id: UUID
+    seq: int
+    state: str
+    type: str
+    message: str
+    attempt_id: UUID | None
+    occurred_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class LiveLeaseRow:
+    machine_id: UUID
+    team_id: UUID
+    cpu_milli: int
+    memory_bytes: int
+    disk_bytes: int
+    device_ids: list[UUID]
+    millis: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class OverdueRow:
+    job_id: UUID
+    attempt_id: UUID
+    epoch: int
+    lease_renewed_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedRow:
+    id: UUID
+    job_id: UUID
+    team_id: UUID
+    machine_id: UUID
+    epoch: int
+    live: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Revision:
+    machine_id: UUID
+    desired_revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class _IdRow:
+    id: UUID
+
+
+type Record = Mapping[str, Any]
+"""A row for jsonb_to_recordset: column -> value."""
+
+
+def _json(rows: Iterable[Record]) -> Jsonb:
+    return Jsonb([{key: _plain(value) for key, value in row.items()} for row in rows])
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, UUID):
+        return str(value)
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, bytes):
+        return value.hex()
+    return value
+
+
+# --- jobs -------------------------------------------------------------------------------------------------------------
+
+
+async def insert_jobs(
+    tx: Tx, *, ids: list[UUID], specs: list[bytes], priorities: list[int], team_id: UUID, user_id: UUID | None,
+    submitted_at: datetime, traceparent: str,
+) -> None:  # fmt: skip
+    await tx.run(
+        QUERIES["insert_jobs"], ids=ids, specs=specs, priorities=priorities, team_id=team_id, user_id=user_id,
+        submitted_at=submitted_at, traceparent=traceparent,
+    )  # fmt: skip
+
+
+async def jobs_by_id(tx: Tx, ids: Sequence[UUID]) -> dict[UUID, JobRow]:
+    return {row.id: row for row in await tx.all(JobRow, QUERIES["jobs_by_id"], ids=list(ids))}
+
+
+async def lock_jobs(tx: Tx, ids: Iterable[UUID]) -> dict[UUID, JobRow]:
+    """The jobs, locked in id order until the transaction ends: so no two transactions wait for one another."""
+    return {row.id: row for row in await tx.all(JobRow, QUERIES["lock_jobs"], ids=list(ids))}
+
+
+async def list_jobs(
+    tx: Tx, *, team_id: UUID | None, before: UUID | None, states: list[str] | None, limit: int
+) -> list[JobRow]:
+    return await tx.all(JobRow, QUERIES["list_jobs"], team_id=team_id, before=before, states=states, limit=limit)
+
+
+async def queued_jobs(tx: Tx, *, after: JobRow | None, limit: int) -> list[JobRow]:
+    """Waiting jobs in order of submission, from behind `after`."""
+    return await tx.all(
+        JobRow, QUERIES["queued_jobs"], limit=limit,
+        after_time=after.submitted_at if after else "-infinity", after_id=after.id if after else _ZERO,
+    )  # fmt: skip
+
+
+async def save_jobs(tx: Tx, rows: Sequence[Record]) -> None:
+    await tx.run(QUERIES["save_jobs"], rows=_json(rows))
+
+
+async def insert_events(tx: Tx, rows: Sequence[Record]) -> None:
+    await tx.run(QUERIES["insert_events"], rows=_json(rows))
+
+
+async def events_after(tx: Tx, job_id: UUID, after: int, limit: int) -> list[EventRow]:
+    return await tx.all(EventRow, QUERIES["events_after"], job_id=job_id, after=after, limit=limit)
+
+
+# --- attempts ---------------------------------------------------------------------------------------------------------
+
+
+async def insert_attempts(tx: Tx, rows: Sequence[Record], *, now: datetime, lease_seconds: float) -> None:
+    await tx.run(QUERIES["insert_attempts"], rows=_json(rows), now=now, lease_seconds=lease_seconds)
+
+
+async def lease_devices(tx: Tx, rows: Sequence[Record]) -> None:
+    """Raises psycopg's CheckViolation when a device would be leased twice."""
+    if rows:
+        await tx.run(QUERIES["lease_devices"], rows=_json(rows))
+
+
+async def release_devices(tx: Tx, attempt_ids: Sequence[UUID]) -> None:
+    await tx.run(QUERIES["release_devices"], attempt_ids=list(attempt_ids))
+
+
+async def save_attempts(tx: Tx, rows: Sequence[Record]) -> None:
+    await tx.run(QUERIES["save_attempts"], rows=_json(rows))
+
+
+async def attempts_by_id(tx: Tx, ids: Iterable[UUID]) -> dict[UUID, AttemptRow]:
+    return {row.id: row for row in await tx.all(AttemptRow, QUERIES["attempts_by_id"], ids=list(ids))}
+
+
+async def attempts_of_jobs(tx: Tx, job_ids: Sequence[UUID]) -> list[AttemptRow]:
+    return await tx.all(AttemptRow, QUERIES["attempts_of_jobs"], job_ids=list(job_ids))
+
+
+async def leases_of_attempts(tx: Tx, attempt_ids: Sequence[UUID]) -> dict[UUID, list[LeaseRow]]:
+    found: dict[UUID, list[LeaseRow]] = {}
+    for row in await tx.all(LeaseRow, QUERIES["leases_of_attempts"], attempt_ids=list(attempt_ids)):
+        found.setdefault(row.attempt_id, []).append(row)
+    return found
+
+
+async def renew_leases(
+    tx: Tx, machine_id: UUID, live: Sequence[tuple[UUID, int]], *, now: datetime, lease_seconds: float
+) -> int:
+    """Renew the leases of (attempt, epoch) pairs that this machine still holds; how many it does."""
+    return await tx.run(
+        QUERIES["renew_leases"], machine_id=machine_id, now=now, lease_seconds=lease_seconds,
+        ids=[attempt for attempt, _ in live], epochs=[epoch for _, epoch in live],
+    )  # fmt: skip
+
+
+async def resolve_attempts(tx: Tx, ids: Sequence[UUID]) -> list[ResolvedRow]:
+    return await tx.all(ResolvedRow, QUERIES["resolve_attempts"], ids=list(ids))
+
+
+async def known_attempts(tx: Tx, ids: Sequence[UUID]) -> set[UUID]:
+    return {row.id for row in await tx.all(_IdRow, QUERIES["known_attempts"], ids=list(ids))}
+
+
+# --- machines ---------------------------------------------------------------------------------------------------------
+
+
+async def desired_attempts(tx: Tx, machine_ids: Sequence[UUID], now: datetime) -> list[DesiredRow]:
+    return await tx.all(DesiredRow, QUERIES["desired_attempts"], machine_ids=list(machine_ids), now=now)
+
+
+async def bump_machines(tx: Tx, machine_ids: Iterable[UUID]) -> None:
+    await tx.run(QUERIES["bump_machines"], machine_ids=list(machine_ids))
+
+
+async def machine_revisions(tx: Tx, machine_ids: Sequence[UUID]) -> dict[UUID, int]:
+    rows = await tx.all(_Revision, QUERIES["machine_revisions"], machine_ids=list(machine_ids))
+    return {row.machine_id: row.desired_revision for row in rows}
+
+
+async def live_leases(tx: Tx) -> list[LiveLeaseRow]:
+    """What every live attempt holds."""
+    return await tx.all(LiveLeaseRow, QUERIES["live_leases"])
+
+
+# --- timers -----------------------------------------------------------------------------------------------------------
+
+
+async def expired_attempts(tx: Tx, *, now: datetime, grace_seconds: float, limit: int) -> list[OverdueRow]:
+    return await tx.all(OverdueRow, QUERIES["expired_attempts"], now=now, grace_seconds=grace_seconds, limit=limit)
+
+
+async def overdue_attempts(tx: Tx, *, now: datetime, grace_seconds: float, limit: int) -> list[OverdueRow]:
+    """Attempts that have run longer than their max_duration + grace."""
+    return await tx.all(OverdueRow, QUERIES["overdue_attempts"], now=now, grace_seconds=grace_seconds, limit=limit)
+
+
+# --- settlement -------------------------------------------------------------------------------------------------------
+
+
+async def unsettled_attempts(tx: Tx, limit: int) -> list[AttemptRow]:
+    return await tx.all(AttemptRow, QUERIES["unsettled_attempts"], limit=limit)
+
+
+async def attempts_needing_window(tx: Tx, *, now: datetime, ahead_seconds: float, limit: int) -> list[AttemptRow]:
+    return await tx.all(
+        AttemptRow, QUERIES["attempts_needing_window"],
+        now=now, ahead_seconds=ahead_seconds, window_seconds=WINDOW_SECONDS, limit=limit,
+    )  # fmt: skip
+
+
+async def attempts_with_full_windows(tx: Tx, *, now: datetime, limit: int) -> list[AttemptRow]:
+    return await tx.all(
+        AttemptRow, QUERIES["attempts_with_full_windows"], now=now, window_seconds=WINDOW_SECONDS, limit=limit
+    )
+
+
+async def open_windows(tx: Tx, windows_opened: Mapping[UUID, int]) -> None:
+    await tx.run(
+        QUERIES["open_windows"], ids=list(windows_opened), windows_opened=list(windows_opened.values())
+    )  # fmt: skip
+
+
+async def close_windows(tx: Tx, rows: Sequence[Record]) -> None:
+    await tx.run(QUERIES["close_windows"], rows=_json(rows))
+
+
+async def jobs_to_mark_settled(tx: Tx, limit: int) -> list[JobRow]:
+    """Ended jobs of which every attempt is settled, locked."""
+    return await tx.all(JobRow, QUERIES["jobs_to_mark_settled"], limit=limit)
+
+
+async def mark_jobs_settled(tx: Tx, job_ids: Iterable[UUID]) -> None:
+    await tx.run(QUERIES["mark_jobs_settled"], job_ids=list(job_ids))
