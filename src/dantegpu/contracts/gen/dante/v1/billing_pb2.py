@@ -26,7 +26,7 @@ from dantegpu.contracts.gen.dante.v1 import common_pb2 as dante_dot_v1_dot_commo
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x64\x61nte/v1/billing.proto\x12\x08\x64\x61nte.v1\x1a\x15\x64\x61nte/v1/common.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"s\n\x06Wallet\x12\x0f\n\x07team_id\x18\x01 \x01(\t\x12\x15\n\rbalance_udgpu\x18\x02 \x01(\x03\x12\x12\n\nheld_udgpu\x18\x03 \x01(\x03\x12\x17\n\x0f\x61vailable_udgpu\x18\x04 \x01(\x03\x12\x14\n\x0c\x65\x61rned_udgpu\x18\x05 \x01(\x03\"\xba\x01\n\x0bHoldRequest\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x0e\n\x06job_id\x18\x02 \x01(\t\x12\x0e\n\x06window\x18\x03 \x01(\x03\x12\x15\n\rpayer_team_id\x18\x04 \x01(\t\x12\x18\n\x10provider_team_id\x18\x05 \x01(\t\x12\x1b\n\x13rate_udgpu_per_hour\x18\x06 \x01(\x03\x12\x16\n\x0ewindow_seconds\x18\x07 \x01(\x03\x12\x11\n\tsimulated\x18\x08 \x01(\x08\"p\n\nHoldResult\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x0e\n\x06window\x18\x02 \x01(\x03\x12\x0e\n\x06opened\x18\x03 \x01(\x08\x12\x15\n\rceiling_udgpu\x18\x04 \x01(\x03\x12\x17\n\x0f\x61vailable_udgpu\x18\x05 \x01(\x03\"8\n\x10OpenHoldsRequest\x12$\n\x05holds\x18\x01 \x03(\x0b\x32\x15.dante.v1.HoldRequest\":\n\x11OpenHoldsResponse\x12%\n\x07results\x18\x01 \x03(\x0b\x32\x14.dante.v1.HoldResult\"E\n\tHoldClose\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x0e\n\x06window\x18\x02 \x01(\x03\x12\x14\n\x0cused_seconds\x18\x03 \x01(\x03\"W\n\x0b\x43loseResult\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x0e\n\x06window\x18\x02 \x01(\x03\x12\x15\n\rcharged_udgpu\x18\x03 \x01(\x03\x12\r\n\x05\x66ound\x18\x04 \x01(\x08\"7\n\x11\x43loseHoldsRequest\x12\"\n\x05holds\x18\x01 \x03(\x0b\x32\x13.dante.v1.HoldClose\"<\n\x12\x43loseHoldsResponse\x12&\n\x07results\x18\x01 \x03(\x0b\x32\x15.dante.v1.CloseResult\"W\n\x14ListOpenHoldsRequest\x12\x1a\n\x12older_than_seconds\x18\x01 \x01(\x03\x12#\n\x04page\x18\x02 \x01(\x0b\x32\x15.dante.v1.PageRequest\"]\n\x08OpenHold\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x0e\n\x06window\x18\x02 \x01(\x03\x12-\n\topened_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"O\n\x15ListOpenHoldsResponse\x12!\n\x05holds\x18\x01 \x03(\x0b\x32\x12.dante.v1.OpenHold\x12\x13\n\x0bnext_cursor\x18\x02 \x01(\t\"\xbf\x01\n\x05\x45ntry\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x14\n\x0c\x61mount_udgpu\x18\x03 \x01(\x03\x12\x1b\n\x13\x62\x61lance_after_udgpu\x18\x04 \x01(\x03\x12\x0e\n\x06job_id\x18\x05 \x01(\t\x12\x12\n\nattempt_id\x18\x06 \x01(\t\x12\x0c\n\x04text\x18\x07 \x01(\t\x12.\n\ncreated_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"#\n\x10GetWalletRequest\x12\x0f\n\x07team_id\x18\x01 \x01(\t\"5\n\x11GetWalletResponse\x12 \n\x06wallet\x18\x01 \x01(\x0b\x32\x10.dante.v1.Wallet\"J\n\x12ListEntriesRequest\x12#\n\x04page\x18\x01 \x01(\x0b\x32\x15.dante.v1.PageRequest\x12\x0f\n\x07team_id\x18\x02 \x01(\t\"L\n\x13ListEntriesResponse\x12 \n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x0f.dante.v1.Entry\x12\x13\n\x0bnext_cursor\x18\x02 \x01(\t\"]\n\rCreditRequest\x12\x0f\n\x07team_id\x18\x01 \x01(\t\x12\x14\n\x0c\x61mount_udgpu\x18\x02 \x01(\x03\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x17\n\x0fidempotency_key\x18\x04 \x01(\t\"2\n\x0e\x43reditResponse\x12 \n\x06wallet\x18\x01 \x01(\x0b\x32\x10.dante.v1.Wallet\"\xe3\x01\n\x0bReceiptLine\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x0e\n\x06window\x18\x02 \x01(\x03\x12\x1b\n\x13rate_udgpu_per_hour\x18\x03 \x01(\x03\x12\x14\n\x0cused_seconds\x18\x04 \x01(\x03\x12\x15\n\rcharged_udgpu\x18\x05 \x01(\x03\x12\x16\n\x0eprovider_udgpu\x18\x06 \x01(\x03\x12\x11\n\tfee_udgpu\x18\x07 \x01(\x03\x12-\n\tclosed_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04open\x18\t \x01(\x08\"k\n\x07Receipt\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x15\n\rpayer_team_id\x18\x02 \x01(\t\x12$\n\x05lines\x18\x03 \x03(\x0b\x32\x15.dante.v1.ReceiptLine\x12\x13\n\x0btotal_udgpu\x18\x04 \x01(\x03\"#\n\x11GetReceiptRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"8\n\x12GetReceiptResponse\x12\"\n\x07receipt\x18\x01 \x01(\x0b\x32\x11.dante.v1.Receipt\"\x85\x01\n\x13\x43heckLedgerResponse\x12\x10\n\x08\x62\x61lanced\x18\x01 \x01(\x08\x12\x10\n\x08\x61\x63\x63ounts\x18\x02 \x01(\x03\x12\x11\n\ttransfers\x18\x03 \x01(\x03\x12\x12\n\nopen_holds\x18\x04 \x01(\x03\x12\x11\n\tsum_udgpu\x18\x05 \x01(\x03\x12\x10\n\x08problems\x18\x06 \x03(\t2\xc8\x04\n\x0e\x42illingService\x12\x44\n\tOpenHolds\x12\x1a.dante.v1.OpenHoldsRequest\x1a\x1b.dante.v1.OpenHoldsResponse\x12G\n\nCloseHolds\x12\x1b.dante.v1.CloseHoldsRequest\x1a\x1c.dante.v1.CloseHoldsResponse\x12P\n\rListOpenHolds\x12\x1e.dante.v1.ListOpenHoldsRequest\x1a\x1f.dante.v1.ListOpenHoldsResponse\x12\x44\n\tGetWallet\x12\x1a.dante.v1.GetWalletRequest\x1a\x1b.dante.v1.GetWalletResponse\x12J\n\x0bListEntries\x12\x1c.dante.v1.ListEntriesRequest\x1a\x1d.dante.v1.ListEntriesResponse\x12;\n\x06\x43redit\x12\x17.dante.v1.CreditRequest\x1a\x18.dante.v1.CreditResponse\x12G\n\nGetReceipt\x12\x1b.dante.v1.GetReceiptRequest\x1a\x1c.dante.v1.GetReceiptResponse\x12=\n\x0b\x43heckLedger\x12\x0f.dante.v1.Empty\x1a\x1d.dante.v1.CheckLedgerResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x64\x61nte/v1/billing.proto\x12\x08\x64\x61nte.v1\x1a\x15\x64\x61nte/v1/common.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"s\n\x06Wallet\x12\x0f\n\x07team_id\x18\x01 \x01(\t\x12\x15\n\rbalance_udgpu\x18\x02 \x01(\x03\x12\x12\n\nheld_udgpu\x18\x03 \x01(\x03\x12\x17\n\x0f\x61vailable_udgpu\x18\x04 \x01(\x03\x12\x14\n\x0c\x65\x61rned_udgpu\x18\x05 \x01(\x03\"\xba\x01\n\x0bHoldRequest\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x0e\n\x06job_id\x18\x02 \x01(\t\x12\x0e\n\x06window\x18\x03 \x01(\x03\x12\x15\n\rpayer_team_id\x18\x04 \x01(\t\x12\x18\n\x10provider_team_id\x18\x05 \x01(\t\x12\x1b\n\x13rate_udgpu_per_hour\x18\x06 \x01(\x03\x12\x16\n\x0ewindow_seconds\x18\x07 \x01(\x03\x12\x11\n\tsimulated\x18\x08 \x01(\x08\"\x81\x01\n\nHoldResult\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x0e\n\x06window\x18\x02 \x01(\x03\x12\x0e\n\x06opened\x18\x03 \x01(\x08\x12\x15\n\rceiling_udgpu\x18\x04 \x01(\x03\x12\x17\n\x0f\x61vailable_udgpu\x18\x05 \x01(\x03\x12\x0f\n\x07refusal\x18\x06 \x01(\t\"8\n\x10OpenHoldsRequest\x12$\n\x05holds\x18\x01 \x03(\x0b\x32\x15.dante.v1.HoldRequest\":\n\x11OpenHoldsResponse\x12%\n\x07results\x18\x01 \x03(\x0b\x32\x14.dante.v1.HoldResult\"E\n\tHoldClose\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x0e\n\x06window\x18\x02 \x01(\x03\x12\x14\n\x0cused_seconds\x18\x03 \x01(\x03\"W\n\x0b\x43loseResult\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x0e\n\x06window\x18\x02 \x01(\x03\x12\x15\n\rcharged_udgpu\x18\x03 \x01(\x03\x12\r\n\x05\x66ound\x18\x04 \x01(\x08\"7\n\x11\x43loseHoldsRequest\x12\"\n\x05holds\x18\x01 \x03(\x0b\x32\x13.dante.v1.HoldClose\"<\n\x12\x43loseHoldsResponse\x12&\n\x07results\x18\x01 \x03(\x0b\x32\x15.dante.v1.CloseResult\"W\n\x14ListOpenHoldsRequest\x12\x1a\n\x12older_than_seconds\x18\x01 \x01(\x03\x12#\n\x04page\x18\x02 \x01(\x0b\x32\x15.dante.v1.PageRequest\"]\n\x08OpenHold\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x0e\n\x06window\x18\x02 \x01(\x03\x12-\n\topened_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"O\n\x15ListOpenHoldsResponse\x12!\n\x05holds\x18\x01 \x03(\x0b\x32\x12.dante.v1.OpenHold\x12\x13\n\x0bnext_cursor\x18\x02 \x01(\t\"\xbf\x01\n\x05\x45ntry\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x14\n\x0c\x61mount_udgpu\x18\x03 \x01(\x03\x12\x1b\n\x13\x62\x61lance_after_udgpu\x18\x04 \x01(\x03\x12\x0e\n\x06job_id\x18\x05 \x01(\t\x12\x12\n\nattempt_id\x18\x06 \x01(\t\x12\x0c\n\x04text\x18\x07 \x01(\t\x12.\n\ncreated_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"#\n\x10GetWalletRequest\x12\x0f\n\x07team_id\x18\x01 \x01(\t\"5\n\x11GetWalletResponse\x12 \n\x06wallet\x18\x01 \x01(\x0b\x32\x10.dante.v1.Wallet\"J\n\x12ListEntriesRequest\x12#\n\x04page\x18\x01 \x01(\x0b\x32\x15.dante.v1.PageRequest\x12\x0f\n\x07team_id\x18\x02 \x01(\t\"L\n\x13ListEntriesResponse\x12 \n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x0f.dante.v1.Entry\x12\x13\n\x0bnext_cursor\x18\x02 \x01(\t\"]\n\rCreditRequest\x12\x0f\n\x07team_id\x18\x01 \x01(\t\x12\x14\n\x0c\x61mount_udgpu\x18\x02 \x01(\x03\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x17\n\x0fidempotency_key\x18\x04 \x01(\t\"2\n\x0e\x43reditResponse\x12 \n\x06wallet\x18\x01 \x01(\x0b\x32\x10.dante.v1.Wallet\"\xe3\x01\n\x0bReceiptLine\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x0e\n\x06window\x18\x02 \x01(\x03\x12\x1b\n\x13rate_udgpu_per_hour\x18\x03 \x01(\x03\x12\x14\n\x0cused_seconds\x18\x04 \x01(\x03\x12\x15\n\rcharged_udgpu\x18\x05 \x01(\x03\x12\x16\n\x0eprovider_udgpu\x18\x06 \x01(\x03\x12\x11\n\tfee_udgpu\x18\x07 \x01(\x03\x12-\n\tclosed_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04open\x18\t \x01(\x08\"k\n\x07Receipt\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x15\n\rpayer_team_id\x18\x02 \x01(\t\x12$\n\x05lines\x18\x03 \x03(\x0b\x32\x15.dante.v1.ReceiptLine\x12\x13\n\x0btotal_udgpu\x18\x04 \x01(\x03\"#\n\x11GetReceiptRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"8\n\x12GetReceiptResponse\x12\"\n\x07receipt\x18\x01 \x01(\x0b\x32\x11.dante.v1.Receipt\"\x85\x01\n\x13\x43heckLedgerResponse\x12\x10\n\x08\x62\x61lanced\x18\x01 \x01(\x08\x12\x10\n\x08\x61\x63\x63ounts\x18\x02 \x01(\x03\x12\x11\n\ttransfers\x18\x03 \x01(\x03\x12\x12\n\nopen_holds\x18\x04 \x01(\x03\x12\x11\n\tsum_udgpu\x18\x05 \x01(\x03\x12\x10\n\x08problems\x18\x06 \x03(\t2\xc8\x04\n\x0e\x42illingService\x12\x44\n\tOpenHolds\x12\x1a.dante.v1.OpenHoldsRequest\x1a\x1b.dante.v1.OpenHoldsResponse\x12G\n\nCloseHolds\x12\x1b.dante.v1.CloseHoldsRequest\x1a\x1c.dante.v1.CloseHoldsResponse\x12P\n\rListOpenHolds\x12\x1e.dante.v1.ListOpenHoldsRequest\x1a\x1f.dante.v1.ListOpenHoldsResponse\x12\x44\n\tGetWallet\x12\x1a.dante.v1.GetWalletRequest\x1a\x1b.dante.v1.GetWalletResponse\x12J\n\x0bListEntries\x12\x1c.dante.v1.ListEntriesRequest\x1a\x1d.dante.v1.ListEntriesResponse\x12;\n\x06\x43redit\x12\x17.dante.v1.CreditRequest\x1a\x18.dante.v1.CreditResponse\x12G\n\nGetReceipt\x12\x1b.dante.v1.GetReceiptRequest\x1a\x1c.dante.v1.GetReceiptResponse\x12=\n\x0b\x43heckLedger\x12\x0f.dante.v1.Empty\x1a\x1d.dante.v1.CheckLedgerResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,50 +37,50 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WALLET']._serialized_end=207
   _globals['_HOLDREQUEST']._serialized_start=210
   _globals['_HOLDREQUEST']._serialized_end=396
-  _globals['_HOLDRESULT']._serialized_start=398
-  _globals['_HOLDRESULT']._serialized_end=510
-  _globals['_OPENHOLDSREQUEST']._serialized_start=512
-  _globals['_OPENHOLDSREQUEST']._serialized_end=568
-  _globals['_OPENHOLDSRESPONSE']._serialized_start=570
-  _globals['_OPENHOLDSRESPONSE']._serialized_end=628
-  _globals['_HOLDCLOSE']._serialized_start=630
-  _globals['_HOLDCLOSE']._serialized_end=699
-  _globals['_CLOSERESULT']._serialized_start=701
-  _globals['_CLOSERESULT']._serialized_end=788
-  _globals['_CLOSEHOLDSREQUEST']._serialized_start=790
-  _globals['_CLOSEHOLDSREQUEST']._serialized_end=845
-  _globals['_CLOSEHOLDSRESPONSE']._serialized_start=847
-  _globals['_CLOSEHOLDSRESPONSE']._serialized_end=907
-  _globals['_LISTOPENHOLDSREQUEST']._serialized_start=909
-  _globals['_LISTOPENHOLDSREQUEST']._serialized_end=996
-  _globals['_OPENHOLD']._serialized_start=998
-  _globals['_OPENHOLD']._serialized_end=1091
-  _globals['_LISTOPENHOLDSRESPONSE']._serialized_start=1093
-  _globals['_LISTOPENHOLDSRESPONSE']._serialized_end=1172
-  _globals['_ENTRY']._serialized_start=1175
-  _globals['_ENTRY']._serialized_end=1366
-  _globals['_GETWALLETREQUEST']._serialized_start=1368
-  _globals['_GETWALLETREQUEST']._serialized_end=1403
-  _globals['_GETWALLETRESPONSE']._serialized_start=1405
-  _globals['_GETWALLETRESPONSE']._serialized_end=1458
-  _globals['_LISTENTRIESREQUEST']._serialized_start=1460
-  _globals['_LISTENTRIESREQUEST']._serialized_end=1534
-  _globals['_LISTENTRIESRESPONSE']._serialized_start=1536
-  _globals['_LISTENTRIESRESPONSE']._serialized_end=1612
-  _globals['_CREDITREQUEST']._serialized_start=1614
-  _globals['_CREDITREQUEST']._serialized_end=1707
-  _globals['_CREDITRESPONSE']._serialized_start=1709
-  _globals['_CREDITRESPONSE']._serialized_end=1759
-  _globals['_RECEIPTLINE']._serialized_start=1762
-  _globals['_RECEIPTLINE']._serialized_end=1989
-  _globals['_RECEIPT']._serialized_start=1991
-  _globals['_RECEIPT']._serialized_end=2098
-  _globals['_GETRECEIPTREQUEST']._serialized_start=2100
-  _globals['_GETRECEIPTREQUEST']._serialized_end=2135
-  _globals['_GETRECEIPTRESPONSE']._serialized_start=2137
-  _globals['_GETRECEIPTRESPONSE']._serialized_end=2193
-  _globals['_CHECKLEDGERRESPONSE']._serialized_start=2196
-  _globals['_CHECKLEDGERRESPONSE']._serialized_end=2329
-  _globals['_BILLINGSERVICE']._serialized_start=2332
-  _globals['_BILLINGSERVICE']._serialized_end=2916
+  _globals['_HOLDRESULT']._serialized_start=399
+  _globals['_HOLDRESULT']._serialized_end=528
+  _globals['_OPENHOLDSREQUEST']._serialized_start=530
+  _globals['_OPENHOLDSREQUEST']._serialized_end=586
+  _globals['_OPENHOLDSRESPONSE']._serialized_start=588
+  _globals['_OPENHOLDSRESPONSE']._serialized_end=646
+  _globals['_HOLDCLOSE']._serialized_start=648
+  _globals['_HOLDCLOSE']._serialized_end=717
+  _globals['_CLOSERESULT']._serialized_start=719
+  _globals['_CLOSERESULT']._serialized_end=806
+  _globals['_CLOSEHOLDSREQUEST']._serialized_start=808
+  _globals['_CLOSEHOLDSREQUEST']._serialized_end=863
+  _globals['_CLOSEHOLDSRESPONSE']._serialized_start=865
+  _globals['_CLOSEHOLDSRESPONSE']._serialized_end=925
+  _globals['_LISTOPENHOLDSREQUEST']._serialized_start=927
+  _globals['_LISTOPENHOLDSREQUEST']._serialized_end=1014
+  _globals['_OPENHOLD']._serialized_start=1016
+  _globals['_OPENHOLD']._serialized_end=1109
+  _globals['_LISTOPENHOLDSRESPONSE']._serialized_start=1111
+  _globals['_LISTOPENHOLDSRESPONSE']._serialized_end=1190
+  _globals['_ENTRY']._serialized_start=1193
+  _globals['_ENTRY']._serialized_end=1384
+  _globals['_GETWALLETREQUEST']._serialized_start=1386
+  _globals['_GETWALLETREQUEST']._serialized_end=1421
+  _globals['_GETWALLETRESPONSE']._serialized_start=1423
+  _globals['_GETWALLETRESPONSE']._serialized_end=1476
+  _globals['_LISTENTRIESREQUEST']._serialized_start=1478
+  _globals['_LISTENTRIESREQUEST']._serialized_end=1552
+  _globals['_LISTENTRIESRESPONSE']._serialized_start=1554
+  _globals['_LISTENTRIESRESPONSE']._serialized_end=1630
+  _globals['_CREDITREQUEST']._serialized_start=1632
+  _globals['_CREDITREQUEST']._serialized_end=1725
+  _globals['_CREDITRESPONSE']._serialized_start=1727
+  _globals['_CREDITRESPONSE']._serialized_end=1777
+  _globals['_RECEIPTLINE']._serialized_start=1780
+  _globals['_RECEIPTLINE']._serialized_end=2007
+  _globals['_RECEIPT']._serialized_start=2009
+  _globals['_RECEIPT']._serialized_end=2116
+  _globals['_GETRECEIPTREQUEST']._serialized_start=2118
+  _globals['_GETRECEIPTREQUEST']._serialized_end=2153
+  _globals['_GETRECEIPTRESPONSE']._serialized_start=2155
+  _globals['_GETRECEIPTRESPONSE']._serialized_end=2211
+  _globals['_CHECKLEDGERRESPONSE']._serialized_start=2214
+  _globals['_CHECKLEDGERRESPONSE']._serialized_end=2347
+  _globals['_BILLINGSERVICE']._serialized_start=2350
+  _globals['_BILLINGSERVICE']._serialized_end=2934
 # @@protoc_insertion_point(module_scope)

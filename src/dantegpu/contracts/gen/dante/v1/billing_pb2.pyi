@@ -105,13 +105,16 @@ class HoldResult(message.Message):
     OPENED_FIELD_NUMBER: builtins.int
     CEILING_UDGPU_FIELD_NUMBER: builtins.int
     AVAILABLE_UDGPU_FIELD_NUMBER: builtins.int
+    REFUSAL_FIELD_NUMBER: builtins.int
     attempt_id: builtins.str
     window: builtins.int
     opened: builtins.bool
-    """false: insufficient funds"""
+    """false: see `refusal`"""
     ceiling_udgpu: builtins.int
     available_udgpu: builtins.int
     """what the team had, when refused"""
+    refusal: builtins.str
+    """no-funds | simulated-machine | hold-conflict; empty when opened"""
     def __init__(
         self,
         *,
@@ -120,10 +123,11 @@ class HoldResult(message.Message):
         opened: builtins.bool = ...,
         ceiling_udgpu: builtins.int = ...,
         available_udgpu: builtins.int = ...,
+        refusal: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt_id", b"attempt_id", "available_udgpu", b"available_udgpu", "ceiling_udgpu", b"ceiling_udgpu", "opened", b"opened", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt_id", b"attempt_id", "available_udgpu", b"available_udgpu", "ceiling_udgpu", b"ceiling_udgpu", "opened", b"opened", "refusal", b"refusal", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
