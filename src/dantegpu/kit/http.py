@@ -40,6 +40,11 @@ class HttpServer:
         self._serving: asyncio.Task[None] | None = None
         self.port = 0
 
+    @property
+    def url(self) -> str:
+        """http://host:port, once started."""
+        return f"http://{self._http.listen.rpartition(':')[0]}:{self.port}"
+
     async def start(self) -> None:
         """Raises PortTaken."""
         host, _, port = self._http.listen.rpartition(":")
@@ -60,7 +65,7 @@ class HttpServer:
         )
         self._server = _Uvicorn(config)
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]), name=f"http {self._name}")
-        while not self._server.started and not self._serving.done():  # noqa: ASYNC110 - uvicorn only sets a flag
+        while not self._server.started and not self._serving.done():
             await asyncio.sleep(0.005)
 
     async def stop(self) -> None:

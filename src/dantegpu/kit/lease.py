@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 import structlog
 
 from dantegpu.kit.db import Database, Tx
+from dantegpu.kit.errors import Unavailable
 from dantegpu.kit.lifecycle import Tasks
 
 log = structlog.get_logger(__name__)
@@ -43,14 +44,17 @@ class Leadership:
 
     async def stop(self) -> None:
         await self._tasks.stop()
-        async with self._db.transaction() as tx:
-            await tx.run(
-                "UPDATE leader SET expires_at = now() WHERE name = %(name)s AND holder = %(holder)s",
-                name=self._name, holder=self._holder,
-            )  # fmt: skip
+        try:
+            async with self._db.transaction() as tx:
+                await tx.run(
+                    "UPDATE leader SET expires_at = now() WHERE name = %(name)s AND holder = %(holder)s",
+                    name=self._name, holder=self._holder,
+                )  # fmt: skip
+        except Unavailable as error:
+            log.warning("leadership_not_released", lease=self._name, error=error.message)  # it runs out by itself
 
     async def assert_held(self, tx: Tx) -> None:
-        """Raises LostLeadership unless this holder's epoch is the current one. Keeps a successor out until `tx` ends."""
+        """Raises LostLeadership unless this epoch is the current one. Keeps a successor out until `tx` ends."""
         epoch = await tx.value(
             "SELECT epoch FROM leader WHERE name = %(name)s AND holder = %(holder)s FOR SHARE",
             name=self._name, holder=self._holder,
