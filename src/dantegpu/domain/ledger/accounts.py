@@ -35,7 +35,7 @@ class Account:
 
     def __post_init__(self) -> None:
         if self.kind.per_team != (self.team_id is not None):
-            raise ValueError(f"a {self.kind.value} account {'has' if self.kind.per_team else 'has no'} team")
+            raise ValueError(f"a {self.kind.value} account {'has a' if self.kind.per_team else 'has no'} team")
 
     @property
     def id(self) -> AccountId:
