@@ -24,7 +24,9 @@ from dantegpu.domain.ids import MachineId
 from dantegpu.kit.nats_jwt import NatsTrust, create_trust
 from tests.fixtures.servers import NatsForTests
 
-_OWN, _OTHER = MachineId.new(), MachineId.new()
+# Fixed, because they show in the names of tests, which every xdist worker has to find alike.
+_OWN = MachineId.parse("mach_01h455vb4pex5vsknk084sn02q")
+_OTHER = MachineId.parse("mach_01h455vb4pex5vsknk084sn02r")
 _PATIENCE_SECONDS = 5.0
 
 

@@ -124,6 +124,10 @@ def _start_platform(folder: Path, *, dies_with_parent: bool) -> tuple[subprocess
     return platform, psutil.Process(int(platform.stdout.readline()))
 
 
+def _a_process() -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+
+
 async def test_the_server_of_a_killed_platform_ends_with_it(short_dir: Path):
     platform, postmaster = _start_platform(short_dir, dies_with_parent=True)
     platform.kill()
@@ -149,13 +153,17 @@ async def test_a_pid_file_that_names_a_strangers_process_is_no_obstacle(short_di
     server = _server(short_dir)
     async with _running(server):
         pass
-    # As after a reboot, when the old postmaster's number went to another program: here, to this one.
-    cluster = server.log_path.parent / "cluster"
-    content = f"{os.getpid()}\n{cluster}\n1\n5432\n{server.address.socket_dir}\n\n0 0\nready\n"
-    (cluster / "postmaster.pid").write_text(content)
-    (server.address.socket_dir / ".s.PGSQL.5432.lock").write_text(content)
-    async with _running(server):
-        assert _value(server, "SELECT 1") == 1
+    # As after a reboot, when the old postmaster's number went to another program. Not to this one: PostgreSQL knows
+    # that its own parent cannot be the old postmaster.
+    with _a_process() as stranger:
+        cluster = server.log_path.parent / "cluster"
+        content = f"{stranger.pid}\n{cluster}\n1\n5432\n{server.address.socket_dir}\n\n0 0\nready\n"
+        (cluster / "postmaster.pid").write_text(content)
+        (server.address.socket_dir / ".s.PGSQL.5432.lock").write_text(content)
+        async with _running(server):
+            assert _value(server, "SELECT 1") == 1
+        assert stranger.poll() is None
+        stranger.kill()
 
 
 @pytest.mark.parametrize(("version", "error"), [("19", NewerDataFolder), ("16", OlderDataFolder)])

@@ -71,7 +71,7 @@ _SHUTDOWN_STEPS: Final = (
 )
 _ACCOUNTS: Final = ("dantegpu", "postgres", "nobody")
 _NAMESPACE_ACCOUNTS: Final = ("daemon", "postgres", "bin", "nobody")
-_DISK_FULL_TEXT: Final = "No space left on device"
+_DISK_FULL_TEXTS: Final = ("No space left on device", "Check free disk space")
 
 _SETTINGS: Final[Mapping[str, str]] = {
     "listen_addresses": "",
@@ -234,9 +234,9 @@ class EmbeddedPostgres:
             await asyncio.sleep(POLL_INTERVAL_SECONDS)
 
     def _start_failure(self, output: str) -> EmbeddedServerError:
-        if _DISK_FULL_TEXT in output:
+        if any(text in output for text in _DISK_FULL_TEXTS):
             free_bytes = shutil.disk_usage(self._data_dir).free
-            return DiskFull("PostgreSQL", self._data_dir, free_bytes, FREE_BYTES_MIN)
+            return DiskFull("PostgreSQL", self._data_dir, free_bytes, FREE_BYTES_MIN_NEW)
         return ServerStartFailed("PostgreSQL", self.log_path, output)
 
     def _check_socket_path(self) -> None:
