@@ -74,23 +74,25 @@ def only_one_at_a_time() -> Generator[None]:
 
 
 def installer_environment() -> dict[str, str]:
-    """The environment for pip and uv: what is set for pip also holds for uv, and nothing points elsewhere."""
+    """The environment for pip and uv: uv is told of the index and the certificates that pip is set up with."""
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONHOME", "PYTHONPATH")}
-    for pip_name, uv_name in (("PIP_INDEX_URL", "UV_DEFAULT_INDEX"), ("PIP_CERT", "SSL_CERT_FILE")):
-        if environment.get(pip_name):
-            environment.setdefault(uv_name, environment[pip_name])
     environment.setdefault("PIP_DISABLE_PIP_VERSION_CHECK", "1")
     environment.setdefault("PIP_ROOT_USER_ACTION", "ignore")
-    environment.setdefault("UV_LINK_MODE", "hardlink")
+    # Lines such as global.index-url='https://...' or :env:.cert='...'; the environment comes last, and wins.
+    command = [str(VENV_PYTHON), "-m", "pip", "config", "list"]
+    listed = subprocess.run(command, capture_output=True, text=True, env=environment, check=False).stdout
+    pairs = (line.partition("=") for line in listed.splitlines())
+    settings = {key.rpartition(".")[2]: value.strip("'") for key, _, value in pairs}
+    for pip_name, uv_name in (("index-url", "UV_DEFAULT_INDEX"), ("cert", "SSL_CERT_FILE")):
+        if settings.get(pip_name):
+            environment.setdefault(uv_name, settings[pip_name])
     return environment
 
 
-def run(command: list[str], *, quiet: bool) -> bool:
+def run(command: list[str], environment: dict[str, str], *, quiet: bool) -> bool:
     """Run an installer; False when it failed. With `quiet` its messages are dropped."""
     output = subprocess.DEVNULL if quiet else sys.stderr
-    done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=installer_environment(), check=False
-    )
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, check=False)
     return done.returncode == 0
 
 
@@ -98,17 +100,18 @@ def install_packages(name: str) -> None:
     """Bring .venv to exactly the lock file's packages, by uv, or by pip where uv does not run."""
     pip = [str(VENV_PYTHON), "-m", "pip", "install", "--quiet", "--require-hashes", "--no-deps", "--no-input"]
     lock = str(lock_path(name))
+    environment = installer_environment()
     uv = VENV / "bin" / "uv"
     if not uv.exists():
-        run([*pip, "--only-binary=:all:", "-r", str(REQUIREMENTS / "uv.txt")], quiet=True)
+        run([*pip, "--only-binary=:all:", "-r", str(REQUIREMENTS / "uv.txt")], environment, quiet=True)
     if uv.exists():
         sync = [str(uv), "pip", "sync", "--python", str(VENV_PYTHON), "--require-hashes", "--allow-empty-requirements"]
         if not sys.stderr.isatty():
             sync.append("--quiet")
-        if run([*sync, lock], quiet=False):
+        if run([*sync, lock], environment, quiet=False):
             return
         say("uv could not install the packages (above), trying pip")
-    if not run([*pip, "-r", lock], quiet=False):
+    if not run([*pip, "-r", lock], environment, quiet=False):
         raise SetupError(
             "the Python packages could not be installed (the reason is above).\n"
             "       Check the network, or set PIP_INDEX_URL to a package index that this machine reaches, "
