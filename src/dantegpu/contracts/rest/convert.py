@@ -1,0 +1,79 @@
+"""JobSpec between its REST form (what people write) and its protobuf form (what the platform computes with)."""
+
+from dantegpu.contracts.gen.dante.v1 import jobs_pb2
+from dantegpu.contracts.rest.spec import JobInput, JobSpec, Resources, Retry, exact_bytes
+from dantegpu.domain.resources import parse_cpu_milli
+from dantegpu.domain.units import MILLI_PER_UNIT, format_dgpu, format_duration, parse_dgpu, parse_duration, parse_memory
+
+
+def spec_to_proto(spec: JobSpec) -> jobs_pb2.JobSpec:
+    """`env` must be resolved. Nothing here can fail: the model has validated every part."""
+    resources = spec.resources
+    proto = jobs_pb2.JobSpec(
+        name=spec.name,
+        argv=spec.command,
+        commands=spec.commands,
+        env=spec.env,
+        image=spec.image,
+        resources=jobs_pb2.ResourceRequest(
+            gpu=resources.gpu or "",
+            cpu_milli=parse_cpu_milli(resources.cpu),
+            memory_bytes=parse_memory(resources.memory),
+            disk_bytes=parse_memory(resources.disk),
+        ),
+        max_duration_seconds=parse_duration(spec.max_duration) if spec.max_duration else 0,
+        priority=spec.priority,
+        network=spec.network,
+        labels=spec.labels,
+    )
+    if spec.max_price is not None:
+        proto.max_price_udgpu_per_gpu_hour = parse_dgpu(spec.max_price)
+    if spec.retry is not None:
+        seconds = parse_duration(spec.retry.duration) if spec.retry.duration else 0
+        proto.retry.CopyFrom(jobs_pb2.RetryPolicy(on_events=spec.retry.on_events, duration_seconds=seconds))
+    if spec.input is not None:
+        proto.input_sha256 = spec.input.sha256
+        proto.input_size_bytes = spec.input.size_bytes
+    return proto
+
+
+def spec_from_proto(proto: jobs_pb2.JobSpec) -> JobSpec:
+    """What was accepted, in the words of the job file. Not validated again: it was when it came in."""
+    asked = proto.resources
+    whole, rest = divmod(asked.cpu_milli, MILLI_PER_UNIT)
+    price = proto.max_price_udgpu_per_gpu_hour if proto.HasField("max_price_udgpu_per_gpu_hour") else None
+    return JobSpec.model_construct(
+        name=proto.name,
+        image=proto.image,
+        env=dict(proto.env),
+        commands=list(proto.commands),
+        command=list(proto.argv),
+        resources=Resources.model_construct(
+            gpu=asked.gpu or None,
+            cpu=f"{whole}.{rest:03d}".rstrip("0") if rest else str(whole),
+            memory=exact_bytes(asked.memory_bytes),
+            disk=exact_bytes(asked.disk_bytes),
+        ),
+        max_price=None if price is None else format_dgpu(price),
+        max_duration=format_duration(proto.max_duration_seconds) if proto.max_duration_seconds else None,
+        retry=_retry_from_proto(proto),
+        priority=proto.priority,
+        input=_input_from_proto(proto),
+        network=proto.network,
+        labels=dict(proto.labels),
+    )
+
+
+def _retry_from_proto(proto: jobs_pb2.JobSpec) -> Retry | None:
+    if not proto.HasField("retry"):
+        return None
+    seconds = proto.retry.duration_seconds
+    return Retry.model_construct(
+        on_events=list(proto.retry.on_events), duration=format_duration(seconds) if seconds else None
+    )
+
+
+def _input_from_proto(proto: jobs_pb2.JobSpec) -> JobInput | None:
+    if not proto.input_sha256:
+        return None
+    return JobInput.model_construct(sha256=proto.input_sha256, size_bytes=proto.input_size_bytes)

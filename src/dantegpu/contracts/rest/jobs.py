@@ -1,0 +1,136 @@
+"""Jobs as the API shows them."""
+
+from pydantic import Field
+
+from dantegpu.contracts.rest.base import Page, Response, Timestamp, Udgpu
+from dantegpu.contracts.rest.spec import JobSpec
+from dantegpu.domain.job import JobState, Outcome
+
+
+class ResultFile(Response):
+    path: str = Field(description="Relative to $DANTE_OUTPUT")
+    size_bytes: int
+    sha256: str
+
+
+class Attempt(Response):
+    """One try of a job on one machine."""
+
+    id: str
+    job_id: str
+    epoch: int = Field(description="1, 2, ...: rises with each attempt of the job")
+    machine_id: str
+    state: JobState
+    outcome: Outcome | None = None
+    exit_code: int | None = None
+    message: str = ""
+    rate_udgpu_per_hour: Udgpu = Field(description="Locked when the job was placed")
+    billed_seconds: int
+    cost_udgpu: Udgpu
+    device_ids: list[str] = Field(default_factory=list)
+    simulated: bool = Field(default=False, description="Ran on simulated devices")
+    sandbox: str = Field(default="", description="What it really ran in: bubblewrap, none")
+    created_at: Timestamp
+    started_at: Timestamp | None = None
+    ended_at: Timestamp | None = None
+
+
+class Job(Response):
+    id: str
+    team_id: str
+    user_id: str
+    name: str
+    spec: JobSpec
+    state: JobState
+    reason: str | None = Field(default=None, description="Why it still waits, while QUEUED: no_funds, no_capacity, ...")
+    reason_text: str | None = Field(default=None, description="The same for people")
+    epoch: int = Field(description="Epoch of the latest attempt; 0: none yet")
+    outcome: Outcome | None = None
+    exit_code: int | None = None
+    message: str = ""
+    cost_udgpu: Udgpu = Field(description="Settled so far")
+    settled: bool = Field(description="cost_udgpu is final")
+    results_epoch: int | None = Field(default=None, description="The attempt whose results are published")
+    results: list[ResultFile] = Field(default_factory=list[ResultFile], description="Only when one job is asked for")
+    attempts: list[Attempt] = Field(default_factory=list[Attempt], description="Only when one job is asked for")
+    created_at: Timestamp
+    started_at: Timestamp | None = None
+    ended_at: Timestamp | None = None
+
+
+class JobPage(Page):
+    jobs: list[Job]
+
+
+class Jobs(Response):
+    """The answer to a list of specs, in the order sent."""
+
+    jobs: list[Job]
+
+
+class JobEvent(Response):
+    """One line of a job's history."""
+
+    job_id: str
+    seq: int = Field(description="Rises by one per job; the `id` of the server-sent event")
+    state: JobState
+    type: str = Field(
+        description="submitted | waiting | placed | starting | running | stop_requested | ended | requeued | settled"
+    )
+    message: str = ""
+    attempt_id: str | None = None
+    occurred_at: Timestamp
+
+
+class JobEvents(Response):
+    events: list[JobEvent]
+    last_seq: int = Field(description="Ask for what comes next with `?after_seq=`")
+
+
+class LogChunk(Response):
+    """Bytes of one attempt's log, as a server-sent event."""
+
+    epoch: int
+    offset: int = Field(description="Of the first byte of this chunk in the attempt's log")
+    data_base64: str = Field(description="The bytes, standard base64: a log may hold anything")
+    next_offset: int
+    complete: bool = Field(description="The attempt's log ends here")
+
+
+class Constraint(Response):
+    constraint: str = Field(description="gpu_model, vram, gpu_count, cpu, memory, max_price, status, ...")
+    machines_excluded: int
+    text: str
+
+
+class Relaxation(Response):
+    """The smallest change of one field that would open machines."""
+
+    field: str
+    from_value: str
+    to_value: str
+    machines: int
+    available_now: bool
+
+
+class Explanation(Response):
+    """Why a job waits: what excludes how many machines, and what would help."""
+
+    job_id: str
+    reason: str | None = None
+    reason_text: str | None = None
+    machines_total: int
+    machines_fitting: int
+    constraints: list[Constraint]
+    relaxations: list[Relaxation]
+
+
+class ResultDownload(ResultFile):
+    url: str = Field(description="Presigned GET, valid for a few minutes")
+
+
+class Results(Response):
+    job_id: str
+    epoch: int | None = Field(default=None, description="The attempt that made them; null: none are published")
+    complete: bool = Field(description="The job has ended: no more will come")
+    files: list[ResultDownload]

@@ -1,0 +1,158 @@
+"""Providers' machines, their prices, and the offers made of both."""
+
+from enum import StrEnum
+
+from pydantic import Field, SecretStr
+
+from dantegpu.contracts.rest.base import Page, Request, Response, Timestamp, Udgpu
+
+MAX_DEVICES = 64
+MAX_PRICE_UDGPU_PER_HOUR = 10**12
+
+
+class MachineStatus(StrEnum):
+    IDLE = "idle"
+    BUSY = "busy"
+    DRAINING = "draining"
+    PAUSED = "paused"
+    UNKNOWN = "unknown"
+    OFFLINE = "offline"
+    LEFT = "left"
+
+
+class MachineIntent(StrEnum):
+    ACTIVE = "active"
+    PAUSED = "paused"
+    DRAINING = "draining"
+    LEFT = "left"
+
+
+class DeviceReport(Request):
+    """One GPU as the machine sees it."""
+
+    index: int = Field(ge=0, lt=1024)
+    model: str = Field(min_length=1, max_length=200)
+    uuid: str = Field(default="", max_length=100)
+    vram_bytes: int = Field(ge=0, le=1 << 44)
+    compute_capability: str = Field(default="", max_length=10)
+    pcie_bus_id: str = Field(default="", max_length=40)
+    simulated: bool = False
+
+
+class InventoryReport(Request):
+    """What a machine has and may lease."""
+
+    hostname: str = Field(max_length=255)
+    cpu_milli: int = Field(ge=0, le=10**7)
+    memory_bytes: int = Field(ge=0, le=1 << 50)
+    disk_bytes: int = Field(ge=0, le=1 << 60)
+    os: str = Field(default="", max_length=200)
+    kernel: str = Field(default="", max_length=200)
+    driver_version: str = Field(default="", max_length=50)
+    cuda_version: str = Field(default="", max_length=50)
+    devices: list[DeviceReport] = Field(default_factory=list[DeviceReport], max_length=MAX_DEVICES)
+    sandbox: str = Field(default="none", max_length=50, description="bubblewrap, none")
+    executors: list[str] = Field(default_factory=list, max_length=16)
+    limits_missing: list[str] = Field(default_factory=list, max_length=64)
+    daemon_version: str = Field(default="", max_length=50)
+    region: str = Field(default="", max_length=50)
+    simulated: bool = False
+
+
+class EnrolMachine(Request):
+    """Enrolment: the join token, the machine's public key, and a signature that proves that it holds the private one.
+
+    Signed is the UTF-8 text `dante-enrol\\n<public_key>\\n<signed_at>`. The same key again is the same machine.
+    """
+
+    join_token: SecretStr = Field(max_length=200)
+    public_key: str = Field(max_length=100, description="nkeys user key, U...")
+    signed_at: int = Field(description="Unix seconds, within 5 minutes of the server's clock")
+    signature: str = Field(max_length=200, description="Ed25519, base64url")
+    inventory: InventoryReport
+
+
+class RenewMachine(Request):
+    """Signed is `dante-renew\\n<machine_id>\\n<signed_at>`."""
+
+    signed_at: int
+    signature: str = Field(max_length=200)
+
+
+class MachineCredentials(Response):
+    machine_id: str
+    team_id: str
+    nats_url: str = Field(description="Where the machine connects")
+    nats_user_jwt: str = Field(description="Limited to this machine's subjects")
+    expires_at: Timestamp
+
+
+class Device(Response):
+    id: str
+    index: int
+    model: str
+    uuid: str = ""
+    vram_bytes: int
+    compute_capability: str = ""
+    simulated: bool = False
+    gpu_utilisation: float | None = Field(default=None, description="0..1")
+    vram_used_bytes: int | None = None
+    temperature_celsius: float | None = None
+    power_watts: float | None = None
+
+
+class Machine(Response):
+    id: str
+    team_id: str = Field(description="The provider")
+    hostname: str
+    status: MachineStatus
+    intent: MachineIntent
+    cpu_milli: int
+    memory_bytes: int
+    disk_bytes: int
+    os: str = ""
+    kernel: str = ""
+    driver_version: str = ""
+    cuda_version: str = ""
+    devices: list[Device]
+    sandbox: str
+    executors: list[str]
+    limits_missing: list[str]
+    daemon_version: str = ""
+    region: str = ""
+    simulated: bool
+    running_attempts: int
+    cpu_utilisation: float = Field(description="0..1")
+    memory_used_bytes: int
+    joined_at: Timestamp
+    last_heartbeat_at: Timestamp | None = None
+
+
+class MachinePage(Page):
+    machines: list[Machine]
+
+
+class SetAsk(Request):
+    """A field that is left out keeps its price."""
+
+    price_udgpu_per_gpu_hour: int | None = Field(default=None, ge=0, le=MAX_PRICE_UDGPU_PER_HOUR)
+    price_udgpu_per_cpu_hour: int | None = Field(
+        default=None, ge=0, le=MAX_PRICE_UDGPU_PER_HOUR, description="Per core-hour, for jobs without a GPU"
+    )
+
+
+class Ask(Response):
+    machine_id: str
+    price_udgpu_per_gpu_hour: Udgpu
+    price_udgpu_per_cpu_hour: Udgpu
+    updated_at: Timestamp | None = Field(default=None, description="null: the platform's default price")
+
+
+class Offer(Response):
+    machine: Machine
+    ask: Ask
+    rentable: bool
+
+
+class OfferPage(Page):
+    offers: list[Offer] = Field(description="Cheapest first")

@@ -1,0 +1,20 @@
+"""The platform itself."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from dantegpu.contracts.rest.base import Response
+
+
+class ServiceStatus(Response):
+    name: str
+    reachable: bool
+    detail: str = ""
+    milliseconds: float = Field(description="Time to answer")
+
+
+class PlatformStatus(Response):
+    status: Literal["ok", "degraded"]
+    version: str
+    services: list[ServiceStatus]

@@ -1,0 +1,356 @@
+"""The job file: what to run. One model for `dante submit FILE.yaml`, `POST /v1/jobs` and the `spec` of an answer.
+
+A spec that was read is canonical: GPU names as the platform knows them, sizes with units, `env` as a mapping. It can be
+sent again as it is.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, cast
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from dantegpu.contracts.rest.base import Request, field_error
+from dantegpu.domain.resources import (
+    DEFAULT_CPU_MILLI,
+    DEFAULT_DISK_BYTES,
+    DEFAULT_MEMORY_BYTES,
+    parse_cpu_milli,
+    parse_gpu_spec,
+)
+from dantegpu.domain.units import (
+    KIB,
+    MIB,
+    MILLI_PER_UNIT,
+    MemoryRange,
+    format_bytes,
+    format_dgpu,
+    format_duration,
+    parse_dgpu,
+    parse_duration,
+    parse_memory,
+)
+
+MAX_ARGUMENTS = 1000
+MAX_ARGUMENT_LENGTH = 128 * KIB
+MAX_SPEC_TEXT_LENGTH = 512 * KIB
+MAX_ENV = 1000
+MAX_LABELS = 64
+MAX_JOBS_PER_CALL = 10_000
+DEFAULT_PRIORITY = 50
+WORK_FILES = (".:/work", ".")
+
+_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}", re.ASCII)
+_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9 ._-]{0,98}[A-Za-z0-9])?", re.ASCII)
+_LABEL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?", re.ASCII)
+
+_ALIASES: Mapping[str, str] = {"run": "commands", "envs": "env"}
+"""SkyPilot's words."""
+_RESOURCE_ALIASES: Mapping[str, str] = {"accelerators": "gpu", "gpus": "gpu", "cpus": "cpu", "mem": "memory"}
+
+
+def _rename(data: Any, aliases: Mapping[str, str]) -> Any:
+    if not isinstance(data, Mapping):
+        return data
+    document = dict(cast("Mapping[str, object]", data))
+    for alias, name in aliases.items():
+        if alias in document:
+            if name in document:
+                raise field_error("doubled", f"{alias!r} and {name!r} mean the same; give one of them")
+            document[name] = document.pop(alias)
+    return document
+
+
+def exact_bytes(size_bytes: int) -> str:
+    """`"16GB"`, or the bytes (`"1234567890B"`) where a unit would round."""
+    text = format_bytes(size_bytes)
+    return text if parse_memory(text) == size_bytes else f"{size_bytes}B"
+
+
+def _gpu(value: object) -> str | None:
+    if value is None or (isinstance(value, str | int) and str(value).strip() in ("", "0", "none")):
+        return None
+    if not isinstance(value, str | int | float | Mapping):
+        raise field_error("gpu_spec", "expected a GPU spec such as RTX4090:2, 24GB or A100:40GB..80GB:2")
+    return str(parse_gpu_spec(cast("str | int | float | Mapping[str, object]", value)))
+
+
+def _cpu(value: object) -> str:
+    if not isinstance(value, str | int | float):
+        raise field_error("cpu", "expected a number of cores such as 4, 0.5 or 16..")
+    milli = parse_cpu_milli(value.replace("+", "..") if isinstance(value, str) else value)
+    whole, rest = divmod(milli, MILLI_PER_UNIT)
+    return f"{whole}.{rest:03d}".rstrip("0") if rest else str(whole)
+
+
+def _size(value: object) -> str:
+    expected = "a size with its unit such as 16GB or 512MB"
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        raise field_error("memory", f"expected {expected}", expected=expected)
+    size_bytes = MemoryRange.parse(value, "size").minimum_bytes
+    if size_bytes < MIB:
+        raise field_error("memory", f"expected {expected}, got {value!r}, which is below 1MB", expected=expected)
+    return exact_bytes(size_bytes)
+
+
+def _duration(value: object) -> str | None:
+    if value is None:
+        return None
+    expected = "a duration such as 90s, 30m, 1h30m or 2d"
+    if not isinstance(value, str | int):
+        raise field_error("duration", f"expected {expected}", expected=expected)
+    seconds = parse_duration(value)
+    if seconds < 1:
+        raise field_error("duration", f"expected {expected} of at least 1s", expected=expected)
+    return format_duration(seconds)
+
+
+def _price(value: object) -> str | None:
+    if value is None:
+        return None
+    expected = "$dGPU per GPU-hour such as 2.50"
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise field_error("amount", f"expected {expected}", expected=expected)
+    return format_dgpu(parse_dgpu(str(value)))
+
+
+class Resources(Request):
+    """What the job needs on its machine. Of a range the lower end is reserved."""
+
+    not_supported_yet: ClassVar[Mapping[str, str]] = {
+        "shm_size": "shared memory of its own size",
+        "gpu_count": "write the count into gpu: 'RTX4090:2'",
+        "disk_tier": "kinds of disk",
+        "use_spot": "interruptible machines",
+        "any_of": "several alternatives",
+    }
+
+    gpu: Annotated[str | None, BeforeValidator(_gpu)] = Field(
+        default=None, description="GPU spec; also a mapping {name, count, memory, compute_capability}; null: no GPU",
+        examples=["RTX4090:2", "A100:40GB..80GB", "24GB", "0.5"],
+    )  # fmt: skip
+    cpu: Annotated[str, BeforeValidator(_cpu)] = Field(
+        default=str(DEFAULT_CPU_MILLI // MILLI_PER_UNIT), description="Cores", examples=["4", "0.5", "16.."]
+    )
+    memory: Annotated[str, BeforeValidator(_size)] = Field(
+        default=exact_bytes(DEFAULT_MEMORY_BYTES), description="Memory; GB is 2**30 bytes", examples=["16GB", "64GB.."]
+    )
+    disk: Annotated[str, BeforeValidator(_size)] = Field(
+        default=exact_bytes(DEFAULT_DISK_BYTES), description="Work folder and results", examples=["100GB"]
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _aliases(cls, data: Any) -> Any:
+        return _rename(data, _RESOURCE_ALIASES)
+
+    @classmethod
+    def known_fields(cls) -> frozenset[str]:
+        return super().known_fields() | _RESOURCE_ALIASES.keys()
+
+
+class Retry(Request):
+    """When a failed attempt is started again, on another machine where possible."""
+
+    on_events: list[Literal["no-capacity", "interruption", "error"]] = Field(
+        default_factory=lambda: ["no-capacity", "interruption", "error"], max_length=3
+    )
+    duration: Annotated[str | None, BeforeValidator(_duration)] = Field(
+        default=None, description="How long to go on trying; null: the platform's bound", examples=["1h"]
+    )
+
+
+class JobInput(Request):
+    """The packed working directory (tar.gz), uploaded before by `POST /v1/uploads`."""
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="hex digest of the archive")
+    size_bytes: int = Field(ge=1, le=1 << 44)
+
+
+class JobSpec(Request):
+    """What to run: either `commands` (shell lines) or `command` (arguments, no shell)."""
+
+    not_supported_yet: ClassVar[Mapping[str, str]] = {
+        "nodes": "several machines for one job",
+        "num_nodes": "several machines for one job",
+        "budget": "a bound on the whole cost; use max_price and max_duration",
+        "spot_policy": "interruptible machines",
+        "checkpoint": "checkpoints and resuming",
+        "regions": "choice of the region",
+        "schedule": "repeated jobs",
+        "array": "arrays; send {\"jobs\": [...]} with up to 10000 specs",
+        "setup": "a set-up step; put it into commands",
+        "file_mounts": "mounts; the working directory is sent as input",
+        "volumes": "volumes",
+        "ports": "open ports",
+        "repos": "repositories; the working directory is sent as input",
+        "python": "choice of the Python version; name an image",
+        "registry_auth": "private image registries",
+        "idle_duration": "idle stop",
+        "working_dir": "the working directory is sent as input and is /work in the job",
+        "workdir": "the working directory is sent as input and is /work in the job",
+    }  # fmt: skip
+
+    type: Literal["task"] = "task"
+    name: str = Field(default="", description="For people; need not be unique")
+    image: str = Field(default="", max_length=500, description="Container image; empty: the machine's own sandbox")
+    env: dict[str, str] = Field(default_factory=dict, description="Environment; also a list of `NAME=value`")
+    files: list[str] = Field(default_factory=list, description="Only the working directory: `.:/work`")
+    commands: list[str] = Field(default_factory=list, description="Shell lines, run in order until one fails")
+    command: list[str] = Field(default_factory=list, description="Program and arguments, without a shell")
+    resources: Resources = Field(default_factory=Resources)
+    max_price: Annotated[str | None, BeforeValidator(_price)] = Field(
+        default=None, description="$dGPU per GPU-hour; null: any price", examples=["2.50"]
+    )
+    max_duration: Annotated[str | None, BeforeValidator(_duration)] = Field(
+        default=None, description="The job is stopped after it; null: the platform's bound", examples=["8h"]
+    )
+    retry: Retry | None = Field(default=None, description="Also `true`: all events; null: the platform's default")
+    priority: int = Field(default=DEFAULT_PRIORITY, ge=0, le=100, description="Within your team; 100 is first")
+    input: JobInput | None = None
+    network: bool = Field(default=False, description="Outbound network")
+    labels: dict[str, str] = Field(default_factory=dict, max_length=MAX_LABELS)
+
+    @classmethod
+    def known_fields(cls) -> frozenset[str]:
+        return super().known_fields() | _ALIASES.keys()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _aliases(cls, data: Any) -> Any:
+        return _rename(data, _ALIASES)
+
+    @field_validator("type", mode="before")
+    @classmethod
+    def _type(cls, value: Any) -> Any:
+        if value in ("dev-environment", "service", "fleet", "volume", "gateway"):
+            text = f"type {value!r} is not supported yet; the only type is 'task'"
+            raise field_error("not_supported_yet", text, expected="task")
+        return value
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        if value and not _NAME.fullmatch(value):
+            expected = "up to 100 letters, digits, spaces and . _ -, beginning and ending with a letter or digit"
+            raise field_error("name", f"expected {expected}", expected=expected)
+        return value
+
+    @field_validator("env", mode="before")
+    @classmethod
+    def _env(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            value = _env_of_list(cast("list[object]", value))
+        if not isinstance(value, Mapping):
+            return value
+        pairs = cast("Mapping[object, object]", value)
+        if len(pairs) > MAX_ENV:
+            raise field_error("too_long", f"at most {MAX_ENV} variables")
+        return {_env_name(name): _env_value(str(name), text) for name, text in pairs.items()}
+
+    @field_validator("files")
+    @classmethod
+    def _files(cls, value: list[str]) -> list[str]:
+        if any(item not in WORK_FILES for item in value):
+            text = "only the working directory ('.:/work') can be sent; other files are not supported yet"
+            raise field_error("not_supported_yet", text, expected=".:/work")
+        return value
+
+    @field_validator("commands", "command", mode="before")
+    @classmethod
+    def _lines(cls, value: Any, info: Any) -> Any:
+        if isinstance(value, str):
+            if info.field_name == "command":
+                expected = "a list such as [python, train.py]; shell lines go into 'commands'"
+                raise field_error("list_type", f"expected {expected}", expected=expected)
+            value = [value]
+        if isinstance(value, list):
+            # YAML reads `[sleep, 1]` as a text and a number.
+            items = cast("list[object]", value)
+            return [
+                str(item) if isinstance(item, int | float) and not isinstance(item, bool) else item for item in items
+            ]
+        return value
+
+    @field_validator("commands", "command")
+    @classmethod
+    def _bounds(cls, value: list[str]) -> list[str]:
+        if len(value) > MAX_ARGUMENTS or any(len(item.encode()) > MAX_ARGUMENT_LENGTH for item in value):
+            raise field_error("too_long", f"at most {MAX_ARGUMENTS} items of {MAX_ARGUMENT_LENGTH >> 10} KiB each")
+        if any("\0" in item for item in value):
+            raise field_error("nul", "a NUL character cannot be passed to a program")
+        return value
+
+    @field_validator("retry", mode="before")
+    @classmethod
+    def _retry(cls, value: Any) -> Any:
+        if value is True:
+            return {}
+        return {"on_events": []} if value is False else value
+
+    @field_validator("labels")
+    @classmethod
+    def _labels(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, text in value.items():
+            if not _LABEL.fullmatch(name) or len(text) > 255:
+                raise field_error("label", f"label {name[:80]!r}: a name of up to 63 characters, a value of up to 255")
+        return value
+
+    @model_validator(mode="after")
+    def _runs_something(self) -> "JobSpec":
+        if bool(self.commands) == bool(self.command):
+            problem = "give either, not both" if self.commands else "there is nothing to run"
+            expected = "'commands' (shell lines) or 'command' (a list of arguments)"
+            raise field_error("command", f"{problem}: {expected}", expected=expected)
+        texts = [*self.commands, *self.command, *self.env.keys(), *self.env.values()]
+        if sum(len(text.encode()) for text in texts) > MAX_SPEC_TEXT_LENGTH:
+            raise field_error("too_long", f"commands and env together hold at most {MAX_SPEC_TEXT_LENGTH >> 10} KiB")
+        return self
+
+
+def _env_of_list(items: list[object]) -> dict[str, str]:
+    env: dict[str, str] = {}
+    for item in items:
+        name, equals, text = str(item).partition("=")
+        if not equals:
+            text = f"{name[:80]!r} has no value: write {name[:80]}=VALUE (the CLI fills in bare names itself)"
+            raise field_error("env", text, expected="NAME=value")
+        env[name] = text
+    return env
+
+
+def _env_name(name: object) -> str:
+    text = str(name)
+    if not _ENV_NAME.fullmatch(text):
+        raise field_error(
+            "env", f"{text[:80]!r} is no name of an environment variable", expected="letters, digits and _"
+        )
+    return text
+
+
+def _env_value(name: str, value: object) -> str:
+    if isinstance(value, bool) or value is None or not isinstance(value, str | int | float):
+        raise field_error("env", f"the value of {name[:80]!r} must be a text; put it in quotes", expected="a text")
+    text = str(value)
+    if "\0" in text:
+        raise field_error("env", f"the value of {name[:80]!r} holds a NUL character")
+    return text
+
+
+def fill_env(document: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+    """Give each bare name in a job file's `env` list its value from `environ`: done by the client, before it sends.
+
+    Raises KeyError with the name of the variable that is not set.
+    """
+    filled = dict(document)
+    for key in ("env", "envs"):
+        if isinstance(filled.get(key), list):
+            items = [str(item) for item in cast("list[object]", filled[key])]
+            filled[key] = [item if "=" in item else f"{item}={environ[item]}" for item in items]
+    return filled
+
+
+class JobList(Request):
+    """Many jobs in one call: all are accepted or none."""
+
+    jobs: list[JobSpec] = Field(min_length=1, max_length=MAX_JOBS_PER_CALL)

@@ -1,0 +1,189 @@
+"""The job file and the other bodies of the REST API."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from dantegpu.contracts.rest.base import FieldProblem, field_problems
+from dantegpu.contracts.rest.convert import spec_from_proto, spec_to_proto
+from dantegpu.contracts.rest.spec import JobList, JobSpec, fill_env
+
+
+def a_document(**fields: Any) -> dict[str, Any]:
+    return {"commands": ["python train.py"]} | fields
+
+
+def problems_of(document: dict[str, Any]) -> dict[str, FieldProblem]:
+    with pytest.raises(ValidationError) as caught:
+        JobSpec.model_validate(document)
+    return {problem.field: problem for problem in field_problems(caught.value.errors())}
+
+
+def test_a_job_file_in_the_words_of_the_peers_is_read_and_made_canonical():
+    spec = JobSpec.model_validate(
+        {
+            "type": "task",
+            "name": "train",
+            "image": "ghcr.io/acme/train",
+            "env": ["HF_TOKEN=abc", "LR=0.1"],
+            "files": [".:/work"],
+            "commands": ["pip install -r requirements.txt", "python train.py"],
+            "resources": {"gpu": "A100:40GB..80GB:2", "cpu": "16..", "memory": "64GB..", "disk": "100GB"},
+            "max_price": 2.50,
+            "max_duration": "8h",
+            "retry": {"on_events": ["no-capacity", "interruption", "error"], "duration": "1h"},
+            "priority": 50,
+        }
+    )
+    assert spec.env == {"HF_TOKEN": "abc", "LR": "0.1"}
+    assert spec.resources.model_dump() == {"gpu": "A100:40GB..80GB:2", "cpu": "16", "memory": "64GB", "disk": "100GB"}
+    assert (spec.max_price, spec.max_duration) == ("2.50", "8h")
+
+
+def test_a_spec_becomes_protobuf_with_milli_cores_bytes_seconds_and_micro_money():
+    proto = spec_to_proto(
+        JobSpec.model_validate(
+            a_document(
+                resources={"gpu": "rtx4090:2", "cpu": 0.5, "memory": "1.5GB"},
+                max_price="2.5",
+                max_duration="90m",
+                retry=True,
+                input={"sha256": "a" * 64, "size_bytes": 7},
+            )
+        )
+    )
+    assert proto.resources.gpu == "RTX 4090:2"
+    assert (proto.resources.cpu_milli, proto.resources.memory_bytes) == (500, 3 << 29)
+    assert (proto.max_price_udgpu_per_gpu_hour, proto.max_duration_seconds) == (2_500_000, 5400)
+    assert list(proto.retry.on_events) == ["no-capacity", "interruption", "error"]
+    assert (proto.input_sha256, proto.input_size_bytes) == ("a" * 64, 7)
+
+
+def test_what_was_not_asked_for_stays_unset_in_protobuf():
+    proto = spec_to_proto(JobSpec.model_validate(a_document()))
+    assert not proto.HasField("retry")
+    assert not proto.HasField("max_price_udgpu_per_gpu_hour")
+    assert proto.resources.gpu == ""
+
+
+specs: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
+    {"commands": st.lists(st.text(min_size=1, max_size=20).filter(lambda text: "\0" not in text), min_size=1)},
+    optional={
+        "env": st.dictionaries(
+            st.from_regex(r"[A-Z_][A-Z0-9_]{0,9}", fullmatch=True), st.sampled_from(["", "a=b", "é"])
+        ),
+        "resources": st.fixed_dictionaries(
+            {},
+            optional={
+                "gpu": st.sampled_from(["H100:8", "24GB", "0.5", "A100,H100:40GB..80GB:2", None]),
+                "cpu": st.decimals("0.001", "4096", places=3).map(str),
+                "memory": st.integers(1 << 20, 1 << 45).map(lambda size: f"{size}B"),
+            },
+        ),
+        "max_price": st.decimals(0, 1000, places=6).map(str),
+        "max_duration": st.integers(1, 10**6),
+        "retry": st.sampled_from([True, False, {"on_events": ["error"], "duration": "5m"}]),
+        "priority": st.integers(0, 100),
+        "network": st.booleans(),
+        "labels": st.dictionaries(st.sampled_from(["a", "b/c"]), st.text(max_size=5)),
+    },
+)
+
+
+@given(specs)
+def test_a_spec_survives_json_and_protobuf_unchanged(document: dict[str, Any]):
+    spec = JobSpec.model_validate(document)
+    assert JobSpec.model_validate_json(spec.model_dump_json()) == spec
+    assert spec_from_proto(spec_to_proto(spec)).model_dump() == spec.model_dump()
+
+
+def test_an_unknown_field_is_named_with_its_path_and_the_nearest_known_one():
+    problems = problems_of(a_document(resorces={}, resources={"gpus_": 1, "memori": "1GB"}, priority=101))
+    assert problems["resorces"].nearest == "resources"
+    assert problems["resources.memori"].nearest == "memory"
+    assert problems["priority"].message.endswith("less than or equal to 100")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("nodes", 2), ("budget", 25), ("spot_policy", "auto"), ("checkpoint", {}), ("regions", ["eu"]),
+        ("schedule", {}), ("array", 100), ("files", ["data:/data"]), ("type", "service"), ("type", "dev-environment"),
+    ],
+)  # fmt: skip
+def test_a_field_of_the_peers_that_does_not_work_yet_is_refused_by_name(field: str, value: Any):
+    assert "not supported yet" in problems_of(a_document(**{field: value}))[field].message
+
+
+def test_shared_memory_is_refused_by_name_inside_resources():
+    assert "not supported yet" in problems_of(a_document(resources={"shm_size": "1GB"}))["resources.shm_size"].message
+
+
+def test_a_gpu_nobody_knows_is_answered_with_the_nearest_name():
+    problem = problems_of(a_document(resources={"gpu": "RTX4900:2"}))["resources.gpu"]
+    assert problem.nearest
+    assert "character 1" in problem.message
+    assert not problem.message.startswith("Value error")
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("resources.memory", {"resources": {"memory": 16}}),
+        ("resources.cpu", {"resources": {"cpu": 0}}),
+        ("max_duration", {"max_duration": "soon"}),
+        ("max_duration", {"max_duration": 0}),
+        ("max_price", {"max_price": -1}),
+        ("env", {"env": ["HF_TOKEN"]}),
+        ("env", {"env": {"1A": "x"}}),
+        ("env", {"env": {"A": None}}),
+        ("name", {"name": "../x"}),
+        ("labels", {"labels": {"": "x"}}),
+        ("command", {"commands": [], "command": "python train.py"}),
+        ("commands", {"commands": ["a\0b"]}),
+        ("input.sha256", {"input": {"sha256": "xyz", "size_bytes": 1}}),
+        ("retry.on_events.0", {"retry": {"on_events": ["preempted"]}}),
+    ],
+)
+def test_a_wrong_value_is_reported_at_its_field(path: str, fields: dict[str, Any]):
+    assert path in problems_of(a_document(**fields))
+
+
+@pytest.mark.parametrize("document", [{}, {"commands": ["a"], "command": ["a"]}])
+def test_a_job_has_either_commands_or_a_command(document: dict[str, Any]):
+    [problem] = problems_of(document).values()
+    assert "'commands'" in problem.message
+
+
+def test_the_words_of_other_tools_are_understood():
+    spec = JobSpec.model_validate(
+        {"run": "python a.py\n", "envs": {"A": 1}, "resources": {"accelerators": "H100:8", "cpus": "4+"}}
+    )
+    assert (spec.commands, spec.env, spec.resources.gpu, spec.resources.cpu) == (
+        ["python a.py\n"],
+        {"A": "1"},
+        "H100:8",
+        "4",
+    )
+    assert "mean the same" in problems_of({"run": "a", "commands": ["b"]})[""].message
+
+
+def test_numbers_in_a_command_that_yaml_read_as_numbers_are_texts():
+    assert JobSpec.model_validate({"command": ["sleep", 1]}).command == ["sleep", "1"]
+
+
+def test_a_bare_name_in_env_is_filled_from_the_clients_environment():
+    document = a_document(env=["HF_TOKEN", "LR=0.1"])
+    assert fill_env(document, {"HF_TOKEN": "s=1"})["env"] == ["HF_TOKEN=s=1", "LR=0.1"]
+    with pytest.raises(KeyError, match="HF_TOKEN"):
+        fill_env(document, {})
+
+
+def test_problems_of_many_jobs_carry_the_place_in_the_list():
+    with pytest.raises(ValidationError) as caught:
+        JobList.model_validate({"jobs": [a_document(), a_document(nam="x")]})
+    [problem] = field_problems(caught.value.errors())
+    assert (problem.field, problem.nearest) == ("jobs.1.nam", "name")
