@@ -26,6 +26,10 @@ class InputNotUploaded(ServiceError):
     status = ErrorStatus.PRECONDITION
 
 
+class PlanConflict(Exception):
+    """A plan was made from what is no longer true; the schema refused it and nothing of it happened."""
+
+
 class NoOfferFits(ServiceError):
     """`no_wait` was asked for and no machine could take the job now."""
 

@@ -6,10 +6,12 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
+from psycopg.errors import CheckViolation, UniqueViolation
 from psycopg.types.json import Jsonb
 
 from dantegpu.domain.pricing import WINDOW_SECONDS
 from dantegpu.kit.db import Queries, Tx
+from dantegpu.services.scheduler.errors import PlanConflict
 
 QUERIES = Queries.of("dantegpu.services.scheduler")
 _ZERO = UUID(int=0)
@@ -224,13 +226,20 @@ async def events_after(tx: Tx, job_id: UUID, after: int, limit: int) -> list[Eve
 
 
 async def insert_attempts(tx: Tx, rows: Sequence[Record], *, now: datetime, lease_seconds: float) -> None:
-    await tx.run(QUERIES["insert_attempts"], rows=_json(rows), now=now, lease_seconds=lease_seconds)
+    """Raises PlanConflict when a job would get a second live attempt."""
+    try:
+        await tx.run(QUERIES["insert_attempts"], rows=_json(rows), now=now, lease_seconds=lease_seconds)
+    except UniqueViolation as error:
+        raise PlanConflict("a job has a live attempt already") from error
 
 
 async def lease_devices(tx: Tx, rows: Sequence[Record]) -> None:
-    """Raises psycopg's CheckViolation when a device would be leased twice."""
+    """Raises PlanConflict when a device would be leased twice."""
     if rows:
-        await tx.run(QUERIES["lease_devices"], rows=_json(rows))
+        try:
+            await tx.run(QUERIES["lease_devices"], rows=_json(rows))
+        except CheckViolation as error:
+            raise PlanConflict("a device is leased already") from error
 
 
 async def release_devices(tx: Tx, attempt_ids: Sequence[UUID]) -> None:

@@ -8,7 +8,6 @@ from uuid import UUID
 
 import structlog
 from nats.aio.msg import Msg
-from psycopg.errors import CheckViolation, UniqueViolation
 
 from dantegpu.contracts import subjects
 from dantegpu.contracts.envelope import unwrap
@@ -31,6 +30,7 @@ from dantegpu.kit.lifecycle import Wakeup
 from dantegpu.kit.outbox import Outbox
 from dantegpu.kit.telemetry import span
 from dantegpu.services.scheduler import store
+from dantegpu.services.scheduler.errors import PlanConflict
 from dantegpu.services.scheduler.service.inventory import Inventory
 from dantegpu.services.scheduler.service.transitions import JobBatch, Opening, Wakeups
 from dantegpu.services.scheduler.store import JobRow
@@ -203,9 +203,9 @@ class PlacementLeader:
                     again = await self._round()
                 except ServiceError as error:
                     log.warning("round_failed", error=error.message)
-                except (CheckViolation, UniqueViolation) as error:
+                except PlanConflict as error:
                     # Somebody changed what the plan was made of. The constraint held; the next round sees the truth.
-                    log.warning("plan_rejected", error=str(error).splitlines()[0])
+                    log.warning("plan_rejected", error=str(error))
             if not again:
                 await self._again.wait(self._pause_seconds())
 
