@@ -209,6 +209,13 @@ def test_simulated_and_unsandboxed_machines_take_only_their_own_teams_jobs():
         assert plan([machine], [a_job("1", team=PROVIDER)]).placements
 
 
+def test_a_job_with_an_image_goes_only_to_a_machine_that_runs_images():
+    job = replace(a_job("1"), runs_image=True)
+    without, with_images = a_machine(gpus=1), replace(a_machine(gpus=1), runs_images=True)
+    assert why_unplaced([without], job) == QueueReason.NO_MATCHING_MACHINE
+    assert [placement.machine_id for placement in plan([without, with_images], [job]).placements] == [with_images.id]
+
+
 def test_a_job_that_requires_a_sandbox_refuses_even_its_own_teams_unsandboxed_machine():
     job = replace(a_job("1", team=PROVIDER), requires_sandbox=True)
     assert why_unplaced([a_machine(gpus=1, sandboxed=False)], job) == QueueReason.RESTRICTED

@@ -359,6 +359,7 @@ class MachineInfo:
     region: str = ""
     schedulable: bool = True
     sandboxed: bool = True
+    runs_images: bool = False
     allows_fractions: bool = True
 
     @property

@@ -19,7 +19,7 @@ class PendingJob:
     """A queued job as placement sees it.
 
     `max_price_udgpu_per_hour` is per GPU-hour, or per core-hour for a job without GPUs; None takes any price.
-    `requires_sandbox`: never on a machine that cannot isolate it, not even the team's own.
+    `requires_sandbox`: never on a machine that cannot isolate it, not even the team's own. `runs_image`: a container image.
     `excluded_machines` are never taken, `avoided_machines` only when nothing else fits. `regions` empty: anywhere.
     """
 
@@ -31,6 +31,7 @@ class PendingJob:
     max_price_udgpu_per_hour: int | None = None
     regions: frozenset[str] = frozenset()
     requires_sandbox: bool = False
+    runs_image: bool = False
     excluded_machines: frozenset[MachineId] = frozenset()
     avoided_machines: frozenset[MachineId] = frozenset()
     not_before: datetime | None = None
@@ -44,6 +45,7 @@ class PendingJob:
             self.max_price_udgpu_per_hour,
             self.regions,
             self.requires_sandbox,
+            self.runs_image,
             self.excluded_machines,
         )
 
@@ -62,6 +64,7 @@ class Constraint(StrEnum):
     DISK = "disk"
     OWNERSHIP = "ownership"
     SANDBOX = "sandbox"
+    IMAGE = "image"
     REGION = "region"
     EXCLUDED = "excluded"
     MAX_PRICE = "max_price"
@@ -88,6 +91,7 @@ _TEXTS: Mapping[Constraint, str] = {
     Constraint.DISK: "too little disk",
     Constraint.OWNERSHIP: "takes only its own team's jobs (simulated GPUs or no sandbox)",
     Constraint.SANDBOX: "cannot isolate jobs",
+    Constraint.IMAGE: "does not run container images",
     Constraint.REGION: "in another region",
     Constraint.EXCLUDED: "excluded for this job",
     Constraint.MAX_PRICE: "costs more than max_price",
@@ -105,6 +109,7 @@ _REASONS: Mapping[Constraint, QueueReason] = {
     Constraint.DISK: QueueReason.NO_MATCHING_MACHINE,
     Constraint.OWNERSHIP: QueueReason.RESTRICTED,
     Constraint.SANDBOX: QueueReason.RESTRICTED,
+    Constraint.IMAGE: QueueReason.NO_MATCHING_MACHINE,
     Constraint.REGION: QueueReason.RESTRICTED,
     Constraint.EXCLUDED: QueueReason.RESTRICTED,
     Constraint.MAX_PRICE: QueueReason.PRICE_ABOVE_MAX,
@@ -181,6 +186,8 @@ def constraint_masks(snapshot: Snapshot, job: PendingJob) -> dict[Constraint, Bo
     masks[Constraint.OWNERSHIP] = ~snapshot.own_team_only | (snapshot.team == snapshot.team_number(job.team_id))
     if job.requires_sandbox:
         masks[Constraint.SANDBOX] = np.array([machine.sandboxed for machine in snapshot.machines], dtype=np.bool_)
+    if job.runs_image:
+        masks[Constraint.IMAGE] = np.array([machine.runs_images for machine in snapshot.machines], dtype=np.bool_)
     if job.regions:
         masks[Constraint.REGION] = np.isin(snapshot.region, sorted(job.regions))
     if job.excluded_machines:

@@ -118,7 +118,7 @@ def _smallest_change(snapshot: Snapshot, job: PendingJob, constraint: Constraint
             gpu = job.request.gpu
             whole = None if gpu is None else _with_gpu(job, replace(gpu, milli=MILLI_PER_UNIT))
             return None if gpu is None or whole is None else _Change("gpu", str(gpu), str(whole.request.gpu), whole)
-        case Constraint.STATUS | Constraint.OWNERSHIP | Constraint.SANDBOX | Constraint.EXCLUDED:
+        case Constraint.STATUS | Constraint.OWNERSHIP | Constraint.SANDBOX | Constraint.IMAGE | Constraint.EXCLUDED:
             # Not the submitter's to change.
             return None
 

@@ -11,7 +11,7 @@ from dantegpu.domain.clock import Clock
 from dantegpu.domain.ids import JobId, TeamId
 from dantegpu.domain.job import JobState, QueueReason, StopReason
 from dantegpu.domain.resources import InvalidGpuSpec
-from dantegpu.domain.scheduling import DEFAULT_POLICY, PendingJob, Snapshot, Why, explain, schedule
+from dantegpu.domain.scheduling import DEFAULT_POLICY, Snapshot, Why, explain, schedule
 from dantegpu.kit import rpc
 from dantegpu.kit.actor import SERVICE, Actor
 from dantegpu.kit.db import Database, Tx
@@ -21,7 +21,7 @@ from dantegpu.kit.telemetry import current_traceparent
 from dantegpu.services.scheduler import store
 from dantegpu.services.scheduler.errors import InputNotUploaded, InvalidJob, JobNotFound, NoOfferFits
 from dantegpu.services.scheduler.service.inventory import Inventory
-from dantegpu.services.scheduler.service.placement import live_leases, pending_of, request_of
+from dantegpu.services.scheduler.service.placement import live_leases, pending_of, pending_of_spec, request_of
 from dantegpu.services.scheduler.service.transitions import JobBatch, Wakeups
 from dantegpu.services.scheduler.settings import SchedulerSettings
 from dantegpu.services.scheduler.store import AttemptRow, JobRow, LeaseRow
@@ -115,7 +115,7 @@ class Intake:
     async def _check_fits_now(self, team_id: TeamId, specs: Sequence[jobs_pb2.JobSpec]) -> None:
         await self._inventory.ready()
         now = self._clock.now()
-        pending = [PendingJob(JobId.new(), team_id, now, request_of(spec), spec.priority) for spec in specs]
+        pending = [pending_of_spec(JobId.new(), team_id, now, spec) for spec in specs]
         async with self._db.transaction() as tx:
             leases = await live_leases(tx)
         plan = schedule(Snapshot.from_machines(self._inventory.machines(), leases), pending, DEFAULT_POLICY, now=now)

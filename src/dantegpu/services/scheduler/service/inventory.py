@@ -136,6 +136,7 @@ class Inventory:
             price_udgpu_per_cpu_hour=ask.price_udgpu_per_cpu_hour,
             region=inventory.region,
             schedulable=machine.status in _SCHEDULABLE,
+            runs_images="container" in inventory.executors,
             sandboxed=inventory.sandbox not in ("", "none"),
             allows_fractions=any(device.simulated for device in inventory.devices),
         )

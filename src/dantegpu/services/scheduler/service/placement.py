@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from uuid import UUID
 
@@ -50,17 +50,22 @@ SWEEP_SECONDS = 15.0
 def pending_of(row: JobRow) -> PendingJob:
     """A waiting job as placement sees it."""
     spec = jobs_pb2.JobSpec.FromString(row.spec)
+    pending = pending_of_spec(JobId(row.id), TeamId(row.team_id), row.submitted_at, spec)
+    avoided = frozenset(MachineId(machine) for machine in row.avoided_machines)
+    return replace(pending, avoided_machines=avoided, not_before=row.not_before)
+
+
+def pending_of_spec(job_id: JobId, team_id: TeamId, submitted_at: datetime, spec: jobs_pb2.JobSpec) -> PendingJob:
+    """A job that was just submitted as placement sees it."""
+    has_limit = spec.HasField("max_price_udgpu_per_gpu_hour")
     return PendingJob(
-        id=JobId(row.id),
-        team_id=TeamId(row.team_id),
-        submitted_at=row.submitted_at,
+        id=job_id,
+        team_id=team_id,
+        submitted_at=submitted_at,
         request=request_of(spec),
-        priority=row.priority,
-        max_price_udgpu_per_hour=(
-            spec.max_price_udgpu_per_gpu_hour if spec.HasField("max_price_udgpu_per_gpu_hour") else None
-        ),
-        avoided_machines=frozenset(MachineId(machine) for machine in row.avoided_machines),
-        not_before=row.not_before,
+        priority=spec.priority,
+        max_price_udgpu_per_hour=spec.max_price_udgpu_per_gpu_hour if has_limit else None,
+        runs_image=bool(spec.image),
     )
 
 
