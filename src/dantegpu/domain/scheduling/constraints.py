@@ -19,7 +19,7 @@ class PendingJob:
     """A queued job as placement sees it.
 
     `max_price_udgpu_per_hour` is per GPU-hour, or per core-hour for a job without GPUs; None takes any price.
-    `requires_sandbox`: never on a machine that cannot isolate it, not even the team's own. `runs_image`: a container image.
+    `requires_sandbox`: never on a machine that cannot isolate it, not even an own one. `runs_image`: in a container.
     `excluded_machines` are never taken, `avoided_machines` only when nothing else fits. `regions` empty: anywhere.
     """
 
