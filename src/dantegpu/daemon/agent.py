@@ -1,0 +1,324 @@
+"""The reconcile loop: what the platform wants of this machine, what the machine has, and how one becomes the other."""
+
+import asyncio
+import uuid
+from dataclasses import replace
+
+import structlog
+
+from dantegpu.contracts.gen.dante.v1 import jobs_pb2, machine_pb2
+from dantegpu.daemon.attempt import Attempt, Tools, boottime
+from dantegpu.daemon.executors.base import Adoption
+from dantegpu.daemon.executors.process import ProcessExecutor
+from dantegpu.daemon.journal import AttemptRow, JournalError
+from dantegpu.daemon.leases import LeaseFile, lease_until
+from dantegpu.daemon.link import Link
+from dantegpu.daemon.probe.machine import Probe
+from dantegpu.daemon.settings import DaemonSettings
+from dantegpu.domain.ids import AttemptId, JobId, MachineId
+from dantegpu.kit.errors import ServiceError
+from dantegpu.kit.lifecycle import Tasks, Wakeup
+
+log = structlog.get_logger(__name__)
+
+FENCE_CHECK_SECONDS = 1.0
+UNACKNOWLEDGED_SYNC_SECONDS = 0.5
+"""The next sync comes this soon while the platform has not acknowledged something."""
+MIN_SYNC_PAUSE_SECONDS = 0.05
+INVENTORY_EVERY_HEARTBEATS = 12
+STOP_GRACE_SECONDS = 3.0
+STOP_TIMEOUT_SECONDS = 8.0
+MAX_REPORT_ATTEMPTS = 200
+
+
+class Agent:
+    """Owns the attempts of this machine. `left` is set when the platform does not want the machine any more."""
+
+    def __init__(
+        self,
+        settings: DaemonSettings,
+        machine_id: MachineId,
+        inventory: machine_pb2.Inventory,
+        probe: Probe,
+        executor: ProcessExecutor,
+        tools: Tools,
+        leases: LeaseFile,
+    ) -> None:
+        self.left = asyncio.Event()
+        self._settings = settings
+        self._machine_id = machine_id
+        self._boot_id = uuid.uuid4().hex
+        self._inventory = inventory
+        self._probe = probe
+        self._executor = executor
+        self._tools = replace(tools, changed=self._changed)
+        self._leases = leases
+        self._attempts: dict[AttemptId, Attempt] = {}
+        self._waiting: dict[AttemptId, Attempt] = {}
+        """After a restart: journaled but not started; they start when the platform still wants them."""
+        self._revision = -1
+        self._link: Link | None = None
+        self._tasks = Tasks("agent")
+        self._sync_now = Wakeup()
+        self._beat_now = Wakeup()
+        self._report_now = Wakeup()
+        self._dirty: dict[AttemptId, None] = {}
+        self._beats_since_inventory = INVENTORY_EVERY_HEARTBEATS
+        self._stopping = False
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    async def adopt(self) -> None:
+        """Take over what an earlier daemon left, before anything is heard from the platform."""
+        leases = self._leases.read()
+        for row in self._tools.journal.attempts():
+            attempt = Attempt(row, self._tools, leases.get(str(row.attempt_id), 0.0))
+            self._attempts[row.attempt_id] = attempt
+            adoption = await attempt.load()
+            if row.ended:
+                attempt.resume_log()
+                self._dirty[row.attempt_id] = None
+            elif adoption is Adoption.NOT_STARTED:
+                self._waiting[row.attempt_id] = attempt
+            else:
+                log.info("attempt_adopted", attempt_id=str(row.attempt_id), found=adoption.value)
+                self._tasks.spawn(attempt.run(adoption), f"attempt {row.attempt_id}")
+        self._fence_expired()
+        await self._executor.sweep(set(self._attempts))
+
+    async def start(self, link: Link) -> None:
+        self._link = link
+        self._tasks.loop(self._fence, "fence")
+        self._tasks.loop(self._sync, "sync")
+        self._tasks.loop(self._report, "report")
+        self._tasks.loop(self._beat, "heartbeat")
+
+    async def stop(self) -> None:
+        """Idempotent. Unless attempts are to be kept, they end now and the platform is told."""
+        if not self._stopping:
+            self._stopping = True
+            live = [attempt for attempt in self._attempts.values() if not attempt.ended]
+            if not self._settings.keep_attempts_on_stop and live:
+                for attempt in live:
+                    attempt.stop(STOP_GRACE_SECONDS, "daemon_stopped")
+                await self._until_ended(live)
+            await self._last_words()
+        await self._tasks.stop()
+
+    async def _until_ended(self, live: list[Attempt]) -> None:
+        try:
+            async with asyncio.timeout(STOP_TIMEOUT_SECONDS):
+                while any(not attempt.ended for attempt in live) or self._dirty:
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            log.warning("attempts_still_running", attempts=sum(not attempt.ended for attempt in live))
+
+    async def _last_words(self) -> None:
+        if self._link is None:
+            return
+        try:
+            await self._link.heartbeat(machine_pb2.Heartbeat(
+                machine_id=str(self._machine_id), boot_id=self._boot_id, leaving=True
+            ))  # fmt: skip
+        except ServiceError:
+            return
+
+    # --- the line -----------------------------------------------------------------------------------------------------
+
+    def connection_up(self) -> None:
+        self._beats_since_inventory = INVENTORY_EVERY_HEARTBEATS
+        self._beat_now.notify()
+        self._sync_now.notify()
+
+    async def desired_pushed(self, state: machine_pb2.DesiredState) -> None:
+        """A push may bring new attempts. It renews no lease, for nobody knows how long it was under way."""
+        await self._apply(state, sent_at=boottime(), renews=False, asked=set(self._attempts))
+
+    @property
+    def _up(self) -> Link:
+        if self._link is None:
+            raise AssertionError("the agent has not started")
+        return self._link
+
+    async def _sync(self) -> None:
+        unacknowledged = any(attempt.ended for attempt in self._attempts.values())
+        interval = self._settings.sync_interval_seconds
+        await self._sync_now.wait(min(interval, UNACKNOWLEDGED_SYNC_SECONDS) if unacknowledged else interval)
+        if not self._up.connected:
+            await asyncio.sleep(MIN_SYNC_PAUSE_SECONDS)
+            return
+        asked = set(self._attempts)
+        request = machine_pb2.SyncRequest(
+            machine_id=str(self._machine_id),
+            boot_id=self._boot_id,
+            attempts=[attempt.status() for attempt in self._attempts.values()],
+        )
+        sent_at = boottime()
+        try:
+            state = await self._up.sync(request)
+        except ServiceError as error:
+            log.info("sync_failed", error=str(error))
+            return
+        await self._apply(state, sent_at=sent_at, renews=True, asked=asked)
+        await asyncio.sleep(MIN_SYNC_PAUSE_SECONDS)
+
+    async def _report(self) -> None:
+        await self._report_now.wait(None if not self._dirty else MIN_SYNC_PAUSE_SECONDS)
+        changed = list(self._dirty)[:MAX_REPORT_ATTEMPTS]
+        statuses = [self._attempts[attempt_id].status() for attempt_id in changed if attempt_id in self._attempts]
+        if not statuses:
+            self._dirty.clear()
+            return
+        if not self._up.connected:
+            await asyncio.sleep(FENCE_CHECK_SECONDS)
+            return
+        try:
+            await self._up.report(statuses)
+        except ServiceError as error:
+            log.info("report_failed", error=str(error))
+            # The sync tells the same, by another way.
+            self._sync_now.notify()
+            await asyncio.sleep(FENCE_CHECK_SECONDS)
+            return
+        for attempt_id, status in zip(changed, statuses, strict=False):
+            attempt = self._attempts.get(attempt_id)
+            if attempt is None or attempt.row.status.seq <= status.seq:
+                self._dirty.pop(attempt_id, None)
+        if any(self._attempts[i].ended for i in changed if i in self._attempts):
+            self._sync_now.notify()
+
+    async def _beat(self) -> None:
+        await self._beat_now.wait(self._settings.heartbeat_interval_seconds)
+        if not self._up.connected:
+            return
+        sample = await asyncio.to_thread(self._probe.utilisation)
+        heartbeat = machine_pb2.Heartbeat(
+            machine_id=str(self._machine_id),
+            boot_id=self._boot_id,
+            running_attempts=sum(not attempt.ended for attempt in self._attempts.values()),
+            cpu_utilisation=sample.cpu,
+            memory_used_bytes=sample.memory_used_bytes,
+            devices=[
+                machine_pb2.DeviceUtilisation(
+                    index=gpu.index,
+                    gpu_utilisation=gpu.utilisation,
+                    vram_used_bytes=gpu.vram_used_bytes,
+                    temperature_celsius=gpu.temperature_celsius,
+                    power_watts=gpu.power_watts,
+                )
+                for gpu in sample.gpus
+            ],
+        )
+        self._beats_since_inventory += 1
+        if self._beats_since_inventory > INVENTORY_EVERY_HEARTBEATS:
+            # Nobody acknowledges a heartbeat, so the inventory comes again now and then.
+            heartbeat.inventory.CopyFrom(self._inventory)
+            self._beats_since_inventory = 0
+        await self._up.heartbeat(heartbeat)
+
+    # --- desired and actual -------------------------------------------------------------------------------------------
+
+    async def _apply(
+        self, state: machine_pb2.DesiredState, *, sent_at: float, renews: bool, asked: set[AttemptId]
+    ) -> None:
+        if state.left:
+            log.warning("machine_left", error=state.error)
+            for attempt in self._attempts.values():
+                attempt.stop(0.0, "machine_left")
+            self.left.set()
+            return
+        if state.error:
+            log.warning("sync_refused", error=state.error)
+            return
+        for ack in state.acknowledged:
+            self._acknowledged(ack)
+        if state.revision < self._revision:
+            return
+        self._revision = state.revision
+        wanted: set[AttemptId] = set()
+        for desired in state.desired:
+            attempt_id = AttemptId.parse(desired.attempt_id)
+            wanted.add(attempt_id)
+            self._want(attempt_id, desired, sent_at, renews)
+        for attempt_id, attempt in self._attempts.items():
+            # What came after the question was asked cannot be missing in its answer.
+            if attempt_id in asked and attempt_id not in wanted and not attempt.ended:
+                log.warning("attempt_without_lease", attempt_id=str(attempt_id))
+                self._give_up(attempt)
+        self._write_leases()
+
+    def _want(self, attempt_id: AttemptId, desired: machine_pb2.DesiredAttempt, sent_at: float, renews: bool) -> None:
+        attempt = self._attempts.get(attempt_id)
+        if attempt is None:
+            attempt = self._accept(attempt_id, desired, lease_until(sent_at, desired.lease_ms))
+        if attempt is None or attempt.ended:
+            return
+        attempt.desired = desired
+        if renews:
+            attempt.lease_until = lease_until(sent_at, desired.lease_ms)
+        if desired.stop:
+            attempt.stop(desired.stop_grace_ms / 1000, desired.stop_reason)
+        if self._waiting.pop(attempt_id, None) is not None:
+            self._write_leases()
+            self._tasks.spawn(attempt.run(), f"attempt {attempt_id}")
+
+    def _accept(self, attempt_id: AttemptId, desired: machine_pb2.DesiredAttempt, lease: float) -> Attempt | None:
+        """Write the intent down; nothing of the attempt happens before."""
+        if self._stopping:
+            return None
+        status = machine_pb2.AttemptStatus(
+            attempt_id=desired.attempt_id,
+            job_id=desired.job_id,
+            epoch=desired.epoch,
+            seq=1,
+            state=jobs_pb2.STARTING,
+            sandbox=self._tools.sandbox,
+        )
+        row = AttemptRow(
+            attempt_id, JobId.parse(desired.job_id), desired.epoch, status, log_limit=desired.log_limit_bytes
+        )
+        try:
+            self._tools.journal.add(row)
+        except JournalError as error:
+            log.error("attempt_not_taken", attempt_id=str(attempt_id), error=str(error))
+            return None
+        attempt = Attempt(row, self._tools, lease)
+        self._attempts[attempt_id] = attempt
+        self._waiting[attempt_id] = attempt
+        self._changed(attempt)
+        return attempt
+
+    def _acknowledged(self, ack: machine_pb2.AttemptAck) -> None:
+        attempt = self._attempts.get(AttemptId.parse(ack.attempt_id))
+        if attempt is None or not attempt.ended or ack.seq < attempt.row.status.seq:
+            return
+        del self._attempts[attempt.row.attempt_id]
+        self._dirty.pop(attempt.row.attempt_id, None)
+        self._tasks.spawn(attempt.forget(), f"forget {attempt.row.attempt_id}")
+
+    def _give_up(self, attempt: Attempt) -> None:
+        attempt.fence()
+        if self._waiting.pop(attempt.row.attempt_id, None) is not None:
+            # Nothing of it runs; its task only says so.
+            self._tasks.spawn(attempt.run(), f"attempt {attempt.row.attempt_id}")
+
+    def _changed(self, attempt: Attempt) -> None:
+        self._dirty[attempt.row.attempt_id] = None
+        self._report_now.notify()
+
+    # --- leases -------------------------------------------------------------------------------------------------------
+
+    async def _fence(self) -> None:
+        # The boot clock has no timer in asyncio, and after a suspend its timers come late: look once a second.
+        await asyncio.sleep(FENCE_CHECK_SECONDS if self._attempts else self._settings.sync_interval_seconds)
+        self._fence_expired()
+
+    def _fence_expired(self) -> None:
+        now = boottime()
+        for attempt in list(self._attempts.values()):
+            if not attempt.ended and attempt.lease_until < now:
+                log.warning("lease_expired", attempt_id=str(attempt.row.attempt_id))
+                self._give_up(attempt)
+
+    def _write_leases(self) -> None:
+        self._leases.write({str(a.row.attempt_id): a.lease_until for a in self._attempts.values() if not a.ended})

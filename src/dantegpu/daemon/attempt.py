@@ -1,0 +1,455 @@
+"""One attempt on this machine, from the intent to the moment when nothing of it is left."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import structlog
+
+from dantegpu.contracts.gen.dante.v1 import jobs_pb2, machine_pb2
+from dantegpu.daemon.archive import ArchiveRefused, unpack
+from dantegpu.daemon.executors.base import (
+    Adoption,
+    AlreadyStarted,
+    AttemptRefused,
+    AttemptSpec,
+    DeviceGrant,
+    Executor,
+    ExecutorError,
+    ExitStatus,
+    Handle,
+    StopReason,
+)
+from dantegpu.daemon.journal import AttemptRow, Journal
+from dantegpu.daemon.logs import LogShipper, Tail
+from dantegpu.daemon.transfer import HashedFile, TransferFailed, Transfers, hash_files
+from dantegpu.daemon.workspace import AttemptFolder, ResultsTooLarge, Workspace, output_files
+from dantegpu.domain.units import format_bytes
+from dantegpu.kit.errors import ServiceError
+from dantegpu.kit.lifecycle import Wakeup
+from dantegpu.kit.telemetry import span
+
+log = structlog.get_logger(__name__)
+
+MAX_INPUT_UNPACKED_BYTES = 64 << 30
+MAX_RESULT_FILES = 10_000
+DEFAULT_RESULTS_BYTES = 10 << 30
+URLS_PER_REQUEST = 500
+URL_TRIES = 10
+LOG_COMPLETE_SECONDS = 10.0
+"""How long the end of an attempt waits for the last of its log to be stored."""
+LOG_GIVE_UP_SECONDS = 600.0
+DISK_FACTOR = 4
+"""A log this many times over its limit ends the attempt: the limit cuts what is sent, this protects the disk."""
+WATCH_SECONDS = 1.0
+_ENDED_STATES = (jobs_pb2.SUCCEEDED, jobs_pb2.FAILED, jobs_pb2.CANCELLED)
+
+
+def boottime() -> float:
+    """Seconds since boot, time asleep included: a suspended laptop must not think that its leases still run."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class Platform(Protocol):
+    """What an attempt asks of the platform while it runs."""
+
+    async def urls(self, request: machine_pb2.UrlsRequest) -> machine_pb2.UrlsReply: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What all attempts of the daemon share."""
+
+    journal: Journal
+    workspace: Workspace
+    executor: Executor
+    shipper: LogShipper
+    transfers: Transfers
+    platform: Platform
+    sandbox: str
+    devices: "Sequence[DeviceGrant]"
+    changed: "Callable[[Attempt], None]"
+    """Called after each change of `row.status` was written to the journal."""
+
+
+class _Ended(Exception):
+    """Ends the attempt before or instead of a normal exit: state, outcome, and what to tell people."""
+
+    def __init__(self, outcome: "jobs_pb2.Outcome.ValueType", message: str) -> None:
+        super().__init__(message)
+        self.outcome: jobs_pb2.Outcome.ValueType = outcome
+        self.message = message
+
+
+class Attempt:
+    """The task `run` drives it; `desire`, `stop` and `fence` are called from outside at any moment."""
+
+    def __init__(self, row: AttemptRow, tools: Tools, lease_until: float) -> None:
+        self.row = row
+        self.lease_until = lease_until
+        """On the boot clock: when it must be dead, unless the lease is renewed."""
+        self.desired: machine_pb2.DesiredAttempt | None = None
+        self._tools = tools
+        self._folder: AttemptFolder = tools.workspace.attempt(row.attempt_id)
+        self._handle: Handle | None = None
+        self._stop: tuple[float, str] | None = None
+        self._fenced = False
+        self._stopping = Wakeup()
+        self._started_at: float | None = None
+        self._tail = Tail(row.attempt_id, self._folder.log, row.log_limit, row.log_acked)
+
+    @property
+    def ended(self) -> bool:
+        return self.row.ended
+
+    @property
+    def running(self) -> bool:
+        return not self.row.ended and self.row.status.state in (jobs_pb2.RUNNING, jobs_pb2.STOPPING)
+
+    def status(self) -> machine_pb2.AttemptStatus:
+        """What the platform is told now."""
+        status = machine_pb2.AttemptStatus()
+        status.CopyFrom(self.row.status)
+        status.log_bytes = self._tail.size
+        return status
+
+    def stop(self, grace_seconds: float, reason: str) -> None:
+        """The platform, or the daemon's owner, wants it to end."""
+        if self._stop is None:
+            self._stop = (grace_seconds, reason)
+            self._stopping.notify()
+
+    def fence(self) -> None:
+        """Its lease is over: kill it now; somebody else may already be running the job."""
+        if not self._fenced:
+            self._fenced = True
+            self._stopping.notify()
+
+    # --- the way through ----------------------------------------------------------------------------------------------
+
+    async def load(self) -> Adoption:
+        """After a restart of the daemon: what is there of it."""
+        if self.row.handle is not None:
+            self._handle = Handle.loads(self.row.handle)
+        elif self._folder.handle.is_file():
+            self._handle = Handle.loads(self._folder.handle.read_text())
+        if self._handle is None:
+            return Adoption.NOT_STARTED
+        return await self._tools.executor.adopt(self._handle)
+
+    async def run(self, adoption: Adoption = Adoption.NOT_STARTED) -> None:
+        """Bring it to its end, tell it, and return when the platform has its log. Never raises for a job's fault."""
+        traceparent = self.desired.traceparent if self.desired is not None else ""
+        with span("attempt", traceparent, attempt_id=str(self.row.attempt_id), job_id=str(self.row.job_id)):
+            try:
+                if adoption is Adoption.NOT_STARTED:
+                    await self._start()
+                ending, exit_status = await self._watch()
+            except _Ended as error:
+                ending, exit_status = error, None
+            except (ExecutorError, OSError, TimeoutError) as error:
+                log.exception("attempt_failed_here", attempt_id=str(self.row.attempt_id))
+                ending, exit_status = _Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, f"the machine failed: {error}"), None
+            await self._finish(ending, exit_status)
+
+    async def _start(self) -> None:
+        desired = self.desired
+        if desired is None:
+            raise _Ended(jobs_pb2.OUTCOME_LOST, "the daemon was restarted before the attempt had started")
+        spec = self._spec(desired)
+        with span("attempt.prepare"):
+            await self._or_stopped(self._prepare(desired))
+            self._handle = await self._tools.executor.prepare(spec)
+        self._tools.shipper.add(self._tail)
+        self._raise_if_stopped()
+        with span("attempt.start"):
+            try:
+                await self._tools.executor.start(self._handle, spec)
+            except AlreadyStarted:
+                await self._tools.executor.adopt(self._handle)
+        self._started_at = time.monotonic()
+
+    def _spec(self, desired: machine_pb2.DesiredAttempt) -> AttemptSpec:
+        job = desired.spec
+        command = tuple(job.argv) or ("/bin/sh", "-e", "-c", "\n".join(job.commands))
+        by_index = {device.index: device for device in self._tools.devices}
+        if missing := [lease.index for lease in desired.devices if lease.index not in by_index]:
+            raise _Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, f"this machine has no device {missing[0]}")
+        if job.image:
+            raise _Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, "this machine runs no container images")
+        try:
+            return AttemptSpec(
+                self.row.attempt_id,
+                command,
+                {**job.env, "DANTE_JOB_ID": str(self.row.job_id)},
+                cpu_milli=job.resources.cpu_milli,
+                memory_bytes=job.resources.memory_bytes,
+                network=job.network,
+                devices=tuple(by_index[lease.index] for lease in desired.devices),
+            )
+        except AttemptRefused as error:
+            raise _Ended(jobs_pb2.OUTCOME_FAILED, str(error)) from error
+
+    async def _prepare(self, desired: machine_pb2.DesiredAttempt) -> None:
+        """The work folder with the job's input in it. Done again after a crash, from the start."""
+        if self._folder.handle.is_file():
+            return
+        await asyncio.to_thread(self._folder.remove)
+        self._folder.create()
+        if not desired.spec.input_sha256:
+            return
+        archive = self._folder.root / "input.tar.gz"
+        reply = await self._urls(machine_pb2.UrlsRequest(input=True))
+        try:
+            await self._tools.transfers.fetch(
+                reply.input_url,
+                archive,
+                sha256=desired.spec.input_sha256,
+                size_bytes=desired.spec.input_size_bytes,
+            )
+            await asyncio.to_thread(unpack, archive, self._folder.work, max_bytes=MAX_INPUT_UNPACKED_BYTES)
+        except TransferFailed as error:
+            raise _Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, str(error)) from error
+        except ArchiveRefused as error:
+            raise _Ended(jobs_pb2.OUTCOME_FAILED, f"the job's input cannot be unpacked: {error}") from error
+        archive.unlink()
+
+    async def _watch(self) -> tuple[_Ended | None, ExitStatus]:
+        """Until it has ended, by itself or because it was stopped."""
+        handle = self._started
+        self._tools.shipper.add(self._tail)
+        self.row.handle = handle.dumps()
+        if self.row.status.state != jobs_pb2.RUNNING:
+            self._change(jobs_pb2.RUNNING)
+        waiting = asyncio.create_task(self._tools.executor.wait(handle))
+        reason: _Ended | None = None
+        try:
+            while not waiting.done():
+                reason = self._reason_to_stop()
+                if reason is not None:
+                    await self._end(reason)
+                    break
+                stopping = asyncio.create_task(self._stopping.wait(WATCH_SECONDS))
+                await asyncio.wait({waiting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                stopping.cancel()
+            status = await waiting
+        finally:
+            waiting.cancel()
+        # It may have ended by itself in the very moment in which it was stopped: then its own end counts.
+        return (reason if status.stop_reason is not None or status.lost else None), status
+
+    def _reason_to_stop(self) -> _Ended | None:
+        if self._fenced:
+            return _Ended(jobs_pb2.OUTCOME_LOST, "the lease could not be renewed in time, so the machine ended it")
+        if self._stop is not None:
+            return self._stopped()
+        limit = self.desired.spec.max_duration_seconds if self.desired is not None else 0
+        if limit and self._ran_seconds() > limit:
+            return _Ended(jobs_pb2.OUTCOME_TIMED_OUT, f"ended after its maximum duration of {limit} s")
+        if self.row.log_limit and self._tail.size > DISK_FACTOR * self.row.log_limit:
+            return _Ended(
+                jobs_pb2.OUTCOME_FAILED,
+                f"ended: it printed more than {format_bytes(DISK_FACTOR * self.row.log_limit)}; write files instead",
+            )
+        return None
+
+    async def _end(self, reason: _Ended) -> None:
+        if reason.outcome == jobs_pb2.OUTCOME_LOST:
+            grace_seconds, why = 0.0, StopReason.LEASE_LOST
+        else:
+            self._change(jobs_pb2.STOPPING)
+            grace_seconds = self.desired.stop_grace_ms / 1000 if self.desired is not None else 0.0
+            why = StopReason.TIMED_OUT if reason.outcome == jobs_pb2.OUTCOME_TIMED_OUT else StopReason.REQUESTED
+            if self._stop is not None:
+                grace_seconds = self._stop[0]
+        stopping = asyncio.create_task(
+            self._tools.executor.stop(self._started, grace_seconds=grace_seconds, reason=why)
+        )
+        try:
+            # A lease that runs out during the grace ends the grace.
+            while not stopping.done():
+                await asyncio.wait({stopping}, timeout=WATCH_SECONDS)
+                if self._fenced and not stopping.done():
+                    await self._tools.executor.stop(self._started, grace_seconds=0, reason=why)
+        finally:
+            await stopping
+
+    async def _finish(self, ending: _Ended | None, exit_status: ExitStatus | None) -> None:
+        """Results and log first, then the report that makes them count."""
+        self._tools.shipper.ended(self._tail)
+        results: list[HashedFile] = []
+        ran_ms = int(self._ran_seconds() * 1000) if exit_status is not None else 0
+        if exit_status is not None and not self._fenced and not exit_status.lost:
+            try:
+                with span("attempt.upload"):
+                    results = await self._upload()
+            except _Ended as error:
+                ending = ending or error
+        if not self._fenced and self._handle is not None:
+            await _within(self._tail.complete.wait(), LOG_COMPLETE_SECONDS)
+        self._report_end(ending, exit_status, results, ran_ms)
+
+    def _report_end(
+        self, ending: _Ended | None, exit_status: ExitStatus | None, results: list[HashedFile], ran_ms: int
+    ) -> None:
+        outcome, message = _judge(ending, exit_status, self.desired)
+        status = self.row.status
+        status.outcome = outcome
+        status.message = message
+        status.ran_ms = ran_ms
+        if exit_status is not None and exit_status.exit_code is not None:
+            status.exit_code = exit_status.exit_code
+        status.results.extend(result.to_proto() for result in results)
+        state = jobs_pb2.FAILED
+        if outcome == jobs_pb2.OUTCOME_SUCCEEDED:
+            state = jobs_pb2.SUCCEEDED
+        elif outcome == jobs_pb2.OUTCOME_CANCELLED:
+            state = jobs_pb2.CANCELLED
+        self.row.ended = True
+        self.row.log_acked = self._tail.acked
+        self._change(state)
+
+    async def forget(self) -> None:
+        """The platform has acknowledged the end: remove everything, once its log is stored too."""
+        if self._handle is not None and not self._fenced:
+            await _within(self._tail.complete.wait(), LOG_GIVE_UP_SECONDS)
+        self._tools.shipper.remove(self.row.attempt_id)
+        if self._handle is not None:
+            await self._tools.executor.destroy(self._handle)
+        else:
+            await asyncio.to_thread(self._folder.remove)
+        self._tools.journal.remove(self.row.attempt_id)
+
+    def resume_log(self) -> None:
+        """After a restart: an ended attempt whose log may not be stored completely."""
+        if self._folder.log.exists():
+            self._tools.shipper.add(self._tail)
+            self._tools.shipper.ended(self._tail)
+        else:
+            self._tail.complete.set()
+
+    # --- small things -------------------------------------------------------------------------------------------------
+
+    @property
+    def _started(self) -> Handle:
+        if self._handle is None:
+            raise AssertionError("the attempt was not prepared")
+        return self._handle
+
+    def _ran_seconds(self) -> float:
+        if self._started_at is None:
+            try:
+                began = self._folder.started.stat().st_mtime
+            except FileNotFoundError:
+                return 0.0
+            self._started_at = time.monotonic() - max(0.0, time.time() - began)
+        return time.monotonic() - self._started_at
+
+    def _change(self, state: "jobs_pb2.JobState.ValueType") -> None:
+        self.row.status.state = state
+        self.row.status.seq += 1
+        self.row.status.sandbox = self._tools.sandbox
+        self._tools.journal.save(self.row)
+        log.info(
+            "attempt_changed",
+            attempt_id=str(self.row.attempt_id),
+            job_id=str(self.row.job_id),
+            state=jobs_pb2.JobState.Name(state),
+            message=self.row.status.message,
+        )
+        self._tools.changed(self)
+
+    def _stopped(self) -> _Ended:
+        reason = self._stop[1] if self._stop is not None else ""
+        if reason in ("max_duration", "timed_out", "budget"):
+            return _Ended(jobs_pb2.OUTCOME_TIMED_OUT, f"stopped: {reason}")
+        if reason == "daemon_stopped":
+            return _Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, "the machine's owner stopped the daemon")
+        return _Ended(jobs_pb2.OUTCOME_CANCELLED, f"stopped: {reason}" if reason else "stopped")
+
+    def _raise_if_stopped(self) -> None:
+        if self._fenced:
+            raise _Ended(jobs_pb2.OUTCOME_LOST, "the lease ran out before the start")
+        if self._stop is not None:
+            raise self._stopped()
+
+    async def _or_stopped(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do `work` unless the attempt is stopped or fenced meanwhile."""
+        task = asyncio.create_task(work)
+        try:
+            while not task.done():
+                self._raise_if_stopped()
+                stopping = asyncio.create_task(self._stopping.wait(WATCH_SECONDS))
+                await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                stopping.cancel()
+            await task
+        finally:
+            task.cancel()
+
+    async def _urls(self, request: machine_pb2.UrlsRequest) -> machine_pb2.UrlsReply:
+        """Presigned URLs; a platform that does not answer is asked again for as long as the lease holds."""
+        request.attempt_id = str(self.row.attempt_id)
+        request.epoch = self.row.epoch
+        pause_seconds = 0.1
+        for _ in range(URL_TRIES):
+            try:
+                reply = await self._tools.platform.urls(request)
+            except ServiceError as error:
+                log.info("no_urls_yet", attempt_id=str(self.row.attempt_id), error=str(error))
+            else:
+                if reply.error == "stale":
+                    raise _Ended(jobs_pb2.OUTCOME_LOST, "the platform says that this attempt is over")
+                if reply.error.startswith("refused"):
+                    raise _Ended(jobs_pb2.OUTCOME_FAILED, reply.error)
+                if not reply.error:
+                    return reply
+            await asyncio.sleep(pause_seconds)
+            pause_seconds = min(5.0, pause_seconds * 2)
+        raise _Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, "the platform gave no URLs for the transfer")
+
+    async def _upload(self) -> list[HashedFile]:
+        limit = self.desired.results_limit_bytes if self.desired is not None else 0
+        output: Path = self._folder.output
+        try:
+            found = await asyncio.to_thread(
+                output_files, output, max_files=MAX_RESULT_FILES, max_bytes=limit or DEFAULT_RESULTS_BYTES
+            )
+        except ResultsTooLarge as error:
+            raise _Ended(jobs_pb2.OUTCOME_FAILED, f"the results were not kept: {error}") from error
+        hashed = await asyncio.to_thread(hash_files, output, found)
+        for first in range(0, len(hashed), URLS_PER_REQUEST):
+            part = hashed[first : first + URLS_PER_REQUEST]
+            reply = await self._urls(machine_pb2.UrlsRequest(results=[result.to_proto() for result in part]))
+            try:
+                await self._tools.transfers.send(output, part, reply.result_urls)
+            except TransferFailed as error:
+                raise _Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, str(error)) from error
+        return hashed
+
+
+def _judge(
+    ending: _Ended | None, exit_status: ExitStatus | None, desired: machine_pb2.DesiredAttempt | None
+) -> "tuple[jobs_pb2.Outcome.ValueType, str]":
+    """Outcome and text of an attempt's end."""
+    if ending is not None:
+        return ending.outcome, ending.message
+    if exit_status is None or exit_status.exit_code is None:
+        return jobs_pb2.OUTCOME_PROVIDER_FAULT, "the machine lost sight of the job (killed from outside, or a reboot)"
+    if exit_status.oom_killed:
+        limit = format_bytes(desired.spec.resources.memory_bytes) if desired is not None else "its limit"
+        return jobs_pb2.OUTCOME_FAILED, f"killed: it needed more memory than the {limit} that it asked for"
+    if exit_status.exit_code == 0:
+        return jobs_pb2.OUTCOME_SUCCEEDED, ""
+    if exit_status.signal is not None:
+        return jobs_pb2.OUTCOME_FAILED, f"ended by signal {exit_status.signal} (exit code {exit_status.exit_code})"
+    return jobs_pb2.OUTCOME_FAILED, f"exit code {exit_status.exit_code}"
+
+
+async def _within(work: Awaitable[object], seconds: float) -> None:
+    try:
+        await asyncio.wait_for(work, seconds)
+    except TimeoutError:
+        return

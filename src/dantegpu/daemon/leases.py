@@ -1,0 +1,44 @@
+"""How long each attempt may still run, on a file that a daemon killed a moment ago has left for the next one.
+
+Rule I6: a machine ends its attempt at (renewal sent + lease - margin), by a clock that also runs while the machine
+sleeps. The file needs no fsync: after a reboot nothing runs any more.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from dantegpu.daemon.executors.processes import boot_id
+
+MARGIN_FRACTION = 0.2
+MAX_MARGIN_SECONDS = 5.0
+
+
+def lease_until(sent_at: float, lease_ms: int) -> float:
+    """When the attempt must be dead. `sent_at`: boot clock when the renewal was asked for, not when it was answered."""
+    lease_seconds = lease_ms / 1000
+    return sent_at + lease_seconds - min(MAX_MARGIN_SECONDS, lease_seconds * MARGIN_FRACTION)
+
+
+class LeaseFile:
+    """Attempt id -> boot-clock second. Unreadable, or of another boot: every lease is over."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._boot = boot_id()
+        self._written: dict[str, float] = {}
+
+    def read(self) -> dict[str, float]:
+        try:
+            raw = json.loads(self._path.read_text())
+        except (FileNotFoundError, ValueError):
+            return {}
+        return raw["leases"] if raw.get("boot") == self._boot else {}
+
+    def write(self, leases: Mapping[str, float]) -> None:
+        if leases == self._written:
+            return
+        fresh = self._path.with_name(f"{self._path.name}.new")
+        fresh.write_text(json.dumps({"boot": self._boot, "leases": dict(leases)}))
+        fresh.rename(self._path)
+        self._written = dict(leases)

@@ -1,0 +1,243 @@
+"""The daemon's composition root: only wiring, and the order in which things start and stop."""
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import structlog
+
+from dantegpu.contracts.gen.dante.v1 import machine_pb2
+from dantegpu.daemon.agent import Agent
+from dantegpu.daemon.attempt import Attempt, Tools
+from dantegpu.daemon.enrol import EnrolmentRefused, GatewayUnreachable, Identity
+from dantegpu.daemon.executors.base import Capabilities, DeviceGrant, SandboxKind
+from dantegpu.daemon.executors.process import ProcessExecutor
+from dantegpu.daemon.executors.sandbox import describe_limits
+from dantegpu.daemon.journal import Journal
+from dantegpu.daemon.leases import LeaseFile
+from dantegpu.daemon.link import Link
+from dantegpu.daemon.logs import LogShipper
+from dantegpu.daemon.probe.devices import Gpu
+from dantegpu.daemon.probe.machine import Inventory, Probe
+from dantegpu.daemon.settings import DaemonSettings
+from dantegpu.daemon.transfer import Transfers
+from dantegpu.daemon.workspace import Workspace
+from dantegpu.kit.telemetry import configure_logging, configure_tracing
+
+log = structlog.get_logger(__name__)
+
+SERVICE_NAME = "beatrice-core-services"
+ENROL_PAUSE_SECONDS = 1.0
+MAX_ENROL_PAUSE_SECONDS = 30.0
+
+
+class AlreadyRunning(Exception):
+    """Another daemon holds this state folder."""
+
+
+@dataclass(slots=True)
+class Daemon:
+    """Everything of one provider machine. `run` returns when it was told to stop, or the machine has left."""
+
+    settings: DaemonSettings
+    on_ready: Callable[[str], None] | None = None
+    """Called with the machine's id once it is enrolled and listening."""
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Raises AlreadyRunning, EnrolmentRefused, JournalError."""
+        state = self.settings.state
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with _locked(state / "lock"):
+            await self._run(stop)
+
+    async def _run(self, stop: asyncio.Event) -> None:
+        state = self.settings.state
+        identity = Identity.load(state)
+        probe = Probe(state, simulate=self.settings.simulate_gpus)
+        executor, capabilities = await choose_executor(self.settings)
+        found = await asyncio.to_thread(probe.probe_machine)
+        inventory = inventory_message(found, capabilities, self.settings.region)
+        journal = Journal(state / "journal.db")
+        transfers = Transfers()
+        try:
+            if not await self._enrol(identity, inventory, stop):
+                return
+            journal.open()
+            await self._work(identity, probe, executor, inventory, found, journal, transfers, stop)
+        finally:
+            await transfers.close()
+            await executor.close()
+            journal.close()
+            probe.close()
+
+    async def _work(
+        self,
+        identity: Identity,
+        probe: Probe,
+        executor: ProcessExecutor,
+        inventory: machine_pb2.Inventory,
+        found: Inventory,
+        journal: Journal,
+        transfers: Transfers,
+        stop: asyncio.Event,
+    ) -> None:
+        link = Link(identity, self.settings.nats_url)
+        shipper = LogShipper(link.logs)
+        tools = Tools(
+            journal=journal,
+            workspace=Workspace(self.settings.state / "work"),
+            executor=executor,
+            shipper=shipper,
+            transfers=transfers,
+            platform=link,
+            sandbox=inventory.sandbox,
+            devices=[_grant(gpu) for gpu in found.gpus.devices],
+            changed=_nobody_listens,
+        )
+        leases = LeaseFile(self.settings.state / "leases.json")
+        agent = Agent(self.settings, identity.machine_id, inventory, probe, executor, tools, leases)
+        await shipper.start()
+        try:
+            await agent.adopt()
+            await agent.start(link)
+            await link.start(agent.desired_pushed, agent.connection_up)
+            log.info("daemon_started", machine_id=str(identity.machine_id), sandbox=inventory.sandbox)
+            if self.on_ready is not None:
+                self.on_ready(str(identity.machine_id))
+            await _first_of(stop, agent.left)
+        finally:
+            await agent.stop()
+            await link.stop()
+            await shipper.stop()
+            if agent.left.is_set():
+                identity.forget()
+
+    async def _enrol(self, identity: Identity, inventory: machine_pb2.Inventory, stop: asyncio.Event) -> bool:
+        """False when it was told to stop while the gateway did not answer."""
+        pause_seconds = ENROL_PAUSE_SECONDS
+        while not identity.enrolled:
+            if not self.settings.gateway_url or not self.settings.join_token.get_secret_value():
+                raise EnrolmentRefused("this machine is not enrolled: dante provider join URL --token TOKEN")
+            try:
+                await identity.enrol(self.settings.gateway_url, self.settings.join_token, inventory)
+            except GatewayUnreachable as error:
+                log.warning("not_enrolled_yet", error=str(error), retry_in_seconds=pause_seconds)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(stop.wait(), pause_seconds)
+                if stop.is_set():
+                    return False
+                pause_seconds = min(MAX_ENROL_PAUSE_SECONDS, pause_seconds * 2)
+        return True
+
+
+async def choose_executor(settings: DaemonSettings) -> tuple[ProcessExecutor, Capabilities]:
+    """With `sandbox=auto`, a machine without bubblewrap runs its own team's jobs unsandboxed, and says so."""
+    workspace = Workspace(settings.state / "work")
+    workspace.create()
+    if settings.sandbox != "none":
+        executor = ProcessExecutor(workspace, sandbox=SandboxKind.BUBBLEWRAP, allow_network=settings.allow_network)
+        capabilities = await executor.probe()
+        if capabilities.sandbox is SandboxKind.BUBBLEWRAP or settings.sandbox == "bubblewrap":
+            return executor, capabilities
+        await executor.close()
+        log.warning("no_sandbox", why=capabilities.missing.get("sandbox", ""))
+        missing_sandbox = capabilities.missing.get("sandbox", "")
+    else:
+        missing_sandbox = "switched off (sandbox=none)"
+    executor = ProcessExecutor(workspace, sandbox=SandboxKind.NONE, allow_network=True)
+    capabilities = await executor.probe()
+    missing = {**capabilities.missing, "sandbox": missing_sandbox}
+    return executor, Capabilities(capabilities.sandbox, capabilities.limits, missing, capabilities.network)
+
+
+def inventory_message(found: Inventory, capabilities: Capabilities, region: str) -> machine_pb2.Inventory:
+    """What the platform is told about this machine."""
+    problems = describe_limits(capabilities.missing)
+    if found.gpus.problem:
+        problems.append(f"gpu: {found.gpus.problem}")
+    return machine_pb2.Inventory(
+        hostname=found.hostname,
+        cpu_milli=found.cpu_milli,
+        memory_bytes=found.memory_bytes,
+        disk_bytes=found.disk_bytes,
+        os=found.os,
+        kernel=found.kernel,
+        driver_version=found.gpus.driver_version,
+        cuda_version=found.gpus.cuda_version,
+        devices=[
+            machine_pb2.Device(
+                index=gpu.index,
+                model=gpu.model,
+                uuid=gpu.uuid,
+                vram_bytes=gpu.vram_bytes,
+                compute_capability=gpu.compute_capability,
+                pcie_bus_id=gpu.pcie_bus_id,
+                simulated=gpu.simulated,
+            )
+            for gpu in found.gpus.devices
+        ],
+        sandbox=capabilities.sandbox.value,
+        executors=[ProcessExecutor.name],
+        limits_missing=problems,
+        daemon_version=_own_version(),
+        region=region,
+        simulated=found.simulated,
+    )
+
+
+def _grant(gpu: Gpu) -> DeviceGrant:
+    return DeviceGrant(uuid=gpu.uuid, model=gpu.model, index=gpu.index, paths=gpu.paths, simulated=gpu.simulated)
+
+
+def _nobody_listens(attempt: Attempt) -> None:
+    raise AssertionError(f"{attempt.row.attempt_id} changed before the agent was there")
+
+
+def _own_version() -> str:
+    try:
+        return version("dantegpu")
+    except PackageNotFoundError:
+        return ""
+
+
+@contextlib.contextmanager
+def _locked(path: Path):
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise AlreadyRunning(f"another daemon is running with the state folder {path.parent}") from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+async def _first_of(*events: asyncio.Event) -> None:
+    waiting = [asyncio.create_task(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in waiting:
+            task.cancel()
+
+
+def run_daemon(settings: DaemonSettings, on_ready: Callable[[str], None] | None = None) -> None:
+    """Run until SIGTERM or SIGINT. For a process of its own."""
+    configure_logging(SERVICE_NAME, settings.log_level)
+    configure_tracing(SERVICE_NAME, settings.otlp_endpoint)
+
+    async def main() -> None:
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        await Daemon(settings, on_ready).run(stop)
+
+    asyncio.run(main())

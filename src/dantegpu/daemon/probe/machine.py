@@ -1,0 +1,87 @@
+"""The machine itself: processors, memory, disk, system, and how busy they are."""
+
+import os
+import platform
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from dantegpu.daemon.probe.devices import Gpu, Gpus, GpuSample, Nvml, simulated_gpus
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """What may be leased. 1000 cpu_milli are one core."""
+
+    hostname: str
+    cpu_milli: int
+    memory_bytes: int
+    disk_bytes: int
+    os: str
+    kernel: str
+    gpus: Gpus = field(default_factory=Gpus)
+
+    @property
+    def simulated(self) -> bool:
+        return any(device.simulated for device in self.gpus.devices)
+
+
+@dataclass(frozen=True, slots=True)
+class Utilisation:
+    """A sample. `cpu` is 0..1 over the time since the sample before."""
+
+    cpu: float
+    memory_used_bytes: int
+    gpus: Sequence[GpuSample]
+
+
+class Probe:
+    """Looks at this machine. `simulate` replaces its real GPUs by simulated ones (`--simulate-gpus`)."""
+
+    def __init__(self, data: Path, *, simulate: str = "") -> None:
+        self._data = data
+        self._simulated: tuple[Gpu, ...] = simulated_gpus(simulate)
+        self._nvml = Nvml()
+
+    def probe_machine(self) -> Inventory:
+        """Everything that placement wants to know."""
+        gpus = Gpus(self._simulated) if self._simulated else self._nvml.open()
+        psutil.cpu_percent()  # the first sample begins here
+        return Inventory(
+            hostname=socket.gethostname(),
+            cpu_milli=len(os.sched_getaffinity(0)) * 1000,
+            memory_bytes=min(psutil.virtual_memory().total, _own_memory_limit()),
+            disk_bytes=psutil.disk_usage(str(self._data)).free,
+            os=_system_name(),
+            kernel=platform.release(),
+            gpus=gpus,
+        )
+
+    def utilisation(self) -> Utilisation:
+        memory = psutil.virtual_memory()
+        return Utilisation(psutil.cpu_percent() / 100, memory.total - memory.available, self._nvml.sample())
+
+    def close(self) -> None:
+        self._nvml.close()
+
+
+def _own_memory_limit() -> int:
+    """What a container or unit around the daemon leaves it; jobs live below the daemon's cgroup."""
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(path).read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit() and int(text) > 0:
+            return int(text)
+    return 1 << 62
+
+
+def _system_name() -> str:
+    try:
+        return platform.freedesktop_os_release().get("PRETTY_NAME", platform.system())
+    except OSError:
+        return platform.system()
