@@ -438,7 +438,8 @@ async def _a_closed_and_an_open_hold(billing: BillingClient) -> None:
         "UPDATE balances SET balance_udgpu = -1 WHERE kind = 'platform_fees'",
         (
             "INSERT INTO transfers (id, kind, debit_account_id, credit_account_id, amount_udgpu,"
-            " debit_balance_after_udgpu, credit_balance_after_udgpu, job_id, attempt_id, window_index, created_at) SELECT gen_random_uuid(), kind,"
+            " debit_balance_after_udgpu, credit_balance_after_udgpu, job_id, attempt_id, window_index, created_at)"
+            " SELECT gen_random_uuid(), kind,"
             " debit_account_id, credit_account_id, 1, 0, 0, job_id, attempt_id, window_index, now() FROM transfers"
             " WHERE kind = 'fee'"
         ),
