@@ -134,3 +134,18 @@ class Results(Response):
     epoch: int | None = Field(default=None, description="The attempt that made them; null: none are published")
     complete: bool = Field(description="The job has ended: no more will come")
     files: list[ResultDownload]
+
+
+class StreamEnd(Response):
+    """The last word of an event stream (`event: end`): nothing more will come.
+
+    A stream that ends without it was cut: come back with Last-Event-ID.
+    """
+
+    job_id: str
+    state: JobState
+    outcome: Outcome | None = None
+    exit_code: int | None = None
+    message: str = ""
+    cost_udgpu: Udgpu
+    settled: bool

@@ -1,0 +1,288 @@
+"""Protobuf of the services -> bodies of the REST API."""
+
+from datetime import UTC, datetime
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from dantegpu.contracts.gen.dante.v1 import (
+    auth_pb2,
+    billing_pb2,
+    jobs_pb2,
+    machine_pb2,
+    marketplace_pb2,
+    registry_pb2,
+)
+from dantegpu.contracts.rest import accounts, billing, jobs, machines
+from dantegpu.contracts.rest.convert import spec_from_proto
+from dantegpu.domain.job import JobState, Outcome
+
+
+def when(timestamp: Timestamp) -> datetime:
+    return timestamp.ToDatetime(UTC)
+
+
+def when_set(timestamp: Timestamp) -> datetime | None:
+    return timestamp.ToDatetime(UTC) if timestamp.seconds or timestamp.nanos else None
+
+
+def job_state(state: "jobs_pb2.JobState.ValueType") -> JobState:
+    return JobState(jobs_pb2.JobState.Name(state))
+
+
+def _outcome(outcome: "jobs_pb2.Outcome.ValueType") -> Outcome | None:
+    return Outcome(jobs_pb2.Outcome.Name(outcome).removeprefix("OUTCOME_").lower()) if outcome else None
+
+
+def job(proto: jobs_pb2.Job) -> jobs.Job:
+    return jobs.Job(
+        id=proto.id,
+        team_id=proto.team_id,
+        user_id=proto.user_id,
+        name=proto.spec.name,
+        spec=spec_from_proto(proto.spec),
+        state=job_state(proto.state),
+        reason=proto.reason or None,
+        reason_text=proto.reason_text or None,
+        epoch=proto.epoch,
+        outcome=_outcome(proto.outcome),
+        exit_code=proto.exit_code if proto.HasField("exit_code") else None,
+        message=proto.message,
+        cost_udgpu=proto.cost_udgpu,
+        settled=proto.settled,
+        results_epoch=proto.results_epoch or None,
+        results=[result_file(file) for file in proto.results],
+        attempts=[attempt(each) for each in proto.attempts],
+        created_at=when(proto.created_at),
+        started_at=when_set(proto.started_at),
+        ended_at=when_set(proto.ended_at),
+    )
+
+
+def result_file(proto: jobs_pb2.ResultFile) -> jobs.ResultFile:
+    return jobs.ResultFile(path=proto.path, size_bytes=proto.size_bytes, sha256=proto.sha256)
+
+
+def attempt(proto: jobs_pb2.Attempt) -> jobs.Attempt:
+    return jobs.Attempt(
+        id=proto.id,
+        job_id=proto.job_id,
+        epoch=proto.epoch,
+        machine_id=proto.machine_id,
+        state=job_state(proto.state),
+        outcome=_outcome(proto.outcome),
+        exit_code=proto.exit_code if proto.HasField("exit_code") else None,
+        message=proto.message,
+        rate_udgpu_per_hour=proto.rate_udgpu_per_hour,
+        billed_seconds=proto.billed_seconds,
+        cost_udgpu=proto.cost_udgpu,
+        device_ids=list(proto.device_ids),
+        simulated=proto.simulated,
+        sandbox=proto.sandbox,
+        created_at=when(proto.created_at),
+        started_at=when_set(proto.started_at),
+        ended_at=when_set(proto.ended_at),
+    )
+
+
+def job_event(proto: jobs_pb2.JobEvent) -> jobs.JobEvent:
+    return jobs.JobEvent(
+        job_id=proto.job_id,
+        seq=proto.seq,
+        state=job_state(proto.state),
+        type=proto.type,
+        message=proto.message,
+        attempt_id=proto.attempt_id or None,
+        occurred_at=when(proto.occurred_at),
+    )
+
+
+def explanation(proto: jobs_pb2.Explanation) -> jobs.Explanation:
+    return jobs.Explanation(
+        job_id=proto.job_id,
+        reason=proto.reason or None,
+        reason_text=proto.reason_text or None,
+        machines_total=proto.machines_total,
+        machines_fitting=proto.machines_fitting,
+        constraints=[
+            jobs.Constraint(constraint=each.constraint, machines_excluded=each.machines_excluded, text=each.text)
+            for each in proto.constraints
+        ],
+        relaxations=[
+            jobs.Relaxation(
+                field=each.field,
+                from_value=getattr(each, "from"),
+                to_value=each.to,
+                machines=each.machines,
+                available_now=each.available_now,
+            )
+            for each in proto.relaxations
+        ],
+    )
+
+
+def machine(proto: registry_pb2.Machine) -> machines.Machine:
+    inventory = proto.inventory
+    use = {each.index: each for each in proto.device_utilisation}
+    status = registry_pb2.MachineStatus.Name(proto.status).removeprefix("MACHINE_").lower()
+    intent = registry_pb2.MachineIntent.Name(proto.intent).removeprefix("INTENT_").lower()
+    return machines.Machine(
+        id=proto.id,
+        team_id=proto.team_id,
+        hostname=inventory.hostname,
+        status=machines.MachineStatus(status),
+        intent=machines.MachineIntent(intent),
+        cpu_milli=inventory.cpu_milli,
+        memory_bytes=inventory.memory_bytes,
+        disk_bytes=inventory.disk_bytes,
+        os=inventory.os,
+        kernel=inventory.kernel,
+        driver_version=inventory.driver_version,
+        cuda_version=inventory.cuda_version,
+        devices=[_device(each, use.get(each.index)) for each in inventory.devices],
+        sandbox=inventory.sandbox,
+        executors=list(inventory.executors),
+        limits_missing=list(inventory.limits_missing),
+        daemon_version=inventory.daemon_version,
+        region=inventory.region,
+        simulated=inventory.simulated,
+        running_attempts=proto.running_attempts,
+        cpu_utilisation=proto.cpu_utilisation,
+        memory_used_bytes=proto.memory_used_bytes,
+        joined_at=when(proto.joined_at),
+        last_heartbeat_at=when_set(proto.last_heartbeat_at),
+    )
+
+
+def _device(proto: machine_pb2.Device, use: machine_pb2.DeviceUtilisation | None) -> machines.Device:
+    return machines.Device(
+        id=proto.id,
+        index=proto.index,
+        model=proto.model,
+        uuid=proto.uuid,
+        vram_bytes=proto.vram_bytes,
+        compute_capability=proto.compute_capability,
+        simulated=proto.simulated,
+        gpu_utilisation=use.gpu_utilisation if use else None,
+        vram_used_bytes=use.vram_used_bytes if use else None,
+        temperature_celsius=use.temperature_celsius if use else None,
+        power_watts=use.power_watts if use else None,
+    )
+
+
+def inventory_to_proto(report: machines.InventoryReport) -> machine_pb2.Inventory:
+    return machine_pb2.Inventory(
+        hostname=report.hostname,
+        cpu_milli=report.cpu_milli,
+        memory_bytes=report.memory_bytes,
+        disk_bytes=report.disk_bytes,
+        os=report.os,
+        kernel=report.kernel,
+        driver_version=report.driver_version,
+        cuda_version=report.cuda_version,
+        devices=[
+            machine_pb2.Device(
+                index=device.index,
+                model=device.model,
+                uuid=device.uuid,
+                vram_bytes=device.vram_bytes,
+                compute_capability=device.compute_capability,
+                pcie_bus_id=device.pcie_bus_id,
+                simulated=device.simulated,
+            )
+            for device in report.devices
+        ],
+        sandbox=report.sandbox,
+        executors=report.executors,
+        limits_missing=report.limits_missing,
+        daemon_version=report.daemon_version,
+        region=report.region,
+        simulated=report.simulated,
+    )
+
+
+def ask(proto: marketplace_pb2.Ask) -> machines.Ask:
+    return machines.Ask(
+        machine_id=proto.machine_id,
+        price_udgpu_per_gpu_hour=proto.price_udgpu_per_gpu_hour,
+        price_udgpu_per_cpu_hour=proto.price_udgpu_per_cpu_hour,
+        updated_at=when_set(proto.updated_at),
+    )
+
+
+def offer(proto: marketplace_pb2.Offer) -> machines.Offer:
+    return machines.Offer(machine=machine(proto.machine), ask=ask(proto.ask), rentable=proto.rentable)
+
+
+def wallet(proto: billing_pb2.Wallet) -> billing.Wallet:
+    return billing.Wallet(
+        team_id=proto.team_id,
+        balance_udgpu=proto.balance_udgpu,
+        held_udgpu=proto.held_udgpu,
+        available_udgpu=proto.available_udgpu,
+        earned_udgpu=proto.earned_udgpu,
+    )
+
+
+def entry(proto: billing_pb2.Entry) -> billing.Entry:
+    return billing.Entry(
+        transfer_id=proto.transfer_id,
+        kind=proto.kind,
+        amount_udgpu=proto.amount_udgpu,
+        balance_after_udgpu=proto.balance_after_udgpu,
+        job_id=proto.job_id or None,
+        attempt_id=proto.attempt_id or None,
+        text=proto.text,
+        created_at=when(proto.created_at),
+    )
+
+
+def receipt(proto: billing_pb2.Receipt) -> billing.Receipt:
+    return billing.Receipt(
+        job_id=proto.job_id,
+        payer_team_id=proto.payer_team_id,
+        total_udgpu=proto.total_udgpu,
+        lines=[
+            billing.ReceiptLine(
+                attempt_id=line.attempt_id,
+                window=line.window,
+                rate_udgpu_per_hour=line.rate_udgpu_per_hour,
+                used_seconds=line.used_seconds,
+                charged_udgpu=line.charged_udgpu,
+                provider_udgpu=line.provider_udgpu,
+                fee_udgpu=line.fee_udgpu,
+                closed_at=when_set(line.closed_at),
+                open=line.open,
+            )
+            for line in proto.lines
+        ],
+    )
+
+
+def user(proto: auth_pb2.User) -> accounts.User:
+    return accounts.User(id=proto.id, email=proto.email, operator=proto.operator, created_at=when(proto.created_at))
+
+
+def team(proto: auth_pb2.Team) -> accounts.Team:
+    return accounts.Team(id=proto.id, name=proto.name, role=proto.role, created_at=when(proto.created_at))
+
+
+def api_key(proto: auth_pb2.ApiKey) -> accounts.ApiKey:
+    return accounts.ApiKey(
+        id=proto.id,
+        name=proto.name,
+        team_id=proto.team_id,
+        prefix=proto.prefix,
+        scopes=list(proto.scopes),
+        created_at=when(proto.created_at),
+        expires_at=when_set(proto.expires_at),
+        last_used_at=when_set(proto.last_used_at),
+        revoked_at=when_set(proto.revoked_at),
+    )
+
+
+def tokens(proto: auth_pb2.TokenPair) -> accounts.Tokens:
+    return accounts.Tokens(
+        access_token=proto.access_token,
+        expires_in_seconds=proto.expires_in_seconds,
+        refresh_token=proto.refresh_token,
+    )

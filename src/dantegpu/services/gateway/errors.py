@@ -1,0 +1,47 @@
+"""Refusals of the gateway itself."""
+
+from dantegpu.kit.errors import ErrorStatus, ServiceError
+
+
+class BodyTooLarge(ServiceError):
+    type = "body-too-large"
+    status = ErrorStatus.TOO_LARGE
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__(
+            f"the request's body is larger than {max_bytes} bytes; send fewer jobs per call", max_bytes=str(max_bytes)
+        )
+
+
+class TooManyRequests(ServiceError):
+    type = "too-many-requests"
+    status = ErrorStatus.RATE_LIMITED
+
+    def __init__(self, retry_after_seconds: int) -> None:
+        super().__init__(
+            f"too many requests; try again in {retry_after_seconds} s (many jobs fit into one call)",
+            retry_after=str(retry_after_seconds),
+        )
+
+
+class TooManyStreams(ServiceError):
+    type = "too-many-streams"
+    status = ErrorStatus.RATE_LIMITED
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"{limit} event streams are open already; close one of them first", retry_after="5")
+
+
+class InvalidCredential(ServiceError):
+    """The token or key is not valid (any more)."""
+
+    type = "invalid-credential"
+    status = ErrorStatus.UNAUTHENTICATED
+
+
+class ScopeMissing(ServiceError):
+    type = "scope-missing"
+    status = ErrorStatus.FORBIDDEN
+
+    def __init__(self, scope: str) -> None:
+        super().__init__(f"this API key may not do that: it lacks the scope {scope!r}", scope=scope)

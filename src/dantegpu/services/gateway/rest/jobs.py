@@ -1,0 +1,286 @@
+"""/v1/uploads and /v1/jobs."""
+
+import json
+from collections.abc import AsyncGenerator
+from typing import Annotated, Any, Literal, cast
+
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.responses import StreamingResponse
+
+from dantegpu.contracts.gen.dante.v1 import billing_pb2, jobs_pb2, monitoring_pb2, storage_pb2
+from dantegpu.contracts.rest import billing, jobs, storage
+from dantegpu.contracts.rest.convert import spec_to_proto
+from dantegpu.contracts.rest.spec import JobList, JobSpec
+from dantegpu.contracts.subjects import job_event, logs_appended
+from dantegpu.domain.ids import JobId
+from dantegpu.domain.job import JobState
+from dantegpu.kit import rpc
+from dantegpu.kit.actor import SERVICE
+from dantegpu.services.gateway import convert
+from dantegpu.services.gateway.context import (
+    IdempotencyKey,
+    JobIdPath,
+    JobReader,
+    JobWriter,
+    Paging,
+    Platform,
+    WalletReader,
+    number_after,
+)
+from dantegpu.services.gateway.rest.follow import (
+    LOG_BYTES_PER_READ,
+    JobEventSource,
+    LogSource,
+    get_job,
+    is_terminal,
+    read_logs,
+)
+from dantegpu.services.gateway.streams import EventStream
+
+MAX_LOG_EPOCH = 1_000_000
+
+router = APIRouter(tags=["jobs"])
+
+
+@router.post("/v1/uploads", status_code=201, tags=["uploads"], summary="Where to send packed working directories")
+async def prepare_uploads(body: storage.PrepareUploads, _actor: JobWriter, platform: Platform) -> storage.Uploads:
+    """Content-addressed within your team: what the platform has already need not be sent again."""
+    wants = [storage_pb2.BlobWant(sha256=blob.sha256, size_bytes=blob.size_bytes) for blob in body.blobs]
+    request = storage_pb2.PrepareUploadsRequest(blobs=wants)
+    response = await rpc.call(platform.clients.storage.PrepareUploads, request)
+    return storage.Uploads(
+        uploads=[
+            storage.BlobUpload(sha256=each.sha256, exists=each.exists, url=each.url or None)
+            for each in response.uploads
+        ]
+    )
+
+
+async def _submitted(request: Request) -> JobSpec | JobList:
+    """One spec, or `{"jobs": [...]}`: told apart by hand, so that an error names the field and not a union's member."""
+    try:
+        document: object = json.loads(await request.body())
+    except (ValueError, RecursionError) as error:
+        message = str(error) or type(error).__name__
+        line = {"type": "json_invalid", "loc": ("body",), "msg": message, "input": None, "ctx": {"error": message}}
+        raise RequestValidationError([line]) from error
+    many = isinstance(document, dict) and "jobs" in document
+    try:
+        return JobList.model_validate(document) if many else JobSpec.model_validate(document)
+    except ValidationError as error:
+        lines = cast("list[dict[str, Any]]", error.errors(include_url=False, include_input=False))
+        raise RequestValidationError([line | {"loc": ("body", *line["loc"])} for line in lines]) from error
+
+
+_SUBMIT_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "anyOf": [{"$ref": "#/components/schemas/JobSpec"}, {"$ref": "#/components/schemas/JobList"}]
+                },
+                "example": {"name": "train", "commands": ["python train.py"], "resources": {"gpu": "RTX4090"}},
+            }
+        },
+    }
+}
+
+
+@router.post("/v1/jobs", status_code=201, summary="Submit one job, or many at once", openapi_extra=_SUBMIT_BODY)
+async def submit(
+    submitted: Annotated[JobSpec | JobList, Depends(_submitted)],
+    _actor: JobWriter,
+    key: IdempotencyKey,
+    platform: Platform,
+    response: Response,
+    wait: Annotated[bool, Query(description="false: refuse a job that no machine fits right now")] = True,
+) -> jobs.Job | jobs.Jobs:
+    """A single spec answers the job; `{"jobs": [...]}` answers `{"jobs": [...]}`: all are accepted or none."""
+    specs = submitted.jobs if isinstance(submitted, JobList) else [submitted]
+    request = jobs_pb2.SubmitJobsRequest(
+        specs=[spec_to_proto(spec) for spec in specs], idempotency_key=key, no_wait=not wait
+    )
+    accepted = await rpc.call(platform.clients.jobs.SubmitJobs, request, timeout_seconds=30)
+    made = [convert.job(job) for job in accepted.jobs]
+    if isinstance(submitted, JobList):
+        return jobs.Jobs(jobs=made)
+    response.headers["location"] = f"/v1/jobs/{made[0].id}"
+    return made[0]
+
+
+@router.get("/v1/jobs", summary="Your team's jobs, newest first")
+async def list_jobs(
+    _actor: JobReader,
+    page: Paging,
+    platform: Platform,
+    state: Annotated[list[JobState] | None, Query(description="Only these; may come several times")] = None,
+) -> jobs.JobPage:
+    states = [jobs_pb2.JobState.Value(each.value) for each in state or ()]
+    response = await rpc.call(platform.clients.jobs.ListJobs, jobs_pb2.ListJobsRequest(page=page, states=states))
+    found = [convert.job(job) for job in response.jobs]
+    return jobs.JobPage(jobs=found, next_cursor=response.next_cursor or None)
+
+
+@router.get("/v1/jobs/{job_id}", summary="One job with its attempts and results")
+async def show_job(job_id: JobIdPath, _actor: JobReader, platform: Platform) -> jobs.Job:
+    return convert.job(await get_job(platform.clients, job_id))
+
+
+@router.post("/v1/jobs/{job_id}/stop", summary="Stop a job")
+async def stop_job(job_id: JobIdPath, _actor: JobWriter, platform: Platform) -> jobs.Job:
+    """Stopping twice changes nothing; a job that has ended stays as it is."""
+    response = await rpc.call(platform.clients.jobs.StopJobs, jobs_pb2.StopJobsRequest(job_ids=[job_id]))
+    return convert.job(response.jobs[0])
+
+
+@router.get("/v1/jobs/{job_id}/why", summary="Why does it wait, and what would help?")
+async def explain_job(job_id: JobIdPath, _actor: JobReader, platform: Platform) -> jobs.Explanation:
+    response = await rpc.call(platform.clients.jobs.ExplainJobs, jobs_pb2.ExplainJobsRequest(job_ids=[job_id]))
+    return convert.explanation(response.explanations[0])
+
+
+type LastEventId = Annotated[
+    str,
+    Header(
+        alias="Last-Event-ID", max_length=100, description="Event streams: the id of the last event that you have seen"
+    ),
+]
+type Accept = Annotated[str, Header(include_in_schema=False)]
+
+
+def _wants_stream(accept: str) -> bool:
+    return "text/event-stream" in accept.lower()
+
+
+def _stream_answer(what: str, event: str) -> dict[int | str, dict[str, Any]]:
+    text = f"{what}. `Accept: text/event-stream` answers a stream of `event: {event}`; it ends with `event: end`."
+    return {200: {"description": text, "content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+
+
+@router.get(
+    "/v1/jobs/{job_id}/events", summary="A job's history, also live",
+    response_model=jobs.JobEvents, responses=_stream_answer("The history", "job"),
+)  # fmt: skip
+async def job_events(
+    job_id: JobIdPath,
+    actor: JobReader,
+    platform: Platform,
+    accept: Accept = "",
+    last_event_id: LastEventId = "",
+    after_seq: Annotated[int, Query(ge=0, description="Only what came after this event")] = 0,
+    limit: Annotated[int, Query(ge=1, le=500)] = 100,
+    until: Annotated[Literal["ended", "settled"], Query(description="Streams: when to end")] = "ended",
+) -> Any:
+    if not _wants_stream(accept):
+        request = jobs_pb2.ListJobEventsRequest(job_id=job_id, after_seq=after_seq, limit=limit)
+        response = await rpc.call(platform.clients.jobs.ListJobEvents, request)
+        events = [convert.job_event(event) for event in response.events]
+        return jobs.JobEvents(events=events, last_seq=events[-1].seq if events else after_seq)
+    if last_event_id:
+        after_seq = number_after(last_event_id, "Last-Event-ID")
+    job = await get_job(platform.clients, job_id)
+    source = JobEventSource(platform.clients, actor, job, after_seq, until == "settled")
+    team = str(actor.require_team())
+    platform.streams.check_room(team)
+    return EventStream(platform.streams.follow(team, [job_event(JobId.parse(job_id))], source))
+
+
+@router.get(
+    "/v1/jobs/{job_id}/logs", summary="What a job wrote, also live",
+    response_class=Response, responses={
+        200: {
+            "description": (
+                "The bytes of one attempt's log (standard output and error) from `offset` on, as they are stored now. "
+                "`X-Log-Epoch`, `X-Log-Offset` and `X-Log-Size` say what they are. `Accept: text/event-stream` "
+                "answers a stream of `event: log` (see LogChunk) that goes on with later attempts "
+                "and ends with `event: end`."
+            ),
+            "content": {kind: {"schema": {"type": "string"}} for kind in ("text/plain", "text/event-stream")},
+        }
+    },
+)  # fmt: skip
+async def job_logs(
+    job_id: JobIdPath,
+    actor: JobReader,
+    platform: Platform,
+    accept: Accept = "",
+    last_event_id: LastEventId = "",
+    epoch: Annotated[int, Query(ge=0, le=MAX_LOG_EPOCH, description="Which attempt; 0: the latest with a log")] = 0,
+    offset: Annotated[int, Query(ge=0, le=1 << 60, description="First byte")] = 0,
+    limit_bytes: Annotated[int, Query(ge=1, le=1 << 40, description="At most so much")] = 1 << 40,
+) -> Response:
+    job = await get_job(platform.clients, job_id)
+    if not _wants_stream(accept):
+        return await _stored_log(platform, job_id, epoch, offset, limit_bytes)
+    one_attempt = epoch > 0
+    if last_event_id:
+        seen_epoch, _, seen_offset = last_event_id.partition(":")
+        epoch, offset = number_after(seen_epoch, "Last-Event-ID"), number_after(seen_offset, "Last-Event-ID")
+    source = LogSource(platform.clients, actor, platform.clock, job, epoch, offset, one_attempt)
+    team = str(actor.require_team())
+    platform.streams.check_room(team)
+    parsed = JobId.parse(job_id)
+    return EventStream(platform.streams.follow(team, [logs_appended(parsed), job_event(parsed)], source))
+
+
+async def _stored_log(platform: Platform, job_id: str, epoch: int, offset: int, limit_bytes: int) -> Response:
+    request = monitoring_pb2.ReadLogsRequest(
+        job_id=job_id, epoch=epoch, offset=offset, limit_bytes=min(limit_bytes, LOG_BYTES_PER_READ)
+    )
+    first = await read_logs(platform.clients, request)
+    end = min(first.size_bytes, first.offset + limit_bytes)
+
+    async def pieces() -> AsyncGenerator[bytes]:
+        found, at = first, first.offset
+        while found.data:
+            yield found.data
+            at += len(found.data)
+            if at >= end:
+                return
+            request.epoch, request.offset, request.limit_bytes = first.epoch, at, min(end - at, LOG_BYTES_PER_READ)
+            found = await read_logs(platform.clients, request)
+
+    headers = {
+        "x-log-epoch": str(first.epoch),
+        "x-log-offset": str(first.offset),
+        "x-log-size": str(first.size_bytes),
+        "x-log-truncated": "true" if first.truncated else "false",
+    }
+    return StreamingResponse(pieces(), media_type="text/plain; charset=utf-8", headers=headers)
+
+
+@router.get("/v1/jobs/{job_id}/results", summary="What a job left in $DANTE_OUTPUT, with download addresses")
+async def job_results(job_id: JobIdPath, _actor: JobReader, platform: Platform) -> jobs.Results:
+    job = await get_job(platform.clients, job_id)
+    items = [
+        storage_pb2.Presign(
+            method=storage_pb2.Presign.GET,
+            key=f"results/{job_id}/{job.results_epoch}/{file.path}",
+            download_name=file.path.rpartition("/")[2],
+        )
+        for file in job.results
+    ]
+    urls: list[str] = []
+    if items:
+        # Whose results these are was checked above; storage-service takes a service's word for it.
+        response = await rpc.call(
+            platform.clients.storage.PresignUrls, storage_pb2.PresignRequest(items=items), actor=SERVICE
+        )
+        urls = list(response.urls)
+    files = [
+        jobs.ResultDownload(path=file.path, size_bytes=file.size_bytes, sha256=file.sha256, url=url)
+        for file, url in zip(job.results, urls, strict=True)
+    ]
+    return jobs.Results(job_id=job_id, epoch=job.results_epoch or None, complete=is_terminal(job), files=files)
+
+
+@router.get("/v1/jobs/{job_id}/receipt", tags=["wallet"], summary="What a job cost, window by window")
+async def job_receipt(
+    job_id: JobIdPath, _actor: JobReader, _wallet: WalletReader, platform: Platform
+) -> billing.Receipt:
+    await get_job(platform.clients, job_id)
+    response = await rpc.call(platform.clients.billing.GetReceipt, billing_pb2.GetReceiptRequest(job_id=job_id))
+    return convert.receipt(response.receipt)

@@ -1,0 +1,174 @@
+"""Server-sent events: a stream reads on from its cursor when woken; a lost or doubled wake-up changes nothing."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+
+import structlog
+from nats.errors import Error as NatsError
+from prometheus_client import Gauge
+from pydantic import BaseModel
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from dantegpu.domain.clock import Clock
+from dantegpu.kit.bus import Bus
+from dantegpu.kit.errors import RemoteError, ServiceError, Unavailable
+from dantegpu.kit.lifecycle import Wakeup
+from dantegpu.services.gateway.errors import TooManyStreams
+
+log = structlog.get_logger(__name__)
+
+HEARTBEAT_SECONDS = 15.0
+"""A comment goes out so often, so that proxies keep the connection; the cursor is read again then, too."""
+POLL_SECONDS = 1.0
+"""Without NATS nobody wakes the stream up."""
+HEARTBEAT = b": still here\n\n"
+
+_OPEN = Gauge("dante_http_streams", "Open event streams")
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One server-sent event. `id` is the cursor with which a client comes back."""
+
+    name: str
+    id: str
+    data: BaseModel
+
+    def encode(self) -> bytes:
+        return f"id: {self.id}\nevent: {self.name}\ndata: {self.data.model_dump_json()}\n\n".encode()
+
+
+class Source:
+    """Where a stream's events come from."""
+
+    async def read(self) -> list[Event]:
+        """What is there after the cursor, which moves on; empty: nothing more for now."""
+        raise NotImplementedError
+
+    async def finished(self) -> BaseModel | None:
+        """Asked when read() gave nothing: the last word of the stream when nothing can come any more."""
+        raise NotImplementedError
+
+
+class Streams:
+    """The open streams: how many there may be, and what wakes them."""
+
+    def __init__(self, bus: Bus, clock: Clock, *, max_per_team: int, max_total: int, max_seconds: float) -> None:
+        self._bus = bus
+        self._clock = clock
+        self._max_per_team = max_per_team
+        self._max_total = max_total
+        self._max_seconds = max_seconds
+        self._open: Counter[str] = Counter()
+        self._wakeups: set[Wakeup] = set()
+        self._closing = False
+
+    async def start(self) -> None:
+        self._closing = False
+
+    async def stop(self) -> None:
+        """Ends all streams; their clients come back with Last-Event-ID."""
+        self._closing = True
+        for wakeup in self._wakeups:
+            wakeup.notify()
+
+    def check_room(self, team: str) -> None:
+        """Raises TooManyStreams, before the answer has begun."""
+        if self._open[team] >= self._max_per_team:
+            raise TooManyStreams(self._max_per_team)
+        if self._open.total() >= self._max_total:
+            raise TooManyStreams(self._max_total)
+
+    async def follow(self, team: str, subjects: Iterable[str], source: Source) -> AsyncGenerator[bytes]:
+        """The body of a stream on what `subjects` announce."""
+        async with self._woken_by(team, subjects) as wakeup:
+            ends_at_seconds = self._clock.monotonic() + self._max_seconds
+            beat_at_seconds = self._clock.monotonic() + HEARTBEAT_SECONDS
+            yield b"retry: 1000\n\n"
+            while not self._closing and self._clock.monotonic() < ends_at_seconds:
+                try:
+                    while events := await source.read():
+                        yield b"".join([event.encode() for event in events])
+                    last = await source.finished()
+                except ServiceError as error:
+                    if not isinstance(error, Unavailable | RemoteError):
+                        raise
+                    log.warning("stream_waits", error=error.message)
+                    last = None
+                    await wakeup.wait(POLL_SECONDS)
+                if last is not None:
+                    yield b"event: end\ndata: " + last.model_dump_json().encode() + b"\n\n"
+                    return
+                quiet_seconds = max(0.0, beat_at_seconds - self._clock.monotonic())
+                await wakeup.wait(quiet_seconds if self._bus.connected else min(quiet_seconds, POLL_SECONDS))
+                if self._clock.monotonic() >= beat_at_seconds:
+                    beat_at_seconds = self._clock.monotonic() + HEARTBEAT_SECONDS
+                    yield HEARTBEAT
+
+    @asynccontextmanager
+    async def _woken_by(self, team: str, subjects: Iterable[str]) -> AsyncGenerator[Wakeup]:
+        wakeup = Wakeup()
+
+        async def wake(_message: object) -> None:
+            wakeup.notify()
+
+        subscriptions = []
+        self._open[team] += 1
+        self._wakeups.add(wakeup)
+        _OPEN.inc()
+        try:
+            try:
+                # Before the first read: what happens in between wakes the stream once more.
+                subscriptions = [await self._bus.subscribe(subject, wake) for subject in subjects]
+            except NatsError as error:
+                log.warning("stream_without_wakeups", error=str(error))
+            yield wakeup
+        finally:
+            _OPEN.dec()
+            self._wakeups.discard(wakeup)
+            self._open[team] -= 1
+            if not self._open[team]:
+                del self._open[team]
+            for subscription in subscriptions:
+                try:
+                    await subscription.unsubscribe()
+                except NatsError as error:
+                    log.debug("unsubscribe_failed", error=str(error))
+
+
+class EventStream(Response):
+    """A response that goes on until its body ends or the client leaves; the body is closed in either case.
+
+    Starlette's StreamingResponse cancels its body again and again, which would cut the clean-up of the subscriptions.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, body: AsyncGenerator[bytes]) -> None:
+        super().__init__(headers={"x-accel-buffering": "no", "cache-control": "no-store"})
+        del self.headers["content-length"]
+        self._stream = body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async with asyncio.TaskGroup() as tasks:
+            producing = tasks.create_task(self._produce(send))
+            leaving = tasks.create_task(_until_disconnect(receive))
+            await asyncio.wait((producing, leaving), return_when=asyncio.FIRST_COMPLETED)
+            producing.cancel()
+            leaving.cancel()
+
+    async def _produce(self, send: Send) -> None:
+        async with aclosing(self._stream) as chunks:
+            async for chunk in chunks:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+async def _until_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
