@@ -1,0 +1,279 @@
+"""The daemon against a real NATS server: attempts from the first push to the last trace of them."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr
+
+from dantegpu.contracts.gen.dante.v1 import jobs_pb2, machine_pb2
+from dantegpu.daemon.enrol import EnrolmentRefused
+from dantegpu.daemon.journal import Journal
+from dantegpu.daemon.module import AlreadyRunning
+from tests.fixtures.machines import MachinePlatform, RunningDaemon, a_tar, daemon_settings, until
+
+
+def attempts_left(daemon: RunningDaemon) -> list[Path]:
+    return list((daemon.settings.state / "work" / "attempts").iterdir())
+
+
+async def test_a_job_runs_and_its_log_and_results_arrive(
+    machine_platform: MachinePlatform, running_daemon: RunningDaemon
+):
+    script = 'cat data.txt; mkdir "$DANTE_OUTPUT/sub"; echo 42 > "$DANTE_OUTPUT/sub/answer.txt"'
+    attempt_id = await machine_platform.place("sh", "-c", script, files={"data.txt": b"hello\n"})
+    status = await machine_platform.ended(attempt_id)
+    assert (status.state, status.outcome, status.exit_code) == (jobs_pb2.SUCCEEDED, jobs_pb2.OUTCOME_SUCCEEDED, 0)
+    assert machine_platform.logs[attempt_id] == b"hello\n"
+    assert machine_platform.results == {"sub/answer.txt": b"42\n"}
+    assert [(result.path, result.size_bytes) for result in status.results] == [("sub/answer.txt", 3)]
+    assert status.sandbox == "bubblewrap"
+    assert machine_platform.states[attempt_id] == ["STARTING", "RUNNING", "SUCCEEDED"]
+    await until(lambda: not attempts_left(running_daemon))
+
+
+async def test_commands_run_in_order_and_stop_at_the_first_that_fails(
+    machine_platform: MachinePlatform, running_daemon: RunningDaemon
+):
+    attempt_id = await machine_platform.place()
+    machine_platform.desired[attempt_id].spec.commands.extend(["echo one", "false", "echo two"])
+    await machine_platform.change()
+    status = await machine_platform.ended(attempt_id)
+    assert (status.outcome, status.message) == (jobs_pb2.OUTCOME_FAILED, "exit code 1")
+    assert machine_platform.logs[attempt_id] == b"one\n"
+
+
+async def test_a_lost_push_is_repaired_by_the_next_sync(
+    machine_platform: MachinePlatform, running_daemon: RunningDaemon
+):
+    attempt_id = await machine_platform.place("true", push=False)
+    assert (await machine_platform.ended(attempt_id)).state == jobs_pb2.SUCCEEDED
+
+
+async def test_an_old_push_changes_nothing(machine_platform: MachinePlatform, running_daemon: RunningDaemon):
+    attempt_id = await machine_platform.place("sh", "-c", "until [ -e go ]; do sleep 0.01; done")
+    await machine_platform.reached(attempt_id, jobs_pb2.RUNNING)
+    machine_platform._revision -= 1  # pyright: ignore[reportPrivateUsage]
+    kept = machine_platform.desired.pop(attempt_id)
+    await machine_platform._bus.publish(  # pyright: ignore[reportPrivateUsage]
+        f"dante.machine.{machine_platform.machine_id}.desired",
+        machine_pb2.DesiredState(machine_id=str(machine_platform.machine_id), revision=0),
+    )
+    machine_platform.desired[attempt_id] = kept
+    machine_platform._revision += 1  # pyright: ignore[reportPrivateUsage]
+    work = running_daemon.settings.state / "work" / "attempts" / attempt_id / "work"
+    (work / "go").touch()
+    assert (await machine_platform.ended(attempt_id)).state == jobs_pb2.SUCCEEDED
+
+
+async def test_a_stopped_job_gets_sigterm_and_counts_as_cancelled(
+    machine_platform: MachinePlatform, running_daemon: RunningDaemon
+):
+    attempt_id = await machine_platform.place("sh", "-c", "trap 'echo bye; exit 0' TERM; echo hi; sleep 600 & wait")
+    await until(lambda: machine_platform.logs.get(attempt_id))
+    machine_platform.desired[attempt_id].stop = True
+    machine_platform.desired[attempt_id].stop_reason = "user"
+    await machine_platform.change()
+    status = await machine_platform.ended(attempt_id)
+    assert (status.state, status.outcome) == (jobs_pb2.CANCELLED, jobs_pb2.OUTCOME_CANCELLED)
+    assert machine_platform.logs[attempt_id] == b"hi\nbye\n"
+    assert machine_platform.states[attempt_id][-2:] == ["STOPPING", "CANCELLED"]
+
+
+async def test_a_job_over_its_time_is_ended(machine_platform: MachinePlatform, running_daemon: RunningDaemon):
+    attempt_id = await machine_platform.place("sleep", "600", seconds=1)
+    status = await machine_platform.ended(attempt_id)
+    assert status.outcome == jobs_pb2.OUTCOME_TIMED_OUT
+    assert 1000 <= status.ran_ms < 10_000
+
+
+async def test_a_job_out_of_memory_says_so(machine_platform: MachinePlatform, running_daemon: RunningDaemon):
+    attempt_id = await machine_platform.place(
+        "python3", "-c", "print('big'); x = bytearray(300 << 20)", memory_bytes=64 << 20
+    )
+    status = await machine_platform.ended(attempt_id)
+    assert status.outcome == jobs_pb2.OUTCOME_FAILED
+    assert "more memory than the 64MB" in status.message
+
+
+async def test_an_attempt_that_is_no_longer_wanted_is_killed(
+    machine_platform: MachinePlatform, running_daemon: RunningDaemon
+):
+    attempt_id = await machine_platform.place("sleep", "600")
+    await machine_platform.reached(attempt_id, jobs_pb2.RUNNING)
+    del machine_platform.desired[attempt_id]
+    await machine_platform.change()
+    status = await machine_platform.ended(attempt_id)
+    assert status.outcome == jobs_pb2.OUTCOME_LOST
+    await until(lambda: not attempts_left(running_daemon))
+
+
+async def test_a_machine_that_cannot_renew_kills_its_attempt_before_the_lease_is_over(
+    machine_platform: MachinePlatform, running_daemon: RunningDaemon
+):
+    machine_platform.lease_ms = 3000
+    attempt_id = await machine_platform.place("sleep", "600")
+    await machine_platform.reached(attempt_id, jobs_pb2.RUNNING)
+    loop = asyncio.get_running_loop()
+    machine_platform.answers_syncs = False
+    began = loop.time()
+    started = running_daemon.settings.state / "work" / "attempts" / attempt_id / "started"
+    pid = int(started.read_text().split()[0])
+    await until(lambda: not Path(f"/proc/{pid}").exists())
+    # The last renewal went out up to one sync before; the lease's margin is a fifth, and it is checked every second.
+    assert loop.time() - began < 3.8
+    machine_platform.answers_syncs = True
+    assert (await machine_platform.ended(attempt_id)).outcome == jobs_pb2.OUTCOME_LOST
+
+
+async def test_logs_wait_for_a_store_that_is_away_and_nothing_is_lost(
+    machine_platform: MachinePlatform, running_daemon: RunningDaemon
+):
+    machine_platform.stores_logs = False
+    attempt_id = await machine_platform.place("sh", "-c", "for i in 1 2 3; do echo line $i; done")
+    await machine_platform.reached(attempt_id, jobs_pb2.RUNNING)
+    machine_platform.stores_logs = True
+    await machine_platform.ended(attempt_id)
+    await until(lambda: not attempts_left(running_daemon))
+    assert machine_platform.logs[attempt_id] == b"line 1\nline 2\nline 3\n"
+
+
+async def test_a_large_log_arrives_up_to_its_limit(machine_platform: MachinePlatform, running_daemon: RunningDaemon):
+    attempt_id = await machine_platform.place("sh", "-c", "yes 0123456789 | head -c 2000000")
+    assert (await machine_platform.ended(attempt_id)).state == jobs_pb2.SUCCEEDED
+    assert len(machine_platform.logs[attempt_id]) == 1 << 20
+
+
+async def test_an_input_whose_content_changed_is_the_providers_fault(
+    machine_platform: MachinePlatform, running_daemon: RunningDaemon
+):
+    packed = a_tar({"a": b"1"})
+    attempt_id = await machine_platform.place("true", files=packed, blob=packed[:-1] + b"?")
+    status = await machine_platform.ended(attempt_id)
+    assert status.outcome == jobs_pb2.OUTCOME_PROVIDER_FAULT
+    assert "hash" in status.message
+
+
+async def test_an_input_that_leads_out_of_its_folder_is_refused(
+    machine_platform: MachinePlatform, running_daemon: RunningDaemon
+):
+    attempt_id = await machine_platform.place("true", files={"../../evil": b"x"})
+    status = await machine_platform.ended(attempt_id)
+    assert status.outcome == jobs_pb2.OUTCOME_FAILED
+    assert "leads out of the folder" in status.message
+
+
+async def test_heartbeats_bring_the_inventory_and_the_load(
+    machine_platform: MachinePlatform, running_daemon: RunningDaemon
+):
+    await until(lambda: len(machine_platform.heartbeats) > 2)
+    first = machine_platform.heartbeats[0]
+    assert first.inventory.cpu_milli == len(os.sched_getaffinity(0)) * 1000
+    assert first.memory_used_bytes > 0
+    assert not machine_platform.heartbeats[1].HasField("inventory")
+
+
+async def test_a_wrong_join_token_is_an_error_that_says_why(machine_platform: MachinePlatform, tmp_path: Path):
+    settings = daemon_settings(machine_platform, tmp_path / "m", join_token=SecretStr("wrong"))
+    with pytest.raises(EnrolmentRefused, match="has been used"):
+        await RunningDaemon(settings).start()
+
+
+async def test_a_second_daemon_on_the_same_folder_is_refused(
+    machine_platform: MachinePlatform, running_daemon: RunningDaemon
+):
+    with pytest.raises(AlreadyRunning):
+        await RunningDaemon(running_daemon.settings).start()
+
+
+async def test_the_key_is_private_and_stays_the_same(machine_platform: MachinePlatform, tmp_path: Path):
+    settings = daemon_settings(machine_platform, tmp_path / "m")
+    for _ in range(2):
+        daemon = RunningDaemon(settings)
+        await daemon.start()
+        machine_platform.heartbeats.clear()
+        await until(lambda: machine_platform.heartbeats)
+        await daemon.stop()
+    await until(lambda: machine_platform.heartbeats[-1].leaving)
+    assert len(machine_platform.enrolments) == 1
+    assert {path.name for path in settings.state.iterdir() if path.stat().st_mode & 0o077 and path.is_file()} <= {
+        "leases.json"
+    }
+
+
+class KilledDaemon:
+    """A daemon in a process of its own, which a test may kill."""
+
+    def __init__(self, platform: MachinePlatform, state: Path) -> None:
+        self._environment = {
+            **os.environ,
+            "DANTE_DAEMON_STATE": str(state),
+            "DANTE_DAEMON_GATEWAY_URL": platform.url,
+            "DANTE_DAEMON_JOIN_TOKEN": "token",
+            "DANTE_DAEMON_SYNC_INTERVAL_SECONDS": "0.3",
+        }
+        self._process = self._spawn()
+
+    def _spawn(self) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen([sys.executable, "-m", "dantegpu.daemon"], env=self._environment)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def start_again(self) -> None:
+        self._process = self._spawn()
+
+    def end(self) -> int:
+        self._process.send_signal(signal.SIGTERM)
+        return self._process.wait(20)
+
+
+async def test_a_job_survives_kill_9_of_the_daemon_and_runs_exactly_once(
+    machine_platform: MachinePlatform, tmp_path: Path
+):
+    daemon = KilledDaemon(machine_platform, tmp_path / "m")
+    script = "echo start >> count; echo begun; until [ -e go ]; do sleep 0.01; done; cp count $DANTE_OUTPUT/; echo end"
+    attempt_id = await machine_platform.place("sh", "-c", script)
+    await until(lambda: machine_platform.logs.get(attempt_id))
+    await asyncio.to_thread(daemon.kill)
+    (tmp_path / "m" / "work" / "attempts" / attempt_id / "work" / "go").touch()
+    daemon.start_again()
+    status = await machine_platform.ended(attempt_id)
+    assert status.outcome == jobs_pb2.OUTCOME_SUCCEEDED
+    assert machine_platform.logs[attempt_id] == b"begun\nend\n"
+    assert machine_platform.results == {"count": b"start\n"}
+    assert await asyncio.to_thread(daemon.end) == 0
+
+
+async def test_after_kill_9_an_attempt_without_lease_is_killed(machine_platform: MachinePlatform, tmp_path: Path):
+    daemon = KilledDaemon(machine_platform, tmp_path / "m")
+    attempt_id = await machine_platform.place("sh", "-c", "echo begun; sleep 600")
+    await until(lambda: machine_platform.logs.get(attempt_id))
+    pid = int((tmp_path / "m" / "work" / "attempts" / attempt_id / "started").read_text().split()[0])
+    await asyncio.to_thread(daemon.kill)
+    assert Path(f"/proc/{pid}").exists()
+    del machine_platform.desired[attempt_id]
+    await machine_platform.change()
+    daemon.start_again()
+    await until(lambda: not Path(f"/proc/{pid}").exists())
+    assert (await machine_platform.ended(attempt_id)).outcome == jobs_pb2.OUTCOME_LOST
+    assert await asyncio.to_thread(daemon.end) == 0
+
+
+async def test_a_daemon_told_to_stop_ends_its_jobs_and_says_that_it_was_the_provider(
+    machine_platform: MachinePlatform, tmp_path: Path
+):
+    daemon = KilledDaemon(machine_platform, tmp_path / "m")
+    attempt_id = await machine_platform.place("sh", "-c", "echo begun; sleep 600")
+    await until(lambda: machine_platform.logs.get(attempt_id))
+    assert await asyncio.to_thread(daemon.end) == 0
+    await until(lambda: machine_platform.statuses[attempt_id].outcome == jobs_pb2.OUTCOME_PROVIDER_FAULT)
+    journal = Journal(tmp_path / "m" / "journal.db")
+    journal.open()
+    assert all(row.ended for row in journal.attempts())
+    journal.close()
