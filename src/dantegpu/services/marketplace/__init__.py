@@ -1,0 +1,1 @@
+"""agora-marketplace: what providers ask for their machines, and the offers that a team can rent."""
