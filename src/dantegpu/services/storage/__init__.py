@@ -1,0 +1,1 @@
+"""storage-service: inputs, results and archived logs, moved by presigned URLs."""
