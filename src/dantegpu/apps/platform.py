@@ -98,6 +98,8 @@ class Options:
     simulate_gpus: str = ""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     """More settings per service name ("" = all), for benchmarks and tests."""
+    provider_environment: dict[str, str] = field(default_factory=dict[str, str])
+    """More of the daemon's `DANTE_DAEMON_*`."""
     config_file: Path | None = None
 
 
@@ -313,22 +315,24 @@ class Platform:
     async def _start_provider(self, running: Running, join_token: str) -> Running:
         state_dir = self._data / "provider"
         make_private_folder(state_dir)
-        command = [
-            sys.executable, "-P", "-m", "dantegpu.apps.main", "provider", "run",
-            "--url", running.url, "--state", str(state_dir),
-        ]  # fmt: skip
-        if self._options.simulate_gpus:
-            command += ["--simulate-gpus", self._options.simulate_gpus]
+        told = {
+            "DANTE_DAEMON_STATE": str(state_dir),
+            "DANTE_DAEMON_GATEWAY_URL": running.url,
+            "DANTE_DAEMON_JOIN_TOKEN": join_token,
+            "DANTE_DAEMON_SIMULATE_GPUS": self._options.simulate_gpus,
+            **self._options.provider_environment,
+        }
         with (self._data / "provider.log").open("ab") as log_file:
             self._provider = await asyncio.create_subprocess_exec(
-                *command,
+                # -P: a module in the user's folder must not shadow the standard library's.
+                sys.executable, "-P", "-m", "dantegpu.daemon",
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log_file,
                 stderr=log_file,
                 # The terminal's Ctrl-C is for us; we stop the daemon in order.
                 start_new_session=True,
-                env={**os.environ, "DANTE_DAEMON_JOIN_TOKEN": join_token},
-            )
+                env={**os.environ, **told},
+            )  # fmt: skip
         self._stack.push_async_callback(self._stop_provider)
         return replace(running, provider_pid=self._provider.pid)
 
