@@ -1,7 +1,9 @@
 """NATS: publish, request, subscribe, JetStream streams and batch consumers. A message only wakes somebody up."""
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -56,6 +58,7 @@ class Bus:
         self._tasks = Tasks(f"bus {name}")
         self._consumers: list[_Consumer] = []
         self._on_reconnect: list[Callable[[], None]] = []
+        self._repairing = asyncio.Lock()
         self._started = False
 
     # --- life ---------------------------------------------------------------------------------------------------------
@@ -154,7 +157,7 @@ class Bus:
 
     # --- JetStream ----------------------------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def _js(self) -> JetStreamContext:
         return self._client.jetstream(timeout=PUBLISH_TIMEOUT_SECONDS)
 
@@ -179,16 +182,18 @@ class Bus:
         handed out again after a moment.
         """
         consumer = _Consumer(stream, durable, handler, max_batch)
-        self._consumers.append(consumer)
         await self._bind(consumer)
+        self._consumers.append(consumer)
         task = self._tasks.loop(consumer.drain, f"consume {stream.name}")
         return Consuming(self, consumer, task)
 
     async def end_consumer(self, consumer: "_Consumer", task: asyncio.Task[None]) -> None:
         self._consumers.remove(consumer)
         task.cancel()
-        if consumer.subscription is not None and self._client.is_connected:
-            await consumer.subscription.unsubscribe()
+        await asyncio.gather(task, return_exceptions=True)
+        if consumer.subscription is not None:
+            # Also while disconnected: the client would subscribe again, and nobody would read what it gets.
+            await unsubscribe(consumer.subscription)
 
     async def _bind(self, consumer: "_Consumer") -> None:
         config = ConsumerConfig(
@@ -232,15 +237,15 @@ class Bus:
             await self._repair()
 
     async def _repair(self) -> None:
-        await self._ensure_streams()
-        for consumer in self._consumers:
-            try:
-                await self._js.consumer_info(consumer.stream.name, consumer.durable)
-            except NotFoundError:
-                log.warning("consumer_recreated", stream=consumer.stream.name, durable=consumer.durable)
-                if consumer.subscription is not None:
-                    await consumer.subscription.unsubscribe()
-                await self._bind(consumer)
+        async with self._repairing:  # after a reconnect and by the clock at the same time: it would bind twice
+            await self._ensure_streams()
+            for consumer in self._consumers:
+                try:
+                    await self._js.consumer_info(consumer.stream.name, consumer.durable)
+                except NotFoundError:
+                    log.warning("consumer_recreated", stream=consumer.stream.name, durable=consumer.durable)
+                    await unsubscribe(consumer.subscription)
+                    await self._bind(consumer)
 
     async def _on_error(self, error: Exception) -> None:
         log.warning("nats_error", bus=self._name, error=str(error) or type(error).__name__)
@@ -251,6 +256,12 @@ class Bus:
             callback()
         if self._streams:
             self._tasks.spawn(self._repair(), "repair after reconnect")
+
+
+async def unsubscribe(subscription: Subscription) -> None:
+    """End a subscription; one that has ended with its connection is fine."""
+    with contextlib.suppress(NatsError):
+        await subscription.unsubscribe()
 
 
 class Consuming:
@@ -274,7 +285,8 @@ class _Consumer:
         self.subscription: Any = None
         self._handler = handler
         self._max_batch = max_batch
-        self._queue: asyncio.Queue[Msg] = asyncio.Queue()
+        # Bounded: while the handler fails for long, JetStream hands the same messages out again and again.
+        self._queue: asyncio.Queue[Msg] = asyncio.Queue(MAX_ACK_PENDING)
 
     async def receive(self, message: Msg) -> None:
         await self._queue.put(message)
@@ -286,17 +298,14 @@ class _Consumer:
         try:
             await self._handler(batch)
         except BaseException:
-            # Not acknowledged: JetStream hands the batch out again, at once instead of after ack_wait.
-            for message in batch:
-                if self._usable(message):
+            # Not acknowledged: JetStream hands the batch out again, soon instead of after ack_wait. When it cannot be
+            # told, it does so later; a cancellation must get through all the same.
+            with contextlib.suppress(NatsError):
+                for message in batch:
                     await message.nak(delay=1.0)
             raise
         for message in batch:
             await message.ack()
-
-    @staticmethod
-    def _usable(message: Msg) -> bool:
-        return not message.is_acked
 
 
 def _jwt_callbacks(credentials: Callable[[], tuple[str, str]]) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from dantegpu.kit.errors import Unavailable
 
 POOL_TIMEOUT_SECONDS = 3.0
 CONNECT_TIMEOUT_SECONDS = 3
+IDLE_IN_TRANSACTION_SECONDS = 10
+"""A process that was stopped in mid-transaction keeps its locks from the others for at most this long."""
 
 log = structlog.get_logger(__name__)
 
@@ -75,7 +77,8 @@ class Database:
                 "row_factory": dict_row,
                 "autocommit": True,
                 "connect_timeout": CONNECT_TIMEOUT_SECONDS,
-                "options": f"-c search_path={schema}",
+                "options": f"-c search_path={schema} "
+                f"-c idle_in_transaction_session_timeout={IDLE_IN_TRANSACTION_SECONDS}s",
                 "application_name": f"dante {schema}",
             },
             min_size=1,
@@ -110,7 +113,11 @@ class Database:
             raise Unavailable("the database") from error
         except psycopg.errors.QueryCanceled:
             raise
-        except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+        except (
+            psycopg.OperationalError,
+            psycopg.InterfaceError,
+            psycopg.errors.IdleInTransactionSessionTimeout,
+        ) as error:
             log.warning("database_unavailable", schema=self.schema, error=str(error).strip())
             raise Unavailable("the database") from error
         for callback in tx.after_commit:

@@ -1,6 +1,7 @@
 """Things that start and stop, and the tasks that live in them."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -55,10 +56,13 @@ class Tasks:
     async def _forever(self, body: Callable[[], Awaitable[None]], name: str) -> None:
         delay = RESTART_DELAY_SECONDS
         while True:
+            began_seconds = time.monotonic()
             try:
                 await body()
                 delay = RESTART_DELAY_SECONDS
             except Exception as error:  # noqa: BLE001 - outermost loop of a task: log and try again
+                if time.monotonic() - began_seconds > MAX_RESTART_DELAY_SECONDS:
+                    delay = RESTART_DELAY_SECONDS  # it ran well for a while: a new trouble, not the last one again
                 log.warning("loop_failed", component=self._name, task=name, error=repr(error), retry_in_seconds=delay)
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, MAX_RESTART_DELAY_SECONDS)

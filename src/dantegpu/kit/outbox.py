@@ -16,7 +16,7 @@ from dantegpu.kit.lifecycle import Tasks, Wakeup
 from dantegpu.kit.telemetry import current_request_id, current_traceparent
 
 RELAY_BATCH = 500
-SWEEP_INTERVAL_SECONDS = 2.0
+SWEEP_INTERVAL_SECONDS = 5.0
 """How long a message of another, killed replica can lie before this one's relay finds it."""
 
 
@@ -66,24 +66,33 @@ class Outbox:
         tx.after_commit.append(self._wakeup.notify)
 
     async def start(self) -> None:
+        self._bus.on_reconnect(self._wakeup.notify)
         self._tasks.loop(self._relay, "relay")
 
     async def stop(self) -> None:
         await self._tasks.stop()
 
     async def _relay(self) -> None:
-        if await self._relay_batch() < RELAY_BATCH:
+        if not self._bus.connected or await self._relay_batch() < RELAY_BATCH:
             await self._wakeup.wait(SWEEP_INTERVAL_SECONDS)
 
     async def _relay_batch(self) -> int:
+        # No lock over the network: two replicas may publish the same row, and JetStream knows it by its Nats-Msg-Id.
         async with self._db.transaction() as tx:
-            # SKIP LOCKED: replicas share the work; a row stays until NATS has acknowledged it, so a crash repeats it.
             rows = await tx.all(
-                _Row,
-                "SELECT id, subject, message_id, payload FROM outbox ORDER BY id LIMIT %(n)s FOR UPDATE SKIP LOCKED",
-                n=RELAY_BATCH,
+                _Row, "SELECT id, subject, message_id, payload FROM outbox ORDER BY id LIMIT %(n)s", n=RELAY_BATCH
             )
-            if rows:
-                await asyncio.gather(*(self._bus.publish_stream(r.subject, r.payload, r.message_id) for r in rows))
-                await tx.run("DELETE FROM outbox WHERE id = ANY(%(ids)s)", ids=[r.id for r in rows])
+        if not rows:
+            return 0
+        results = await asyncio.gather(
+            *(self._bus.publish_stream(row.subject, row.payload, row.message_id) for row in rows),
+            return_exceptions=True,
+        )
+        # A row stays until NATS has acknowledged it, so a crash repeats it; one that is refused holds up no other.
+        sent = [row.id for row, result in zip(rows, results, strict=True) if result is None]
+        if sent:
+            async with self._db.transaction() as tx:
+                await tx.run("DELETE FROM outbox WHERE id = ANY(%(ids)s)", ids=sent)
+        if failed := [result for result in results if result is not None]:
+            raise failed[0]
         return len(rows)
