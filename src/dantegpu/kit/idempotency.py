@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 from google.protobuf.message import Message
 
@@ -29,28 +30,39 @@ async def once[R: Message](
     """
     if not key:
         return await do()
-    if len(key) > MAX_KEY_LENGTH:
-        raise InvalidArgument(f"Idempotency-Key: at most {MAX_KEY_LENGTH} characters, this one has {len(key)}")
-    digest = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
+    _check(key)
     # Two requests with one key at the same time: the second waits here until the first has committed.
     await tx.run("SELECT pg_advisory_xact_lock(hashtextextended(%(scope)s || %(key)s, 7))", scope=scope, key=key)
+    if remembered := await recall(tx, scope=scope, key=key, request=request, response_type=response_type):
+        return remembered
+    response = await do()
+    await tx.run(
+        "INSERT INTO idempotency (scope, key, request_sha256, response) VALUES (%(scope)s, %(key)s, %(sha)s, %(body)s)",
+        scope=scope, key=key, sha=_digest(request), body=response.SerializeToString(),
+    )  # fmt: skip
+    return response
+
+
+async def recall[R: Message](tx: Tx, *, scope: str, key: str, request: Message, response_type: type[R]) -> R | None:
+    """The answer that `once` gave to this request before, or None. Raises IdempotencyKeyReused, InvalidArgument.
+
+    For edges whose checks depend on what changes: a repeated request gets its answer, not today's refusal.
+    """
+    if not key:
+        return None
+    _check(key)
     found = await tx.one(
         _Remembered, "SELECT request_sha256, response FROM idempotency WHERE scope=%(scope)s AND key=%(key)s",
         scope=scope, key=key,
     )  # fmt: skip
-    if found:
-        if found.request_sha256 != digest:
-            raise IdempotencyKeyReused(
-                f"Idempotency-Key {key!r} came before with another body; use a new key for a new request"
-            )
-        response = response_type()
-        response.ParseFromString(found.response)
-        return response
-    response = await do()
-    await tx.run(
-        "INSERT INTO idempotency (scope, key, request_sha256, response) VALUES (%(scope)s, %(key)s, %(sha)s, %(body)s)",
-        scope=scope, key=key, sha=digest, body=response.SerializeToString(),
-    )  # fmt: skip
+    if found is None:
+        return None
+    if found.request_sha256 != _digest(request):
+        raise IdempotencyKeyReused(
+            f"Idempotency-Key {key!r} came before with another body; use a new key for a new request"
+        )
+    response = response_type()
+    response.ParseFromString(found.response)
     return response
 
 
@@ -61,7 +73,16 @@ async def forget_old(tx: Tx) -> int:
     )
 
 
+def _check(key: str) -> None:
+    if len(key) > MAX_KEY_LENGTH or "\x00" in key:
+        raise InvalidArgument(f"Idempotency-Key: at most {MAX_KEY_LENGTH} characters, this one has {len(key)}")
+
+
+def _digest(request: Message) -> bytes:
+    return hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
+
+
+@dataclass(frozen=True, slots=True)
 class _Remembered:
-    def __init__(self, request_sha256: bytes, response: bytes) -> None:
-        self.request_sha256 = request_sha256
-        self.response = response
+    request_sha256: bytes
+    response: bytes

@@ -33,6 +33,7 @@ log = structlog.get_logger(__name__)
 
 DEFAULT_TIMEOUT_SECONDS: Final = 5.0
 MAX_MESSAGE_BYTES: Final = 32 << 20
+MAX_ERROR_LENGTH: Final = 2000
 
 _ACTOR_KEY = "dante-actor-bin"
 _ERROR_KEY = "dante-error-bin"
@@ -217,5 +218,6 @@ def _enter(context: "aio.ServicerContext[Any, Any]") -> str:
 async def _abort(method: str, context: "aio.ServicerContext[Any, Any]", error: ServiceError) -> None:
     status = status_of(error)
     _CALLS.labels(method, status.value).inc()
-    detail = common_pb2.ErrorDetail(type=type_of(error), message=error.message, params=error.params)
+    # Trailing metadata is small by gRPC's defaults: an over-long message must not replace the error with another.
+    detail = common_pb2.ErrorDetail(type=type_of(error), message=error.message[:MAX_ERROR_LENGTH], params=error.params)
     await context.abort(_TO_GRPC[status], error.message[:1000], ((_ERROR_KEY, detail.SerializeToString()),))
