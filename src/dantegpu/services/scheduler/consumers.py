@@ -5,10 +5,12 @@ from collections.abc import Awaitable, Callable, Sequence
 import structlog
 from google.protobuf.message import Message
 from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
 
 from dantegpu.contracts import subjects
 from dantegpu.contracts.gen.dante.v1 import machine_pb2
-from dantegpu.kit.bus import Bus
+from dantegpu.domain.ids import InvalidId
+from dantegpu.kit.bus import Bus, Consuming, unsubscribe
 from dantegpu.kit.errors import ServiceError
 from dantegpu.kit.lifecycle import Tasks
 from dantegpu.services.scheduler.service.machines import Machines, decode_reports
@@ -28,17 +30,27 @@ class MachineConsumers:
         self._machines = machines
         self._tasks = Tasks("machine requests")
         self._running = 0
+        self._subscriptions: list[Subscription] = []
+        self._consuming: Consuming | None = None
 
     async def start(self) -> None:
-        await self._bus.subscribe(subjects.ALL_SYNCS, self._sync, queue=QUEUE_GROUP)
-        await self._bus.subscribe(subjects.ALL_URLS, self._urls, queue=QUEUE_GROUP)
-        await self._bus.consume(subjects.REPORTS, subjects.REPORTS_CONSUMER, self._reports)
+        self._subscriptions = [
+            await self._bus.subscribe(subjects.ALL_SYNCS, self._sync, queue=QUEUE_GROUP),
+            await self._bus.subscribe(subjects.ALL_URLS, self._urls, queue=QUEUE_GROUP),
+        ]
+        self._consuming = await self._bus.consume(subjects.REPORTS, subjects.REPORTS_CONSUMER, self._reports)
 
     async def stop(self) -> None:
+        for subscription in self._subscriptions:
+            await unsubscribe(subscription)
+        self._subscriptions.clear()
+        if self._consuming is not None:
+            await self._consuming.close()
+            self._consuming = None
         await self._tasks.stop()
 
     async def _reports(self, messages: Sequence[Msg]) -> None:
-        await self._machines.fold(await decode_reports(messages))
+        await self._machines.fold(decode_reports(messages))
 
     async def _sync(self, message: Msg) -> None:
         machine_id = subjects.machine_of(message.subject)
@@ -56,17 +68,19 @@ class MachineConsumers:
         """Answer in a task of its own, so that one slow answer does not hold up other machines."""
 
         async def run() -> None:
-            self._running += 1
             try:
                 reply = await work()
             except ServiceError as error:
                 log.warning("machine_request_failed", subject=message.subject, error=error.message)
                 reply = failed("unavailable")
+            except InvalidId as error:
+                reply = failed(f"refused: {error}")
             finally:
                 self._running -= 1
             await self._bus.respond(message, reply)
 
-        if self._running >= MAX_CONCURRENT:
+        self._running += 1
+        if self._running > MAX_CONCURRENT:
             await run()
         else:
             self._tasks.spawn(run(), "request")

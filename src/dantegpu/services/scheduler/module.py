@@ -44,12 +44,9 @@ def build(deps: Deps, settings: SchedulerSettings) -> Service:
     inventory = Inventory(registry, marketplace, deps.bus, settings.inventory_refresh_seconds)
     machines = Machines(db, inventory, registry, storage, outbox, wakeups, deps.clock, settings)
     dispatcher = Dispatcher(machines, deps.bus)
-    settlement = Settlement(db, billing, outbox, wakeups, deps.clock, settings.lease_seconds)
+    settlement = Settlement(db, billing, outbox, wakeups, deps.clock, settings)
     timers = Timers(db, outbox, wakeups, deps.clock, settings)
-    placement = PlacementLeader(
-        db, deps.bus, inventory, billing, outbox, wakeups, deps.clock,
-        settings.lease_seconds, settings.max_duration_seconds,
-    )  # fmt: skip
+    placement = PlacementLeader(db, deps.bus, inventory, billing, outbox, wakeups, deps.clock, settings)
     wakeups.machines = dispatcher.notify
     wakeups.settlement = settlement.notify
     wakeups.placement = placement.notify

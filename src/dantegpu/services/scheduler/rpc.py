@@ -9,9 +9,10 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from dantegpu.contracts.gen.dante.v1 import jobs_pb2, jobs_pb2_grpc, machine_pb2
 from dantegpu.domain.ids import AttemptId, DeviceId, JobId, MachineId, TeamId, UserId
 from dantegpu.domain.job import JobState
-from dantegpu.kit.actor import current_actor
+from dantegpu.kit.actor import Actor, current_actor
 from dantegpu.kit.db import Database
-from dantegpu.kit.idempotency import once
+from dantegpu.kit.errors import InvalidArgument, ServiceError
+from dantegpu.kit.idempotency import once, recall
 from dantegpu.services.scheduler import store
 from dantegpu.services.scheduler.service.intake import Intake, JobDetails, JobExplanation, reason_text
 from dantegpu.services.scheduler.service.transitions import event_message
@@ -27,7 +28,14 @@ class JobRpc(jobs_pb2_grpc.JobServiceServicer):
 
     async def SubmitJobs(self, request: jobs_pb2.SubmitJobsRequest, context: Context) -> jobs_pb2.SubmitJobsResponse:
         actor = current_actor()
-        await self._intake.check(actor, request.specs, no_wait=request.no_wait)
+        try:
+            await self._intake.check(actor, request.specs, no_wait=request.no_wait)
+        except ServiceError:
+            # What is refused today may have been accepted before (`no_wait` took the last machine): same key, same
+            # answer.
+            if answer := await self._answered(actor, request):
+                return answer
+            raise
         async with self._db.transaction() as tx:
 
             async def submit() -> jobs_pb2.SubmitJobsResponse:
@@ -36,11 +44,22 @@ class JobRpc(jobs_pb2_grpc.JobServiceServicer):
 
             return await once(
                 tx,
-                scope=f"{actor.team_id}:SubmitJobs",
+                scope=_submit_scope(actor),
                 key=request.idempotency_key,
                 request=request,
                 response_type=jobs_pb2.SubmitJobsResponse,
                 do=submit,
+            )
+
+    async def _answered(self, actor: Actor, request: jobs_pb2.SubmitJobsRequest) -> jobs_pb2.SubmitJobsResponse | None:
+        actor.require_writer()
+        async with self._db.transaction() as tx:
+            return await recall(
+                tx,
+                scope=_submit_scope(actor),
+                key=request.idempotency_key,
+                request=request,
+                response_type=jobs_pb2.SubmitJobsResponse,
             )
 
     async def GetJobs(self, request: jobs_pb2.GetJobsRequest, context: Context) -> jobs_pb2.GetJobsResponse:
@@ -53,7 +72,7 @@ class JobRpc(jobs_pb2_grpc.JobServiceServicer):
             rows, next_cursor = await self._intake.list_jobs(
                 tx,
                 current_actor(),
-                states=[JobState(jobs_pb2.JobState.Name(state)) for state in request.states],
+                states=[_state(state) for state in request.states],
                 cursor=request.page.cursor,
                 limit=request.page.limit,
                 all_teams=request.all_teams,
@@ -99,6 +118,16 @@ class JobRpc(jobs_pb2_grpc.JobServiceServicer):
                 for row in rows
             ]
         )
+
+
+def _submit_scope(actor: Actor) -> str:
+    return f"{actor.team_id}:SubmitJobs"
+
+
+def _state(value: "jobs_pb2.JobState.ValueType") -> JobState:
+    if value not in jobs_pb2.JobState.values() or value == jobs_pb2.JOB_STATE_UNSPECIFIED:
+        raise InvalidArgument(f"states: {value} is no state of a job")
+    return JobState(jobs_pb2.JobState.Name(value))
 
 
 def _job_ids(texts: Sequence[str]) -> list[JobId]:

@@ -82,6 +82,7 @@ class AttemptRow:
     windows_closed: int
     cost_udgpu: int
     settled: bool
+    stop_requested_at: datetime | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +157,12 @@ class _IdRow:
     id: UUID
 
 
+@dataclass(frozen=True, slots=True)
+class _Position:
+    id: UUID
+    report_seq: int
+
+
 type Record = Mapping[str, Any]
 """A row for jsonb_to_recordset: column -> value."""
 
@@ -180,11 +187,14 @@ def _plain(value: Any) -> Any:
 async def insert_jobs(
     tx: Tx, *, ids: list[UUID], specs: list[bytes], priorities: list[int], team_id: UUID, user_id: UUID | None,
     submitted_at: datetime, traceparent: str,
-) -> None:  # fmt: skip
-    await tx.run(
-        QUERIES["insert_jobs"], ids=ids, specs=specs, priorities=priorities, team_id=team_id, user_id=user_id,
+) -> list[JobRow]:  # fmt: skip
+    """The new jobs with the first line of their history, in the order of `ids`."""
+    rows = await tx.all(
+        JobRow, QUERIES["insert_jobs"], ids=ids, specs=specs, priorities=priorities, team_id=team_id, user_id=user_id,
         submitted_at=submitted_at, traceparent=traceparent,
     )  # fmt: skip
+    by_id = {row.id: row for row in rows}
+    return [by_id[job_id] for job_id in ids]
 
 
 async def jobs_by_id(tx: Tx, ids: Sequence[UUID]) -> dict[UUID, JobRow]:
@@ -254,6 +264,11 @@ async def attempts_by_id(tx: Tx, ids: Iterable[UUID]) -> dict[UUID, AttemptRow]:
     return {row.id: row for row in await tx.all(AttemptRow, QUERIES["attempts_by_id"], ids=list(ids))}
 
 
+async def lock_attempts(tx: Tx, ids: Iterable[UUID]) -> dict[UUID, AttemptRow]:
+    """Like attempts_by_id, locked until the transaction ends. Lock their jobs before."""
+    return {row.id: row for row in await tx.all(AttemptRow, QUERIES["lock_attempts"], ids=list(ids))}
+
+
 async def attempts_of_jobs(tx: Tx, job_ids: Sequence[UUID]) -> list[AttemptRow]:
     return await tx.all(AttemptRow, QUERIES["attempts_of_jobs"], job_ids=list(job_ids))
 
@@ -266,21 +281,35 @@ async def leases_of_attempts(tx: Tx, attempt_ids: Sequence[UUID]) -> dict[UUID, 
 
 
 async def renew_leases(
-    tx: Tx, machine_id: UUID, live: Sequence[tuple[UUID, int]], *, now: datetime, lease_seconds: float
-) -> int:
+    tx: Tx, machine_id: UUID, live: Sequence[tuple[UUID, int]], *, now: datetime, lease_seconds: float,
+    stop_timeout_seconds: float,
+) -> int:  # fmt: skip
     """Renew the leases of (attempt, epoch) pairs that this machine still holds; how many it does."""
     return await tx.run(
         QUERIES["renew_leases"], machine_id=machine_id, now=now, lease_seconds=lease_seconds,
+        stop_timeout_seconds=stop_timeout_seconds,
         ids=[attempt for attempt, _ in live], epochs=[epoch for _, epoch in live],
     )  # fmt: skip
+
+
+async def out_of_lease(tx: Tx, ids: Sequence[UUID], now: datetime) -> set[UUID]:
+    """Those of the attempts whose lease has run out."""
+    return {row.id for row in await tx.all(_IdRow, QUERIES["out_of_lease"], ids=list(ids), now=now)}
+
+
+async def report_positions(tx: Tx, machine_id: UUID, job_ids: Sequence[UUID]) -> dict[UUID, int]:
+    """Live attempt of these jobs on this machine -> the last report of it that was folded."""
+    rows = await tx.all(_Position, QUERIES["report_positions"], machine_id=machine_id, job_ids=list(job_ids))
+    return {row.id: row.report_seq for row in rows}
 
 
 async def resolve_attempts(tx: Tx, ids: Sequence[UUID]) -> list[ResolvedRow]:
     return await tx.all(ResolvedRow, QUERIES["resolve_attempts"], ids=list(ids))
 
 
-async def known_attempts(tx: Tx, ids: Sequence[UUID]) -> set[UUID]:
-    return {row.id for row in await tx.all(_IdRow, QUERIES["known_attempts"], ids=list(ids))}
+async def attempts_to_settle(tx: Tx, ids: Sequence[UUID]) -> set[UUID]:
+    """Those of the ids that are attempts whose holds are still needed."""
+    return {row.id for row in await tx.all(_IdRow, QUERIES["attempts_to_settle"], ids=list(ids))}
 
 
 # --- machines ---------------------------------------------------------------------------------------------------------
@@ -330,10 +359,8 @@ async def attempts_needing_window(tx: Tx, *, now: datetime, ahead_seconds: float
     )  # fmt: skip
 
 
-async def attempts_with_full_windows(tx: Tx, *, now: datetime, limit: int) -> list[AttemptRow]:
-    return await tx.all(
-        AttemptRow, QUERIES["attempts_with_full_windows"], now=now, window_seconds=WINDOW_SECONDS, limit=limit
-    )
+async def attempts_with_full_windows(tx: Tx, *, limit: int) -> list[AttemptRow]:
+    return await tx.all(AttemptRow, QUERIES["attempts_with_full_windows"], window_seconds=WINDOW_SECONDS, limit=limit)
 
 
 async def open_windows(tx: Tx, windows_opened: Mapping[UUID, int]) -> None:

@@ -1,8 +1,12 @@
 """What users ask of their jobs: submit, look, stop, why."""
 
-from collections.abc import Sequence
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from uuid import UUID
+
+from google.protobuf.message import Message
 
 from dantegpu.contracts import subjects
 from dantegpu.contracts.gen.dante.v1 import events_pb2, jobs_pb2, storage_pb2, storage_pb2_grpc
@@ -17,21 +21,21 @@ from dantegpu.kit.actor import SERVICE, Actor
 from dantegpu.kit.db import Database, Tx
 from dantegpu.kit.errors import InvalidArgument
 from dantegpu.kit.outbox import Outbox
+from dantegpu.kit.paging import MAX_PAGE, page_limit
 from dantegpu.kit.telemetry import current_traceparent
 from dantegpu.services.scheduler import store
 from dantegpu.services.scheduler.errors import InputNotUploaded, InvalidJob, JobNotFound, NoOfferFits
 from dantegpu.services.scheduler.service.inventory import Inventory
 from dantegpu.services.scheduler.service.placement import live_leases, pending_of, pending_of_spec, request_of
-from dantegpu.services.scheduler.service.transitions import JobBatch, Wakeups
+from dantegpu.services.scheduler.service.transitions import JobBatch, Wakeups, event_message
 from dantegpu.services.scheduler.settings import SchedulerSettings
 from dantegpu.services.scheduler.store import AttemptRow, JobRow, LeaseRow
 
 MAX_JOBS_PER_CALL = 10_000
 MAX_SPEC_BYTES = 256 << 10
 MAX_NAME_LENGTH = 100
-DEFAULT_PAGE = 50
-MAX_PAGE = 500
 MAX_EVENTS_PAGE = 1000
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,10 @@ class Intake:
             raise InvalidJob(f"{where}the job is {spec.ByteSize()} bytes long, at most {MAX_SPEC_BYTES} are accepted")
         if not 0 <= spec.priority <= 100:
             raise InvalidJob(f"{where}priority {spec.priority}: expected 0 to 100", field="priority")
+        if any("\x00" in text for text in _texts(spec)):
+            raise InvalidJob(f"{where}a command or variable holds a NUL character, which no process can be given")
+        if spec.input_sha256 and not _SHA256.fullmatch(spec.input_sha256):
+            raise InvalidJob(f"{where}input: expected a SHA-256 in hex", field="input")
         if len(spec.name) > MAX_NAME_LENGTH:
             raise InvalidJob(f"{where}name: at most {MAX_NAME_LENGTH} characters", field="name")
         if not 0 <= spec.max_duration_seconds <= self._settings.max_duration_seconds:
@@ -131,7 +139,7 @@ class Intake:
         """Write the jobs and wake placement. What was checked by check() is not checked again."""
         team_id = actor.require_writer()
         ids = [JobId.new() for _ in specs]
-        await store.insert_jobs(
+        rows = await store.insert_jobs(
             tx,
             ids=[job_id.uuid for job_id in ids],
             specs=[spec.SerializeToString() for spec in specs],
@@ -141,18 +149,18 @@ class Intake:
             submitted_at=self._clock.now(),
             traceparent=current_traceparent(),
         )
-        await self._outbox.add(
-            tx, [(subjects.JOB_SUBMITTED, events_pb2.JobSubmitted(job_id=str(job_id))) for job_id in ids]
-        )
-        rows = await store.jobs_by_id(tx, [job_id.uuid for job_id in ids])
-        return [rows[job_id.uuid] for job_id in ids]
+        await self._outbox.add(tx, _submitted_messages(rows))
+        return rows
 
     async def get(self, tx: Tx, actor: Actor, job_ids: Sequence[JobId]) -> list[JobDetails]:
         """Raises JobNotFound for the first id that does not exist or is another team's."""
         rows = await self._own_jobs(tx, actor, job_ids)
         attempts = await store.attempts_of_jobs(tx, [row.id for row in rows])
         leases = await store.leases_of_attempts(tx, [attempt.id for attempt in attempts]) if attempts else {}
-        return [JobDetails(row, [a for a in attempts if a.job_id == row.id], leases) for row in rows]
+        of_job: defaultdict[UUID, list[AttemptRow]] = defaultdict(list)
+        for attempt in attempts:
+            of_job[attempt.job_id].append(attempt)
+        return [JobDetails(row, of_job[row.id], leases) for row in rows]
 
     async def list_jobs(
         self, tx: Tx, actor: Actor, *, states: Sequence[JobState], cursor: str, limit: int, all_teams: bool
@@ -161,7 +169,7 @@ class Intake:
         team_id = actor.require_team()
         if all_teams:
             actor.require_operator()
-        size = min(limit or DEFAULT_PAGE, MAX_PAGE)
+        size = page_limit(limit)
         rows = await store.list_jobs(
             tx,
             team_id=None if all_teams else team_id.uuid,
@@ -177,8 +185,10 @@ class Intake:
         actor.require_writer()
         await self._own_jobs(tx, actor, job_ids)
         batch = await JobBatch.lock(tx, [job_id.uuid for job_id in job_ids], self._clock.now())
-        why = StopReason.OPERATOR if actor.operator and not actor.user_id else StopReason.USER
         for job_id in dict.fromkeys(job_ids):
+            job = batch.get(job_id.uuid)
+            own = job is not None and job.team_id == actor.team_id
+            why = StopReason.USER if own else StopReason.OPERATOR
             batch.apply(job_id.uuid, lifecycle.StopRequested(by=str(actor.user_id or "operator"), why=why))
         await batch.save(tx, self._outbox, self._wakeups, lease_seconds=self._settings.lease_seconds)
         rows = await store.jobs_by_id(tx, [job_id.uuid for job_id in job_ids])
@@ -186,7 +196,8 @@ class Intake:
 
     async def events(self, tx: Tx, actor: Actor, job_id: JobId, after: int, limit: int) -> list[store.EventRow]:
         await self._own_jobs(tx, actor, [job_id])
-        return await store.events_after(tx, job_id.uuid, after, min(limit or MAX_EVENTS_PAGE, MAX_EVENTS_PAGE))
+        size = page_limit(limit, default=MAX_EVENTS_PAGE, maximum=MAX_EVENTS_PAGE)
+        return await store.events_after(tx, job_id.uuid, after, size)
 
     async def explain(self, tx: Tx, actor: Actor, job_ids: Sequence[JobId]) -> list[JobExplanation]:
         await self._inventory.ready()
@@ -209,6 +220,27 @@ class Intake:
             if row is None or foreign:
                 raise JobNotFound(job_id)
         return [rows[job_id.uuid] for job_id in job_ids]
+
+
+def _texts(spec: jobs_pb2.JobSpec) -> Iterator[str]:
+    yield from spec.argv
+    yield from spec.commands
+    yield from spec.env
+    yield from spec.env.values()
+
+
+def _submitted_messages(rows: Sequence[JobRow]) -> list[tuple[str, Message]]:
+    """Placement is told first: the job waits for nobody else."""
+    messages: list[tuple[str, Message]] = [
+        (subjects.JOB_SUBMITTED, events_pb2.JobSubmitted(job_id=str(JobId(row.id)))) for row in rows
+    ]
+    for row in rows:
+        event = store.EventRow(row.id, row.event_seq, row.state, "submitted", "", None, row.submitted_at)
+        changed = events_pb2.JobChanged(
+            job_id=str(JobId(row.id)), team_id=str(TeamId(row.team_id)), event=event_message(event)
+        )
+        messages.append((subjects.job_event(JobId(row.id)), changed))
+    return messages
 
 
 def reason_text(row: JobRow) -> str:

@@ -2,6 +2,7 @@
 
 import structlog
 from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
 
 from dantegpu.contracts import subjects
 from dantegpu.contracts.envelope import unwrap
@@ -17,7 +18,7 @@ from dantegpu.domain.resources import DeviceInfo, MachineInfo, parse_capability
 from dantegpu.domain.units import InvalidQuantity
 from dantegpu.kit import rpc
 from dantegpu.kit.actor import SERVICE
-from dantegpu.kit.bus import Bus
+from dantegpu.kit.bus import Bus, unsubscribe
 from dantegpu.kit.errors import Unavailable
 from dantegpu.kit.lifecycle import Tasks, Wakeup
 
@@ -47,15 +48,21 @@ class Inventory:
         self._loaded = False
         self._refresh_now = Wakeup()
         self._tasks = Tasks("inventory")
+        self._subscriptions: list[Subscription] = []
         self.on_change: list[Wakeup] = []
 
     async def start(self) -> None:
-        await self._bus.subscribe(subjects.ALL_MACHINE_EVENTS, self._machine_changed)
-        await self._bus.subscribe(subjects.ALL_ASK_EVENTS, self._ask_changed)
+        self._subscriptions = [
+            await self._bus.subscribe(subjects.ALL_MACHINE_EVENTS, self._machine_changed),
+            await self._bus.subscribe(subjects.ALL_ASK_EVENTS, self._ask_changed),
+        ]
         self._bus.on_reconnect(self._refresh_now.notify)
         self._tasks.loop(self._refresh, "refresh")
 
     async def stop(self) -> None:
+        for subscription in self._subscriptions:
+            await unsubscribe(subscription)
+        self._subscriptions.clear()
         await self._tasks.stop()
 
     async def ready(self) -> None:

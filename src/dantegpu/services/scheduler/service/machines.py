@@ -7,6 +7,7 @@ from pathlib import PurePosixPath
 from uuid import UUID
 
 import structlog
+from google.protobuf.message import DecodeError
 from nats.aio.msg import Msg
 
 from dantegpu.contracts import subjects
@@ -65,15 +66,29 @@ class Machines:
 
     async def fold(self, reports: Sequence[tuple[MachineId, machine_pb2.AttemptStatus]]) -> None:
         """Apply reports, in order, in one transaction."""
-        usable = [(machine, status) for machine, status in reports if _well_formed(machine, status)]
+        usable = [(machine, status) for machine, status in reports if self._well_formed(machine, status)]
         if usable:
             async with self._db.transaction() as tx:
                 await self._fold(tx, usable, self._clock.now())
+
+    def _well_formed(self, machine_id: MachineId, status: machine_pb2.AttemptStatus) -> bool:
+        try:
+            AttemptId.parse(status.attempt_id)
+            JobId.parse(status.job_id)
+        except InvalidId as error:
+            log.warning("report_refused", machine_id=str(machine_id), error=str(error))
+            return False
+        # Consumers write these paths to their disks: a list that would not have got its URLs is not published either.
+        if problem := self._results_problem(status.results):
+            log.warning("reported_results_refused", machine_id=str(machine_id), problem=problem)
+            del status.results[:]
+        return True
 
     async def _fold(
         self, tx: Tx, reports: Sequence[tuple[MachineId, machine_pb2.AttemptStatus]], now: datetime
     ) -> None:
         batch = await JobBatch.lock(tx, [JobId.parse(status.job_id).uuid for _, status in reports], now)
+        await batch.find_out_of_lease(tx)
         for machine_id, status in reports:
             batch.fold(machine_id, status)
         await batch.save(tx, self._outbox, self._wakeups, lease_seconds=self._settings.lease_seconds)
@@ -82,18 +97,27 @@ class Machines:
         """Fold what the machine has, renew the leases of what lives, answer with what it shall have."""
         if refusal := await self._refusal(machine_id):
             return refusal
-        statuses = [s for s in request.attempts[:MAX_ATTEMPTS_PER_SYNC] if _well_formed(machine_id, s)]
+        statuses = [s for s in request.attempts[:MAX_ATTEMPTS_PER_SYNC] if self._well_formed(machine_id, s)]
         live = [(AttemptId.parse(s.attempt_id).uuid, s.epoch) for s in statuses if s.state not in _ENDED]
         now = self._clock.now()
         async with self._db.transaction() as tx:
             if statuses:
-                await self._fold(tx, [(machine_id, status) for status in statuses], now)
+                # Most syncs only renew: no job is locked unless there is something new to fold.
+                folded = await store.report_positions(
+                    tx, machine_id.uuid, [JobId.parse(status.job_id).uuid for status in statuses]
+                )
+                news = [s for s in statuses if s.seq > folded.get(AttemptId.parse(s.attempt_id).uuid, s.seq)]
+                if news:
+                    await self._fold(tx, [(machine_id, status) for status in news], now)
             if live:
-                await store.renew_leases(tx, machine_id.uuid, live, now=now, lease_seconds=self._settings.lease_seconds)
+                await store.renew_leases(
+                    tx, machine_id.uuid, live, now=now, lease_seconds=self._settings.lease_seconds,
+                    stop_timeout_seconds=self._settings.stop_timeout_seconds,
+                )  # fmt: skip
             state = (await self._desired(tx, [machine_id.uuid], now))[machine_id.uuid]
         # Only now, after the commit: what is acknowledged may be forgotten by the machine.
         state.acknowledged.extend(
-            machine_pb2.AttemptAck(attempt_id=s.attempt_id, epoch=s.epoch, seq=s.seq) for s in request.attempts
+            machine_pb2.AttemptAck(attempt_id=s.attempt_id, epoch=s.epoch, seq=s.seq) for s in statuses
         )
         return state
 
@@ -179,6 +203,8 @@ class Machines:
             job = (await store.jobs_by_id(tx, [attempt.job_id]))[attempt.job_id]
         if problem := self._results_problem(request.results):
             return machine_pb2.UrlsReply(error=f"refused: {problem}")
+        if request.input and not jobs_pb2.JobSpec.FromString(job.spec).input_sha256:
+            return machine_pb2.UrlsReply(error="refused: the job has no input")
         items = [_presign_input(job)] if request.input else []
         items += [_presign_result(job.id, attempt.epoch, result) for result in request.results]
         answer = await rpc.call(self._storage.PresignUrls, storage_pb2.PresignRequest(items=items), actor=SERVICE)
@@ -224,16 +250,6 @@ def _presign_result(job_id: UUID, epoch: int, result: jobs_pb2.ResultFile) -> st
     )
 
 
-def _well_formed(machine_id: MachineId, status: machine_pb2.AttemptStatus) -> bool:
-    try:
-        AttemptId.parse(status.attempt_id)
-        JobId.parse(status.job_id)
-    except InvalidId as error:
-        log.warning("report_refused", machine_id=str(machine_id), error=str(error))
-        return False
-    return True
-
-
 class Dispatcher:
     """Component: pushes a machine's desired attempts when they changed. A lost push is repaired by the next sync."""
 
@@ -257,7 +273,11 @@ class Dispatcher:
     async def _push(self) -> None:
         await self._wakeup.wait()
         due, self._due = self._due, set()
-        states = await self._machines.desired(sorted(due))
+        try:
+            states = await self._machines.desired(sorted(due))
+        except ServiceError:
+            self.notify(due)
+            raise
         await asyncio.gather(
             *(
                 self._bus.publish(subjects.machine_desired(MachineId(machine_id)), state)
@@ -266,10 +286,18 @@ class Dispatcher:
         )
 
 
-async def decode_reports(messages: Sequence[Msg]) -> list[tuple[MachineId, machine_pb2.AttemptStatus]]:
-    """Statuses in order of arrival, each with the machine that NATS says sent it."""
+def decode_reports(messages: Sequence[Msg]) -> list[tuple[MachineId, machine_pb2.AttemptStatus]]:
+    """Statuses in order of arrival, each with the machine that NATS says sent it.
+
+    What cannot be read is left out: a machine that sends rubbish must not hold up the reports of the others.
+    """
     found: list[tuple[MachineId, machine_pb2.AttemptStatus]] = []
     for message in messages:
-        machine_id = subjects.machine_of(message.subject)
-        found.extend((machine_id, status) for status in machine_pb2.Report.FromString(message.data).attempts)
+        try:
+            machine_id = subjects.machine_of(message.subject)
+            report = machine_pb2.Report.FromString(message.data)
+        except (InvalidId, DecodeError) as error:
+            log.warning("report_refused", subject=message.subject, error=str(error))
+            continue
+        found.extend((machine_id, status) for status in report.attempts)
     return found

@@ -2,19 +2,21 @@
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime
 from uuid import UUID
 
 import structlog
+from google.protobuf.message import DecodeError
 from nats.aio.msg import Msg
 
 from dantegpu.contracts import subjects
-from dantegpu.contracts.envelope import unwrap
+from dantegpu.contracts.envelope import UnexpectedEvent, unwrap
 from dantegpu.contracts.gen.dante.v1 import billing_pb2, billing_pb2_grpc, events_pb2, jobs_pb2
 from dantegpu.domain import job as lifecycle
 from dantegpu.domain.clock import Clock
-from dantegpu.domain.ids import AttemptId, DeviceId, JobId, MachineId, TeamId
+from dantegpu.domain.ids import AttemptId, DeviceId, InvalidId, JobId, MachineId, TeamId
 from dantegpu.domain.job import JobState, QueueReason
 from dantegpu.domain.pricing import WINDOW_SECONDS
 from dantegpu.domain.resources import MachineInfo, ResourceRequest, parse_gpu_spec
@@ -22,10 +24,10 @@ from dantegpu.domain.scheduling import DEFAULT_POLICY, Lease, PendingJob, Placem
 from dantegpu.domain.units import format_dgpu
 from dantegpu.kit import rpc
 from dantegpu.kit.actor import SERVICE
-from dantegpu.kit.bus import Bus
+from dantegpu.kit.bus import Bus, unsubscribe
 from dantegpu.kit.db import Database, Tx
 from dantegpu.kit.errors import ServiceError
-from dantegpu.kit.lease import Leadership
+from dantegpu.kit.lease import Leadership, LostLeadership
 from dantegpu.kit.lifecycle import Wakeup
 from dantegpu.kit.outbox import Outbox
 from dantegpu.kit.telemetry import span
@@ -33,6 +35,7 @@ from dantegpu.services.scheduler import store
 from dantegpu.services.scheduler.errors import PlanConflict
 from dantegpu.services.scheduler.service.inventory import Inventory
 from dantegpu.services.scheduler.service.transitions import JobBatch, Opening, Wakeups
+from dantegpu.services.scheduler.settings import SchedulerSettings
 from dantegpu.services.scheduler.store import JobRow
 
 log = structlog.get_logger(__name__)
@@ -43,6 +46,8 @@ MAX_REASONS_PER_ROUND = 1000
 NO_FUNDS_RETRY_SECONDS = 10.0
 IDLE_ROUND_SECONDS = 5.0
 """A round also runs this often while something waits: what woke nobody is found all the same."""
+TEAM_PAUSE_SECONDS = 1.0
+"""A team that could not pay is left out of rounds for so long: its other jobs must not keep the rounds busy."""
 SWEEP_SECONDS = 15.0
 """How often the queue in memory is compared with PostgreSQL."""
 
@@ -116,8 +121,7 @@ class PlacementLeader:
         outbox: Outbox,
         wakeups: Wakeups,
         clock: Clock,
-        lease_seconds: float,
-        default_max_duration_seconds: int,
+        settings: SchedulerSettings,
     ) -> None:
         self._db = db
         self._bus = bus
@@ -126,10 +130,13 @@ class PlacementLeader:
         self._outbox = outbox
         self._wakeups = wakeups
         self._clock = clock
-        self._lease_seconds = lease_seconds
-        self._default_max_duration_seconds = default_max_duration_seconds
+        self._settings = settings
         self._queue: dict[UUID, _Waiting] = {}
+        self._paused_teams: dict[TeamId, float] = {}
         self._again = Wakeup()
+        self._sweep_now = Wakeup()
+        # What NATS lost is still in PostgreSQL.
+        bus.on_reconnect(self._sweep_now.notify)
         self.leadership: Leadership | None = None
         inventory.on_change.append(self._again)
 
@@ -139,21 +146,26 @@ class PlacementLeader:
     async def lead(self) -> None:
         """Until cancelled: the queue from PostgreSQL, then rounds."""
         self._queue.clear()
+        self._paused_teams.clear()
         await self._load()
-        wallets = await self._bus.subscribe(subjects.ALL_WALLET_EVENTS, self._wallet_changed)
-        consuming = await self._bus.consume(subjects.JOBS, subjects.PLACEMENT_CONSUMER, self._submitted)
-        try:
+        async with AsyncExitStack() as stack:
+            wallets = await self._bus.subscribe(subjects.ALL_WALLET_EVENTS, self._wallet_changed)
+            stack.push_async_callback(unsubscribe, wallets)
+            consuming = await self._bus.consume(subjects.JOBS, subjects.PLACEMENT_CONSUMER, self._submitted)
+            stack.push_async_callback(consuming.close)
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._rounds(), name="placement rounds")
                 tasks.create_task(self._sweeps(), name="placement sweeps")
-        finally:
-            await consuming.close()
-            await wallets.unsubscribe()
 
     # --- the queue ----------------------------------------------------------------------------------------------------
 
     async def _submitted(self, messages: Sequence[Msg]) -> None:
-        ids = [JobId.parse(unwrap(message.data, events_pb2.JobSubmitted)[1].job_id).uuid for message in messages]
+        ids: list[UUID] = []
+        for message in messages:
+            try:
+                ids.append(JobId.parse(unwrap(message.data, events_pb2.JobSubmitted)[1].job_id).uuid)
+            except (InvalidId, UnexpectedEvent, DecodeError) as error:
+                log.error("submission_unreadable", error=str(error))
         async with self._db.transaction() as tx:
             rows = await store.jobs_by_id(tx, ids)
         self._add(rows.values())
@@ -162,7 +174,7 @@ class PlacementLeader:
         for row in rows:
             if row.state == JobState.QUEUED.value:
                 spec = jobs_pb2.JobSpec.FromString(row.spec)
-                duration = spec.max_duration_seconds or self._default_max_duration_seconds
+                duration = spec.max_duration_seconds or self._settings.max_duration_seconds
                 self._queue[row.id] = _Waiting(pending_of(row), duration, (row.reason or "", row.reason_detail))
         self._again.notify()
 
@@ -184,7 +196,7 @@ class PlacementLeader:
 
     async def _sweeps(self) -> None:
         while True:
-            await asyncio.sleep(SWEEP_SECONDS)
+            await self._sweep_now.wait(SWEEP_SECONDS)
             try:
                 await self._load()
             except ServiceError as error:
@@ -193,6 +205,7 @@ class PlacementLeader:
     async def _wallet_changed(self, message: Msg) -> None:
         _, event = unwrap(message.data, events_pb2.WalletChanged)
         team_id = TeamId.parse(event.team_id)
+        self._paused_teams.pop(team_id, None)
         for waiting in self._queue.values():
             if waiting.job.team_id == team_id:
                 waiting.blocked_until_seconds = 0.0
@@ -226,7 +239,7 @@ class PlacementLeader:
         """One plan, applied. True when the next round should follow at once."""
         now = self._clock.now()
         monotonic = self._clock.monotonic()
-        ready = [w.job for w in self._queue.values() if w.blocked_until_seconds <= monotonic]
+        ready = self._ready(monotonic)
         if not ready:
             return False
         with span("placement round", jobs=str(len(ready))):
@@ -239,17 +252,27 @@ class PlacementLeader:
             refused = await self._open_holds(chosen, attempts, snapshot)
             try:
                 unused = await self._apply(chosen, attempts, refused, plan.unplaced, snapshot, now)
-            except BaseException:
+            except (PlanConflict, LostLeadership):
+                # Rolled back for certain. After anything else the commit may have happened, and the attempts need
+                # their holds (I5): settlement's sweep looks which of them exist.
                 await self._void(attempts.values())
                 raise
             if unused:
                 await self._void(unused)
-        return len(plan.placements) > len(chosen)
+        return len(plan.placements) > len(chosen) or bool(refused and self._ready(monotonic))
+
+    def _ready(self, monotonic: float) -> list[PendingJob]:
+        self._paused_teams = {team: until for team, until in self._paused_teams.items() if until > monotonic}
+        return [
+            waiting.job
+            for waiting in self._queue.values()
+            if waiting.blocked_until_seconds <= monotonic and waiting.job.team_id not in self._paused_teams
+        ]
 
     async def _open_holds(
         self, chosen: Sequence[Placement], attempts: dict[UUID, AttemptId], snapshot: Snapshot
-    ) -> dict[UUID, int]:
-        """Open the first window's hold of each placement; job -> what its team had, for those that were refused."""
+    ) -> dict[UUID, billing_pb2.HoldResult]:
+        """Open the first window's hold of each placement; the refusals by job."""
         if not chosen:
             return {}
         requests = [
@@ -265,11 +288,16 @@ class PlacementLeader:
             )
             for placement in chosen
         ]
-        answer = await rpc.call(
-            self._billing.OpenHolds, billing_pb2.OpenHoldsRequest(holds=requests), actor=SERVICE, timeout_seconds=10
-        )
+        try:
+            answer = await rpc.call(
+                self._billing.OpenHolds, billing_pb2.OpenHoldsRequest(holds=requests), actor=SERVICE, timeout_seconds=10
+            )
+        except ServiceError:
+            # Some may be open all the same, and would tie up money until the sweep finds them.
+            await self._void(attempts.values())
+            raise
         return {
-            placement.job_id.uuid: result.available_udgpu
+            placement.job_id.uuid: result
             for placement, result in zip(chosen, answer.results, strict=True)
             if not result.opened
         }
@@ -278,7 +306,7 @@ class PlacementLeader:
         self,
         chosen: Sequence[Placement],
         attempts: dict[UUID, AttemptId],
-        refused: dict[UUID, int],
+        refused: dict[UUID, billing_pb2.HoldResult],
         unplaced: Sequence[Unplaced],
         snapshot: Snapshot,
         now: datetime,
@@ -312,7 +340,7 @@ class PlacementLeader:
                     gone.append(job_id)
                 else:
                     batch.apply(job_id, lifecycle.StillWaiting(QueueReason(reason[0]), reason[1]))
-            await batch.save(tx, self._outbox, self._wakeups, lease_seconds=self._lease_seconds)
+            await batch.save(tx, self._outbox, self._wakeups, lease_seconds=self._settings.lease_seconds)
         for job_id in (*done, *gone):
             self._queue.pop(job_id, None)
         for job_id, reason in told.items():
@@ -320,7 +348,9 @@ class PlacementLeader:
                 self._queue[job_id].told = reason
         return unused
 
-    def _news(self, unplaced: Sequence[Unplaced], refused: dict[UUID, int]) -> dict[UUID, tuple[str, str]]:
+    def _news(
+        self, unplaced: Sequence[Unplaced], refused: dict[UUID, billing_pb2.HoldResult]
+    ) -> dict[UUID, tuple[str, str]]:
         """Jobs whose reason is another one than the database has."""
         news: dict[UUID, tuple[str, str]] = {}
         for decision in unplaced:
@@ -331,12 +361,14 @@ class PlacementLeader:
                 news[decision.job_id.uuid] = reason
             if len(news) >= MAX_REASONS_PER_ROUND:
                 break
-        for job_id, available in refused.items():
+        for job_id, refusal in refused.items():
             waiting = self._queue.get(job_id)
             if waiting is None:
                 continue
-            waiting.blocked_until_seconds = self._clock.monotonic() + NO_FUNDS_RETRY_SECONDS
-            reason = (QueueReason.NO_FUNDS.value, _no_funds_text(available))
+            monotonic = self._clock.monotonic()
+            waiting.blocked_until_seconds = monotonic + NO_FUNDS_RETRY_SECONDS
+            self._paused_teams[waiting.job.team_id] = monotonic + TEAM_PAUSE_SECONDS
+            reason = _refusal_reason(refusal)
             if waiting.told != reason:
                 news[job_id] = reason
         return news
@@ -357,7 +389,7 @@ class PlacementLeader:
                 "disk_bytes": placement.disk_bytes,
                 "rate_udgpu_per_hour": placement.rate_udgpu_per_hour,
                 "max_duration_seconds": (
-                    waiting.max_duration_seconds if waiting else self._default_max_duration_seconds
+                    waiting.max_duration_seconds if waiting else self._settings.max_duration_seconds
                 ),
             },
             devices=tuple(
@@ -379,8 +411,11 @@ class PlacementLeader:
             log.warning("holds_not_voided", holds=len(closes), error=error.message)
 
 
-def _no_funds_text(available_udgpu: int) -> str:
-    return (
-        f"the wallet has {format_dgpu(available_udgpu)} $dGPU available, less than the first {WINDOW_SECONDS // 60} "
-        "minutes cost; the job starts when money comes in"
+def _refusal_reason(refusal: billing_pb2.HoldResult) -> tuple[str, str]:
+    if refusal.refusal not in ("", "no-funds"):
+        log.error("hold_refused", attempt_id=refusal.attempt_id, refusal=refusal.refusal)
+        return QueueReason.RESTRICTED.value, f"billing refused the machine: {refusal.refusal}"
+    return QueueReason.NO_FUNDS.value, (
+        f"{format_dgpu(refusal.available_udgpu)} $dGPU are available, the first {WINDOW_SECONDS // 60} minutes cost "
+        f"{format_dgpu(refusal.ceiling_udgpu)}."
     )

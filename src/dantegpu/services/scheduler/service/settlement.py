@@ -4,6 +4,7 @@ Each pass looks at attempts that ended but are not settled, at windows that are 
 next. Billing answers the same for the same window, so a pass that is cut off is simply done again.
 """
 
+import time
 from collections.abc import Sequence
 from uuid import UUID
 
@@ -25,16 +26,15 @@ from dantegpu.kit.lifecycle import Wakeup
 from dantegpu.kit.outbox import Outbox
 from dantegpu.services.scheduler import store
 from dantegpu.services.scheduler.service.transitions import JobBatch, Wakeups, event_message
+from dantegpu.services.scheduler.settings import SchedulerSettings
 from dantegpu.services.scheduler.store import AttemptRow
 
 log = structlog.get_logger(__name__)
 
-PASS_SECONDS = 5.0
 BATCH = 500
 OPEN_AHEAD_SECONDS = 60.0
 """How long before a window is used up the next one's hold is opened."""
-ORPHAN_SWEEP_SECONDS = 60.0
-ORPHAN_AGE_SECONDS = 120
+OPEN_HOLDS_PAGE = 5000
 CALL_TIMEOUT_SECONDS = 10.0
 
 
@@ -46,14 +46,14 @@ class Settlement:
         outbox: Outbox,
         wakeups: Wakeups,
         clock: Clock,
-        lease_seconds: float,
+        settings: SchedulerSettings,
     ) -> None:
         self._db = db
         self._billing = billing
         self._outbox = outbox
         self._wakeups = wakeups
         self._clock = clock
-        self._lease_seconds = lease_seconds
+        self._settings = settings
         self._again = Wakeup()
 
     def notify(self) -> None:
@@ -61,7 +61,7 @@ class Settlement:
 
     async def run(self) -> None:
         """Until cancelled."""
-        next_sweep = self._clock.monotonic() + ORPHAN_SWEEP_SECONDS
+        next_sweep_seconds = time.monotonic() + self._settings.orphan_sweep_seconds
         while True:
             busy = False
             try:
@@ -69,13 +69,13 @@ class Settlement:
                 busy |= await self.mark_settled() == BATCH
                 await self.settle_full_windows()
                 await self.open_next_windows()
-                if self._clock.monotonic() >= next_sweep:
-                    next_sweep = self._clock.monotonic() + ORPHAN_SWEEP_SECONDS
+                if time.monotonic() >= next_sweep_seconds:
+                    next_sweep_seconds = time.monotonic() + self._settings.orphan_sweep_seconds
                     await self.void_orphans()
             except ServiceError as error:
                 log.warning("settlement_failed", error=error.message)
             if not busy:
-                await self._again.wait(PASS_SECONDS)
+                await self._again.wait(self._settings.settlement_seconds)
 
     async def settle_ended(self) -> int:
         """Close every hold of ended attempts and write the final cost; how many attempts."""
@@ -107,9 +107,8 @@ class Settlement:
 
     async def settle_full_windows(self) -> None:
         """Post the windows that running attempts have used up."""
-        now = self._clock.now()
         async with self._db.transaction() as tx:
-            running = await store.attempts_with_full_windows(tx, now=now, limit=BATCH)
+            running = await store.attempts_with_full_windows(tx, limit=BATCH)
         if not running:
             return
         charged = await self._close_holds([_close(a.id, a.windows_closed, WINDOW_SECONDS) for a in running])
@@ -155,26 +154,29 @@ class Settlement:
                     job = batch.get(attempt.job_id)
                     if job is not None and job.attempt_id == AttemptId(attempt.id):
                         batch.apply(attempt.job_id, lifecycle.StopRequested(by="billing", why=StopReason.NO_FUNDS))
-                await batch.save(tx, self._outbox, self._wakeups, lease_seconds=self._lease_seconds)
+                await batch.save(tx, self._outbox, self._wakeups, lease_seconds=self._settings.lease_seconds)
             if opened:
                 await store.open_windows(tx, opened)
 
     async def void_orphans(self) -> None:
-        """Void holds whose attempt never came to be: their plan was not committed."""
-        page = common_pb2.PageRequest(limit=BATCH)
-        answer = await rpc.call(
-            self._billing.ListOpenHolds,
-            billing_pb2.ListOpenHoldsRequest(older_than_seconds=ORPHAN_AGE_SECONDS, page=page),
-            actor=SERVICE,
-            timeout_seconds=CALL_TIMEOUT_SECONDS,
-        )
-        holds = {(AttemptId.parse(hold.attempt_id).uuid, hold.window) for hold in answer.holds}
-        async with self._db.transaction() as tx:
-            known = await store.known_attempts(tx, [attempt for attempt, _ in holds])
-        orphans = [_close(attempt, window, 0) for attempt, window in holds if attempt not in known]
-        if orphans:
-            log.warning("orphaned_holds_voided", holds=len(orphans))
-            await self._close_holds(orphans)
+        """Void holds that no attempt will close: their plan was not committed, or their attempt is settled."""
+        cursor = ""
+        while True:
+            page = common_pb2.PageRequest(limit=OPEN_HOLDS_PAGE, cursor=cursor)
+            request = billing_pb2.ListOpenHoldsRequest(older_than_seconds=self._settings.orphan_age_seconds, page=page)
+            answer = await rpc.call(
+                self._billing.ListOpenHolds, request, actor=SERVICE, timeout_seconds=CALL_TIMEOUT_SECONDS
+            )
+            holds = [(AttemptId.parse(hold.attempt_id).uuid, hold.window) for hold in answer.holds]
+            async with self._db.transaction() as tx:
+                needed = await store.attempts_to_settle(tx, [attempt for attempt, _ in holds])
+            orphans = [_close(attempt, window, 0) for attempt, window in holds if attempt not in needed]
+            if orphans:
+                log.warning("orphaned_holds_voided", holds=len(orphans))
+                await self._close_holds(orphans)
+            cursor = answer.next_cursor
+            if not cursor:
+                break
 
     async def _close_holds(self, closes: Sequence[billing_pb2.HoldClose]) -> dict[UUID, int]:
         """Attempt -> what was charged for the windows given."""
@@ -185,7 +187,9 @@ class Settlement:
             timeout_seconds=CALL_TIMEOUT_SECONDS,
         )
         charged: dict[UUID, int] = {}
-        for result in answer.results:
+        for close, result in zip(closes, answer.results, strict=True):
+            if close.used_seconds and not result.found:
+                log.error("window_without_hold", attempt_id=close.attempt_id, window=close.window)
             attempt_id = AttemptId.parse(result.attempt_id).uuid
             charged[attempt_id] = charged.get(attempt_id, 0) + result.charged_udgpu
         return charged

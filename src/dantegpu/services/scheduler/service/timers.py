@@ -11,6 +11,7 @@ from dantegpu.domain.ids import AttemptId
 from dantegpu.domain.job import StopReason
 from dantegpu.kit.db import Database
 from dantegpu.kit.errors import ServiceError
+from dantegpu.kit.idempotency import forget_old
 from dantegpu.kit.outbox import Outbox
 from dantegpu.services.scheduler import store
 from dantegpu.services.scheduler.service.transitions import JobBatch, Wakeups
@@ -18,8 +19,9 @@ from dantegpu.services.scheduler.settings import SchedulerSettings
 
 log = structlog.get_logger(__name__)
 
-TICK_SECONDS = 1.0
 BATCH = 500
+FORGET_SECONDS = 3600.0
+"""How often remembered answers that nobody asks for any more are deleted."""
 
 
 class Timers:
@@ -37,12 +39,17 @@ class Timers:
     async def run(self) -> None:
         """Until cancelled. After a start nobody is lost before he had one full lease to be heard in."""
         silent_until_seconds = self._clock.monotonic() + self._settings.lease_seconds
+        next_forget_seconds = 0.0
         while True:
-            await asyncio.sleep(TICK_SECONDS)
+            await asyncio.sleep(self._settings.timer_seconds)
             try:
                 if self._clock.monotonic() >= silent_until_seconds:
                     await self.expire_leases()
                 await self.stop_overdue()
+                if self._clock.monotonic() >= next_forget_seconds:
+                    next_forget_seconds = self._clock.monotonic() + FORGET_SECONDS
+                    async with self._db.transaction() as tx:
+                        await forget_old(tx)
             except ServiceError as error:
                 log.warning("timers_failed", error=error.message)
 
@@ -56,8 +63,8 @@ class Timers:
             if not expired:
                 return 0
             batch = await JobBatch.lock(tx, [row.job_id for row in expired], now)
-            # Read again under the lock: a renewal may have come in between.
-            current = await store.attempts_by_id(tx, [row.attempt_id for row in expired])
+            # Read again under locks: a renewal may have come in between, and none may come in now.
+            current = await store.lock_attempts(tx, [row.attempt_id for row in expired])
             lost = 0
             for row in expired:
                 job, attempt = batch.get(row.job_id), current[row.attempt_id]

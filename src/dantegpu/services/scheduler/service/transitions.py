@@ -39,6 +39,11 @@ class Opening:
     message: str
 
 
+MAX_RAN_MS = 10 * 365 * 24 * 3600 * 1000
+MAX_MESSAGE_LENGTH = 2000
+MAX_SANDBOX_LENGTH = 100
+_NUL = "\x00"  # PostgreSQL's text cannot hold it
+
 _ATTEMPT_END_STATES: Mapping[Outcome, JobState] = {
     Outcome.SUCCEEDED: JobState.SUCCEEDED,
     Outcome.CANCELLED: JobState.CANCELLED,
@@ -100,10 +105,18 @@ class JobBatch:
         self._closed: list[UUID] = []
         self._machines: set[UUID] = set()
         self._requeued: set[UUID] = set()
+        self._out_of_lease: frozenset[AttemptId] = frozenset()
 
     @staticmethod
     async def lock(tx: Tx, job_ids: Iterable[UUID], now: datetime) -> "JobBatch":
         return JobBatch(await store.lock_jobs(tx, set(job_ids)), now)
+
+    async def find_out_of_lease(self, tx: Tx) -> None:
+        """Before fold(): find the attempts whose lease has run out; what is reported of them changes nothing (I2)."""
+        live = [job.attempt_id.uuid for job in self._jobs.values() if job.attempt_id is not None]
+        if live:
+            expired = await store.out_of_lease(tx, live, self._now)
+            self._out_of_lease = frozenset(AttemptId(attempt_id) for attempt_id in expired)
 
     def get(self, job_id: UUID) -> JobSnapshot | None:
         """The job as it is after what was applied so far; None when there is no such job."""
@@ -119,7 +132,7 @@ class JobBatch:
     def fold(self, machine_id: MachineId, status: machine_pb2.AttemptStatus) -> None:
         """What a machine says of one of its attempts; stale and repeated reports change nothing."""
         job_id = JobId.parse(status.job_id).uuid
-        if job_id not in self._jobs:
+        if job_id not in self._jobs or AttemptId.parse(status.attempt_id) in self._out_of_lease:
             return
         event = _event_of(status)
         if event is None:
@@ -140,7 +153,8 @@ class JobBatch:
         before = self._jobs[job_id]
         if before.running_at is not None or status.ran_ms <= 0 or before.placed_at is None:
             return
-        started_at = max(before.placed_at, self._now - timedelta(milliseconds=status.ran_ms))
+        ran = timedelta(milliseconds=min(status.ran_ms, MAX_RAN_MS))
+        started_at = max(before.placed_at, self._now - ran)
         report = lifecycle.AttemptReport(
             AttemptId.parse(status.attempt_id), machine_id, status.epoch, status.seq - 1, lifecycle.AttemptRunning()
         )
@@ -192,6 +206,7 @@ class JobBatch:
             case lifecycle.StopAttempt(attempt_id, machine_id, _, why):
                 record = self._attempt(attempt_id.uuid, self._jobs[before.id.uuid])
                 record["stop_reason"] = why.value
+                record["stop_requested_at"] = self._now
                 self._machines.add(machine_id.uuid)
             case lifecycle.CloseAttempt(attempt_id, machine_id, _, outcome, exit_code, message):
                 self._close(attempt_id.uuid, outcome, exit_code, message, before, status)
@@ -229,7 +244,7 @@ class JobBatch:
         }
         if status is not None:
             record["results"] = machine_pb2.AttemptStatus(results=status.results).SerializeToString()
-            record["sandbox"] = status.sandbox or None
+            record["sandbox"] = status.sandbox[:MAX_SANDBOX_LENGTH].replace(_NUL, "") or None
         self._closed.append(attempt_id)
 
     def _tell(self, job_id: UUID, job: JobSnapshot, attempt_id: AttemptId | None, type_: str, message: str) -> None:
@@ -314,7 +329,7 @@ class JobBatch:
 
 _ATTEMPT_COLUMNS = (
     "id", "state", "stop_reason", "outcome", "exit_code", "message", "running_at", "ended_at", "results",
-    "billed_seconds", "sandbox",
+    "billed_seconds", "sandbox", "stop_requested_at",
 )  # fmt: skip
 
 
@@ -335,7 +350,7 @@ def _event_of(status: machine_pb2.AttemptStatus) -> (
         case jobs_pb2.SUCCEEDED | jobs_pb2.FAILED | jobs_pb2.CANCELLED:
             outcome = outcome_of(status.outcome) or Outcome.PROVIDER_FAULT
             exit_code = status.exit_code if status.HasField("exit_code") else None
-            return lifecycle.AttemptEnded(outcome, exit_code, status.message[:2000])
+            return lifecycle.AttemptEnded(outcome, exit_code, status.message[:MAX_MESSAGE_LENGTH].replace(_NUL, ""))
         case _:
             return None
 

@@ -1,7 +1,14 @@
 -- name: insert_jobs
-INSERT INTO jobs (id, team_id, user_id, spec, state, priority, submitted_at, traceparent, reason)
-SELECT id, %(team_id)s, %(user_id)s, spec, 'QUEUED', priority, %(submitted_at)s, %(traceparent)s, 'new'
-FROM unnest(%(ids)s::uuid[], %(specs)s::bytea[], %(priorities)s::smallint[]) AS new (id, spec, priority);
+WITH inserted AS (
+    INSERT INTO jobs (id, team_id, user_id, spec, state, priority, submitted_at, traceparent, reason, event_seq)
+    SELECT id, %(team_id)s, %(user_id)s, spec, 'QUEUED', priority, %(submitted_at)s, %(traceparent)s, 'new', 1
+    FROM unnest(%(ids)s::uuid[], %(specs)s::bytea[], %(priorities)s::smallint[]) AS new (id, spec, priority)
+    RETURNING *
+), told AS (
+    INSERT INTO job_events (job_id, seq, state, type, message, occurred_at)
+    SELECT id, event_seq, state, 'submitted', '', submitted_at FROM inserted
+)
+SELECT * FROM inserted;
 
 -- name: jobs_by_id
 SELECT * FROM jobs WHERE id = ANY(%(ids)s);
@@ -73,26 +80,33 @@ WITH released AS (
     UPDATE device_leases SET released = true WHERE attempt_id = ANY(%(attempt_ids)s) AND NOT released
     RETURNING device_id, milli
 ), freed AS (
-    SELECT device_id, sum(milli) AS milli FROM released GROUP BY device_id ORDER BY device_id
+    SELECT device_id, sum(milli) AS milli FROM released GROUP BY device_id
+), locked AS (
+    -- In id order, like everybody: two releases that share devices would wait for one another.
+    SELECT device_id FROM device_usage WHERE device_id IN (SELECT device_id FROM freed) ORDER BY device_id FOR UPDATE
 )
-UPDATE device_usage SET leased_milli = leased_milli - freed.milli FROM freed
+UPDATE device_usage SET leased_milli = leased_milli - freed.milli FROM freed JOIN locked USING (device_id)
 WHERE device_usage.device_id = freed.device_id;
 
 -- name: save_attempts
 -- NULL leaves what is there; an ended attempt never changes again.
 UPDATE attempts SET
     state = new.state, stop_reason = coalesce(new.stop_reason, attempts.stop_reason), outcome = new.outcome,
+    stop_requested_at = coalesce(attempts.stop_requested_at, new.stop_requested_at),
     exit_code = new.exit_code, message = coalesce(new.message, attempts.message),
     running_at = coalesce(attempts.running_at, new.running_at), ended_at = new.ended_at,
     results = coalesce(decode(new.results, 'hex'), attempts.results),
     billed_seconds = coalesce(new.billed_seconds, 0), sandbox = coalesce(new.sandbox, attempts.sandbox)
 FROM jsonb_to_recordset(%(rows)s) AS new (
     id uuid, state text, stop_reason text, outcome text, exit_code integer, message text, running_at timestamptz,
-    ended_at timestamptz, results text, billed_seconds bigint, sandbox text)
+    ended_at timestamptz, results text, billed_seconds bigint, sandbox text, stop_requested_at timestamptz)
 WHERE attempts.id = new.id AND attempts.ended_at IS NULL;
 
 -- name: attempts_by_id
 SELECT * FROM attempts WHERE id = ANY(%(ids)s);
+
+-- name: lock_attempts
+SELECT * FROM attempts WHERE id = ANY(%(ids)s) ORDER BY id FOR UPDATE;
 
 -- name: attempts_of_jobs
 SELECT * FROM attempts WHERE job_id = ANY(%(job_ids)s) ORDER BY job_id, epoch;
@@ -102,10 +116,23 @@ SELECT attempt_id, device_id, device_index, milli FROM device_leases WHERE attem
 ORDER BY attempt_id, device_index;
 
 -- name: renew_leases
--- A lease that has run out is never renewed: its attempt may already be somebody else's (I6).
+-- A lease that has run out is never renewed: its attempt may already be somebody else's (I6). Neither is that of an
+-- attempt that was told to end long ago: a machine that does not obey must not hold and bill it for ever.
 UPDATE attempts SET lease_renewed_at = %(now)s, lease_expires_at = %(now)s + make_interval(secs => %(lease_seconds)s)
-WHERE machine_id = %(machine_id)s AND ended_at IS NULL AND lease_expires_at > %(now)s
-  AND (id, epoch) IN (SELECT * FROM unnest(%(ids)s::uuid[], %(epochs)s::bigint[]));
+WHERE id IN (
+    SELECT id FROM attempts
+    WHERE machine_id = %(machine_id)s AND ended_at IS NULL AND lease_expires_at > %(now)s
+      AND (stop_requested_at IS NULL
+           OR stop_requested_at + make_interval(secs => %(stop_timeout_seconds)s) > %(now)s)
+      AND (id, epoch) IN (SELECT * FROM unnest(%(ids)s::uuid[], %(epochs)s::bigint[]))
+    ORDER BY id FOR UPDATE
+);
+
+-- name: out_of_lease
+SELECT id FROM attempts WHERE id = ANY(%(ids)s) AND lease_expires_at <= %(now)s;
+
+-- name: report_positions
+SELECT attempt_id AS id, report_seq FROM jobs WHERE id = ANY(%(job_ids)s) AND machine_id = %(machine_id)s;
 
 -- name: desired_attempts
 SELECT a.id, a.job_id, a.team_id, a.epoch, a.machine_id, a.stop_reason, a.lease_expires_at, j.spec, j.traceparent
@@ -150,9 +177,10 @@ WHERE ended_at IS NULL AND running_at IS NOT NULL
 ORDER BY id LIMIT %(limit)s;
 
 -- name: attempts_with_full_windows
+-- Full by what the machine has acknowledged: when it falls silent, nothing after its last renewal is billed (I3).
 SELECT * FROM attempts
 WHERE ended_at IS NULL AND running_at IS NOT NULL AND windows_closed < windows_opened
-  AND running_at + make_interval(secs => (windows_closed + 1) * %(window_seconds)s) <= %(now)s
+  AND running_at + make_interval(secs => (windows_closed + 1) * %(window_seconds)s) <= lease_renewed_at
 ORDER BY id LIMIT %(limit)s;
 
 -- name: open_windows
@@ -183,8 +211,8 @@ ORDER BY j.id LIMIT %(limit)s FOR UPDATE OF j;
 -- name: mark_jobs_settled
 UPDATE jobs SET settled = true, event_seq = event_seq + 1 WHERE id = ANY(%(job_ids)s);
 
--- name: known_attempts
-SELECT id FROM attempts WHERE id = ANY(%(ids)s);
+-- name: attempts_to_settle
+SELECT id FROM attempts WHERE id = ANY(%(ids)s) AND NOT settled;
 
 -- name: resolve_attempts
 SELECT id, job_id, team_id, machine_id, epoch, ended_at IS NULL AS live FROM attempts WHERE id = ANY(%(ids)s);
