@@ -84,7 +84,8 @@ WITH moved AS (
     FROM (
         SELECT account_id, delta, 0::bigint AS freed FROM legs
         UNION ALL
-        SELECT account_id, 0, freed FROM unnest(%(freed_accounts)s::uuid[], %(freed)s::bigint[]) AS f (account_id, freed)
+        SELECT account_id, 0, freed
+        FROM unnest(%(freed_accounts)s::uuid[], %(freed)s::bigint[]) AS f (account_id, freed)
     ) AS both_kinds
     GROUP BY account_id
 )
@@ -110,9 +111,11 @@ SELECT id, seq, kind,
         AS balance_after_udgpu,
     job_id, attempt_id, text, created_at
 FROM (
-    (SELECT * FROM transfers WHERE debit_account_id = %(account_id)s AND seq < %(before)s ORDER BY seq DESC LIMIT %(n)s)
+    (SELECT * FROM transfers WHERE debit_account_id = %(account_id)s AND seq < %(before)s
+    ORDER BY seq DESC LIMIT %(n)s)
     UNION ALL
-    (SELECT * FROM transfers WHERE credit_account_id = %(account_id)s AND seq < %(before)s ORDER BY seq DESC LIMIT %(n)s)
+    (SELECT * FROM transfers WHERE credit_account_id = %(account_id)s AND seq < %(before)s
+    ORDER BY seq DESC LIMIT %(n)s)
 ) AS own
 ORDER BY seq DESC
 LIMIT %(n)s;
@@ -180,7 +183,8 @@ WITH legs AS (
     FROM (SELECT * FROM holds WHERE state = 'posted') h FULL JOIN billed b USING (attempt_id, window_index)
     WHERE (h.provider_udgpu, h.fee_udgpu) IS DISTINCT FROM (b.provider_udgpu, b.fee_udgpu)
     UNION ALL
-    SELECT format('window %%s of attempt %%s: its %%s transfers are not linked as a pair', window_index, attempt_id, parts)
+    SELECT format('window %%s of attempt %%s: its %%s transfers are not linked as a pair',
+        window_index, attempt_id, parts)
     FROM billed WHERE links <> CASE parts WHEN 2 THEN 2 ELSE 0 END
     UNION ALL
     SELECT format('transfer %%s: its linked transfer %%s does not link back', t.id, t.linked_id)
@@ -194,4 +198,5 @@ SELECT (SELECT count(*) FROM accounts) AS accounts,
     (SELECT count(*) FROM transfers) AS transfers,
     (SELECT count(*) FROM holds WHERE state = 'open') AS open_holds,
     (SELECT coalesce(sum(balance_udgpu), 0)::bigint FROM balances) AS sum_udgpu,
-    (SELECT coalesce(array_agg(problem), '{}') FROM (SELECT problem FROM problems LIMIT %(n)s) AS first_few) AS problems;
+    (SELECT coalesce(array_agg(problem), '{}') FROM (SELECT problem FROM problems LIMIT %(n)s) AS first_few)
+        AS problems;
