@@ -55,6 +55,7 @@ class HttpServer:
             lifespan="off",
             log_config=None,
             access_log=False,
+            proxy_headers=False,  # else anybody on this machine could claim any address
             server_header=False,
             date_header=True,
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,

@@ -1,5 +1,7 @@
 """The application: routes, errors, OpenAPI."""
 
+import json
+import sys
 from typing import Any, Final, cast
 
 from fastapi import FastAPI
@@ -93,6 +95,11 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     return app.openapi_schema
 
 
+def openapi_json() -> str:
+    """The document as it lies in docs/api/openapi.json; `python -m dantegpu.services.gateway.app` prints it."""
+    return json.dumps(create_app(None).openapi(), indent=1, ensure_ascii=False) + "\n"
+
+
 def _response(answer: Answer) -> Response:
     status, headers, body = answer
     response = Response(body, status_code=status)
@@ -134,3 +141,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     }
     detail = details.get(error.status_code, str(error.detail))
     return _response(problem(error.status_code, code, detail, path=path, headers=error.headers))
+
+
+if __name__ == "__main__":
+    sys.stdout.write(openapi_json())

@@ -56,6 +56,6 @@ def build(deps: Deps, settings: GatewaySettings) -> Service:
     return Service(
         name=settings.service_name,
         components=[keys, streams],
-        http=HttpApp(app, settings.http_listen),
+        http=HttpApp(app, settings.public_listen),
         checks={"nats": deps.bus.ready},
     )

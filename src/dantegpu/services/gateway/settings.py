@@ -11,7 +11,7 @@ from dantegpu.kit.tokens import DEFAULT_AUDIENCE, DEFAULT_ISSUER
 class GatewaySettings(ServiceSettings):
     service_name: ClassVar[str] = "siger-api-gateway"
 
-    http_listen: str = Field(default="127.0.0.1:8080", description="host:port of the public API")
+    public_listen: str = Field(default="127.0.0.1:8080", description="host:port of the public API")
     public_nats_url: str = Field(default="", description="NATS as machines reach it; empty = nats_url")
     token_issuer: str = DEFAULT_ISSUER
     token_audience: str = DEFAULT_AUDIENCE
