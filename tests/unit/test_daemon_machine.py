@@ -11,6 +11,7 @@ from dantegpu.daemon.executors import seccomp
 from dantegpu.daemon.executors.base import AttemptRefused, AttemptSpec, DeviceGrant
 from dantegpu.daemon.executors.cgroup import Cgroup, detect
 from dantegpu.daemon.executors.sandbox import PythonRuntime, environment
+from dantegpu.daemon.probe import devices as devices_module
 from dantegpu.daemon.probe.devices import InvalidSimulation, Nvml, simulated_gpus
 from dantegpu.daemon.probe.machine import Probe
 from dantegpu.domain.ids import AttemptId
@@ -87,6 +88,7 @@ def an_nvml(*, fails: bool = False) -> ModuleType:
 
 
 def test_an_nvidia_card_is_described_and_measured(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(devices_module, "DRIVER_SIGNS", ("/",))
     monkeypatch.setitem(sys.modules, "pynvml", an_nvml())
     nvml = Nvml()
     found = nvml.open()
@@ -98,9 +100,12 @@ def test_an_nvidia_card_is_described_and_measured(monkeypatch: pytest.MonkeyPatc
     assert sample.power_watts == 0
 
 
-def test_a_driver_that_does_not_answer_leaves_a_cpu_machine(monkeypatch: pytest.MonkeyPatch):
+def test_a_driver_that_does_not_answer_leaves_a_cpu_machine_and_says_so(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(devices_module, "DRIVER_SIGNS", ("/",))
     monkeypatch.setitem(sys.modules, "pynvml", an_nvml(fails=True))
-    assert Nvml().open().devices == ()
+    found = Nvml().open()
+    assert found.devices == ()
+    assert "Driver Not Loaded" in found.problem
 
 
 def a_cgroup_host(folder: Path, *, kind: str, own: str) -> Path:

@@ -2,12 +2,16 @@
 
 import sys
 
-from dantegpu.daemon.enrol import EnrolmentRefused
-from dantegpu.daemon.journal import JournalError
-from dantegpu.daemon.module import AlreadyRunning, run_daemon
-from dantegpu.daemon.probe.devices import InvalidSimulation
-from dantegpu.daemon.settings import DaemonSettings
-from dantegpu.kit.settings import SettingsError
+from dantegpu.daemon.lean import keep_lean
+
+keep_lean()
+
+from dantegpu.daemon.enrol import EnrolmentRefused  # noqa: E402 - only after keep_lean()
+from dantegpu.daemon.journal import JournalError  # noqa: E402
+from dantegpu.daemon.module import AlreadyRunning, run_daemon  # noqa: E402
+from dantegpu.daemon.probe.devices import InvalidSimulation  # noqa: E402
+from dantegpu.daemon.settings import DaemonSettings  # noqa: E402
+from dantegpu.kit.settings import SettingsError  # noqa: E402
 
 if __name__ == "__main__":
     try:

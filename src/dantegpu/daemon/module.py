@@ -20,6 +20,7 @@ from dantegpu.daemon.executors.base import Capabilities, DeviceGrant, SandboxKin
 from dantegpu.daemon.executors.process import ProcessExecutor
 from dantegpu.daemon.executors.sandbox import describe_limits
 from dantegpu.daemon.journal import Journal
+from dantegpu.daemon.lean import give_back_memory
 from dantegpu.daemon.leases import LeaseFile
 from dantegpu.daemon.link import Link
 from dantegpu.daemon.logs import LogShipper
@@ -107,6 +108,7 @@ class Daemon:
             await agent.adopt()
             await agent.start(link)
             await link.start(agent.desired_pushed, agent.connection_up)
+            give_back_memory()
             log.info("daemon_started", machine_id=str(identity.machine_id), sandbox=inventory.sandbox)
             if self.on_ready is not None:
                 self.on_ready(str(identity.machine_id))

@@ -39,23 +39,25 @@ class HashedFile:
 
 
 class Transfers:
-    """One HTTP client for all attempts, made when first needed: an idle daemon has none."""
+    """HTTP clients for all attempts, one per scheme, made when first needed: an idle daemon has none."""
 
     def __init__(self) -> None:
-        self._client: httpx.AsyncClient | None = None
+        self._clients: dict[bool, httpx.AsyncClient] = {}
         self._uploads = asyncio.Semaphore(PARALLEL_UPLOADS)
 
-    @property
-    def _http(self) -> httpx.AsyncClient:
-        if self._client is None:
+    def _http(self, url: str) -> httpx.AsyncClient:
+        # Without TLS there is nothing to verify; reading all authorities' certificates would cost 10 MB.
+        verify = not url.startswith("http://")
+        client = self._clients.get(verify)
+        if client is None:
             limits = httpx.Limits(max_connections=2 * PARALLEL_UPLOADS, keepalive_expiry=30)
-            self._client = httpx.AsyncClient(timeout=_TIMEOUT, limits=limits, follow_redirects=False)
-        return self._client
+            client = httpx.AsyncClient(timeout=_TIMEOUT, limits=limits, follow_redirects=False, verify=verify)
+            self._clients[verify] = client
+        return client
 
     async def close(self) -> None:
-        if self._client is not None:
-            await self._client.aclose()
-            self._client = None
+        while self._clients:
+            await self._clients.popitem()[1].aclose()
 
     async def fetch(self, url: str, target: Path, *, sha256: str, size_bytes: int) -> None:
         """Download to `target`. Raises TransferFailed when the content is not what `sha256` says."""
@@ -74,7 +76,7 @@ class Transfers:
     async def _fetch_once(self, url: str, target: Path, *, sha256: str, size_bytes: int) -> None:
         digest = hashlib.sha256()
         got_bytes = 0
-        async with self._http.stream("GET", url) as response:
+        async with self._http(url).stream("GET", url) as response:
             _check(response)
             with target.open("wb") as file:
                 async for chunk in response.aiter_raw(CHUNK_BYTES):
@@ -100,7 +102,7 @@ class Transfers:
             for number in range(TRIES):
                 try:
                     headers = {"content-length": str(file.file.size_bytes)}
-                    response = await self._http.put(url, content=_read(output, file.file), headers=headers)
+                    response = await self._http(url).put(url, content=_read(output, file.file), headers=headers)
                     _check(response)
                 except TransferRefused:
                     raise

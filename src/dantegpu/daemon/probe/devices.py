@@ -13,6 +13,8 @@ from dantegpu.domain.gpus import KNOWN_GPUS, find_known_gpu, nearest_gpu_name
 log = structlog.get_logger(__name__)
 
 MAX_SIMULATED_DEVICES = 64
+DRIVER_SIGNS = ("/dev/nvidiactl", "/proc/driver/nvidia", "/dev/dxg")
+"""What an NVIDIA driver shows of itself, on Linux and in WSL. Without it, its library is not even looked for."""
 _SHARED_NODES = ("/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools")
 
 
@@ -88,10 +90,12 @@ class Nvml:
 
     def open(self) -> Gpus:
         """Find the cards. A machine without NVIDIA's driver simply has none."""
+        if not any(os.path.exists(path) for path in DRIVER_SIGNS):
+            return Gpus()
         try:
             import pynvml
         except ImportError:
-            return Gpus(problem="nvidia-ml-py is not installed" if os.path.exists("/dev/nvidiactl") else "")
+            return Gpus(problem="nvidia-ml-py is not installed")
         try:
             pynvml.nvmlInit()
             self._library = pynvml
@@ -103,8 +107,7 @@ class Nvml:
             return Gpus(devices, driver, f"{cuda // 1000}.{cuda % 1000 // 10}")
         except pynvml.NVMLError as error:
             self.close()
-            present = os.path.exists("/dev/nvidiactl")
-            return Gpus(problem=f"NVIDIA's driver does not answer: {error}" if present else "")
+            return Gpus(problem=f"NVIDIA's driver does not answer: {error}")
 
     def _device(self, index: int, handle: Any) -> Gpu:
         nvml = self._library
