@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import json
 import os
-import secrets
 import shutil
 import signal
 import socket
@@ -25,19 +24,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import structlog
-from pydantic import SecretStr
 
+from dantegpu.apps.bootstrap import Login, set_up_operator
 from dantegpu.apps.embedded.errors import EmbeddedServerError
 from dantegpu.apps.embedded.nats import EmbeddedNats
 from dantegpu.apps.embedded.postgres import EmbeddedPostgres
 from dantegpu.apps.embedded.process import FolderLock, make_private_folder
 from dantegpu.apps.root import Root, load_with
 from dantegpu.apps.targets import ALL, TARGETS
-from dantegpu.contracts.gen.dante.v1 import auth_pb2, auth_pb2_grpc, billing_pb2, billing_pb2_grpc, common_pb2
-from dantegpu.domain.ids import TeamId, UserId
-from dantegpu.domain.units import UDGPU_PER_DGPU
-from dantegpu.kit import rpc
-from dantegpu.kit.actor import SERVICE, Actor
 from dantegpu.kit.lifecycle import Tasks
 from dantegpu.kit.nats_jwt import (
     create_user_key,
@@ -46,16 +40,12 @@ from dantegpu.kit.nats_jwt import (
     services_permissions,
     sign_user_jwt,
 )
-from dantegpu.kit.rpc import Channels
 
 log = structlog.get_logger(__name__)
 
 FORMAT: Final = 1
 DEFAULT_PORT: Final = 8400
 """The gateway's; storage, ops and NATS follow with the next three."""
-OPERATOR_EMAIL: Final = "operator@localhost"
-WELCOME_CREDIT_UDGPU: Final = 100 * UDGPU_PER_DGPU
-_STEP_TIMEOUT_SECONDS: Final = 30.0
 
 
 class NewerPlatformFolder(EmbeddedServerError):
@@ -125,16 +115,6 @@ class Running:
         except (OSError, ValueError, TypeError):
             return None
         return running
-
-
-@dataclass(frozen=True, slots=True)
-class Login:
-    """The operator's credentials for the CLI of this machine."""
-
-    url: str
-    api_key: SecretStr
-    team_id: str
-    email: str
 
 
 class Platform:
@@ -208,7 +188,7 @@ class Platform:
             grpc=listen,
             database=postgres.address.dsn(),
         )
-        self.login, join_token = await self._set_up_operator(listen, url, secrets_dir)
+        self.login, join_token = await set_up_operator(dict.fromkeys(TARGETS, listen), url, self._data)
         if options.provider:
             self._tell("provider daemon")
             running = await self._start_provider(running, join_token)
@@ -260,56 +240,6 @@ class Platform:
             await server.start()
             log.info("embedded_server_restarted", server=name)
 
-    # --- the operator -------------------------------------------------------------------------------------------------
-
-    async def _set_up_operator(self, grpc: str, url: str, secrets_dir: Path) -> tuple[Login, str]:
-        """The operator's account, its API key for the CLI, its first credit, and a join token for the daemon."""
-        channels = Channels(dict.fromkeys(TARGETS, grpc))
-        try:
-            auth = auth_pb2_grpc.AuthServiceStub(channels.to("auth-service"))
-            billing = billing_pb2_grpc.BillingServiceStub(channels.to("billing-payment-service"))
-            password = _secret_file(secrets_dir / "operator.password", lambda: secrets.token_urlsafe(24))
-            ensured = await rpc.call(
-                auth.EnsureOperator,
-                auth_pb2.EnsureOperatorRequest(email=OPERATOR_EMAIL, password=password),
-                actor=SERVICE,
-                timeout_seconds=_STEP_TIMEOUT_SECONDS,
-            )
-            operator = Actor(
-                common_pb2.Actor.USER,
-                user_id=UserId.parse(ensured.user.id),
-                team_id=TeamId.parse(ensured.team.id),
-                role="owner",
-                operator=True,
-            )
-            api_key = await self._api_key(auth, operator, secrets_dir / "operator.key")
-            credit = billing_pb2.CreditRequest(
-                team_id=ensured.team.id,
-                amount_udgpu=WELCOME_CREDIT_UDGPU,
-                text="first credit of a new platform",
-                idempotency_key="first-credit",
-            )
-            # Once per platform: kept as a file because idempotency keys are forgotten after some days.
-            if not (self._data / "credited").exists():
-                await rpc.call(billing.Credit, credit, actor=operator)
-                (self._data / "credited").touch()
-            token = await rpc.call(
-                auth.CreateJoinToken, auth_pb2.CreateJoinTokenRequest(expires_in_seconds=3600), actor=operator
-            )
-            return Login(url, SecretStr(api_key), ensured.team.id, OPERATOR_EMAIL), token.token
-        finally:
-            await channels.stop()
-
-    async def _api_key(self, auth: auth_pb2_grpc.AuthServiceStub, operator: Actor, path: Path) -> str:
-        if path.exists():
-            known = path.read_text().strip()
-            verified = await rpc.call(auth.VerifyApiKeys, auth_pb2.VerifyApiKeysRequest(keys=[known]), actor=SERVICE)
-            if verified.results[0].valid:
-                return known
-            path.unlink()
-        created = await rpc.call(auth.CreateApiKey, auth_pb2.CreateApiKeyRequest(name="this machine"), actor=operator)
-        return _secret_file(path, lambda: created.secret)
-
     # --- the provider daemon ------------------------------------------------------------------------------------------
 
     async def _start_provider(self, running: Running, join_token: str) -> Running:
@@ -353,12 +283,3 @@ class Platform:
         path.touch(mode=0o600)
         path.write_text(json.dumps(asdict(running)))
         self._stack.callback(path.unlink, missing_ok=True)
-
-
-def _secret_file(path: Path, make: Callable[[], str]) -> str:
-    """The secret in `path`, mode 0600; made at the first call."""
-    if not path.exists():
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(make())
-    return path.read_text().strip()
