@@ -61,6 +61,10 @@ class AsyncAuthApi:
         await self._transport.send("POST", "/v1/auth/logout", body=body, anonymous=True)
         session.store(None)
 
+    async def switch_team(self, team_id: str) -> None:
+        """Act for another of your teams from now on. Raises DanteError for an API key."""
+        await self._transport.switch_team(team_id)
+
     async def me(self) -> Me:
         """Who this client is, and for which team it acts."""
         return await self._transport.call(Me, "GET", "/v1/me")

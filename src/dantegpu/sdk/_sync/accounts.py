@@ -63,6 +63,10 @@ class AuthApi:
         self._transport.send("POST", "/v1/auth/logout", body=body, anonymous=True)
         session.store(None)
 
+    def switch_team(self, team_id: str) -> None:
+        """Act for another of your teams from now on. Raises DanteError for an API key."""
+        self._transport.switch_team(team_id)
+
     def me(self) -> Me:
         """Who this client is, and for which team it acts."""
         return self._transport.call(Me, "GET", "/v1/me")

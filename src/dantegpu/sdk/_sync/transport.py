@@ -248,9 +248,25 @@ class Transport:
                 current = session.load()
                 if current is None or current.access_token != seen.access_token:
                     return
-                body = Refresh(refresh_token=SecretStr(current.refresh_token), team_id=self._team_id or "")
-                answer = self.call(NewTokens, "POST", "/v1/auth/refresh", body=body, anonymous=True)
-                session.store(Tokens(answer.access_token, answer.refresh_token))
+                session.store(self._renewed(current))
+
+    def switch_team(self, team_id: str) -> None:
+        """Tokens that act for another team of the user's. Raises DanteError for an API key: it has one team."""
+        session = self.session
+        if self._api_key or session is None:
+            raise DanteError("an API key acts for its own team only; log in to switch")
+        with self._refreshing:
+            with session.exclusive():
+                current = session.load()
+                if current is None:
+                    raise DanteError(f"not logged in at {self.url}")
+                self._team_id = team_id
+                session.store(self._renewed(current))
+
+    def _renewed(self, current: Tokens) -> Tokens:
+        body = Refresh(refresh_token=SecretStr(current.refresh_token), team_id=self._team_id or "")
+        answer = self.call(NewTokens, "POST", "/v1/auth/refresh", body=body, anonymous=True)
+        return Tokens(answer.access_token, answer.refresh_token)
 
     def put_bytes(self, url: str, chunks: Generator[bytes], size_bytes: int) -> None:
         """Send bytes to a presigned URL. Raises httpx.TransportError, or TransferProblem when they are refused."""
