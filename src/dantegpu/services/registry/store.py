@@ -43,11 +43,6 @@ class Beat:
     inventory: bytes | None
 
 
-@dataclass(frozen=True, slots=True)
-class _IdRow:
-    id: UUID
-
-
 async def register(
     tx: Tx, machine_id: MachineId, team_id: TeamId, inventory: bytes, now: datetime
 ) -> MachineRow | None:
@@ -97,12 +92,6 @@ async def fold(tx: Tx, beats: Sequence[Beat], now: datetime) -> list[MachineRow]
         leaving=[beat.leaving for beat in beats],
         inventories=[beat.inventory for beat in beats],
     )  # fmt: skip
-
-
-async def known(tx: Tx, machine_ids: Sequence[MachineId]) -> set[UUID]:
-    """Those of the machines that are registered and have not left."""
-    rows = await tx.all(_IdRow, QUERIES["known_machines"], ids=[machine_id.uuid for machine_id in machine_ids])
-    return {row.id for row in rows}
 
 
 async def flip_liveness(

@@ -61,9 +61,6 @@ SELECT id, team_id, inventory, intent, liveness, joined_at, last_heartbeat_at, h
     cpu_utilisation, memory_used_bytes, device_utilisation, revision
 FROM folded WHERE matters ORDER BY id;
 
--- name: known_machines
-SELECT id FROM machines WHERE id = ANY(%(ids)s) AND intent <> 'left';
-
 -- name: flip_liveness
 -- A sign of life counts from `watching_since` at least: before, nobody was there to hear one. SKIP LOCKED: whoever
 -- holds the row is folding a heartbeat into it.

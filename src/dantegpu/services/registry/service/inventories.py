@@ -1,0 +1,109 @@
+"""What machines say about themselves, checked: they are not ours, and what they say is shown to people."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+
+from dantegpu.contracts.gen.dante.v1 import machine_pb2, registry_pb2
+from dantegpu.domain.ids import DeviceId, MachineId
+from dantegpu.services.registry.errors import InvalidInventory
+
+MAX_DEVICES = 64
+MAX_DEVICE_INDEX = 1023
+MAX_TEXT_LENGTH = 255
+MAX_LIST_LENGTH = 64
+MAX_CPU_MILLI = 10**7
+MAX_BYTES = 1 << 60
+MAX_RUNNING_ATTEMPTS = 1_000_000
+MAX_TEMPERATURE_CELSIUS = 1000.0
+MAX_POWER_WATTS = 100_000.0
+
+_TEXTS = ("hostname", "os", "kernel", "driver_version", "cuda_version", "sandbox", "daemon_version", "region")
+_AMOUNTS = {"cpu_milli": MAX_CPU_MILLI, "memory_bytes": MAX_BYTES, "disk_bytes": MAX_BYTES}
+_DEVICE_TEXTS = ("model", "uuid", "compute_capability", "pcie_bus_id")
+
+
+def checked(machine_id: MachineId, inventory: machine_pb2.Inventory) -> bytes:
+    """The inventory with this machine's device ids, serialised so that equal ones are equal bytes.
+
+    Raises InvalidInventory.
+    """
+    for field in _TEXTS:
+        _check_text(field, getattr(inventory, field))
+    for field, maximum in _AMOUNTS.items():
+        _check_amount(field, getattr(inventory, field), maximum)
+    for field in ("executors", "limits_missing"):
+        texts: list[str] = list(getattr(inventory, field))
+        if len(texts) > MAX_LIST_LENGTH:
+            raise InvalidInventory(field, f"{len(texts)} entries, at most {MAX_LIST_LENGTH}")
+        for text in texts:
+            _check_text(field, text)
+    if len(inventory.devices) > MAX_DEVICES:
+        raise InvalidInventory("devices", f"{len(inventory.devices)} devices, at most {MAX_DEVICES} per machine")
+    _check_unique("devices.index", [str(device.index) for device in inventory.devices])
+    _check_unique("devices.uuid", [device.uuid for device in inventory.devices if device.uuid])
+    result = machine_pb2.Inventory()
+    result.CopyFrom(inventory)
+    for device in result.devices:
+        _check_device(device)
+        device.id = str(device_id(machine_id, device))
+    result.simulated = inventory.simulated or any(device.simulated for device in inventory.devices)
+    return result.SerializeToString(deterministic=True)
+
+
+def device_id(machine_id: MachineId, device: machine_pb2.Device) -> DeviceId:
+    """The same device keeps its id: by the driver's uuid where there is one (it may move to another index), else by
+    its index."""
+    if device.uuid:
+        return DeviceId.derived(machine_id, "uuid", device.uuid)
+    return DeviceId.derived(machine_id, "index", device.index)
+
+
+def utilisation(devices: Iterable[machine_pb2.DeviceUtilisation]) -> bytes:
+    """A serialised Machine with nothing but its `device_utilisation`; impossible values become possible ones."""
+    message = registry_pb2.Machine()
+    for device in list(devices)[:MAX_DEVICES]:
+        message.device_utilisation.add(
+            index=clamped_count(device.index, MAX_DEVICE_INDEX),
+            gpu_utilisation=clamped(device.gpu_utilisation, 1.0),
+            vram_used_bytes=clamped_count(device.vram_used_bytes, MAX_BYTES),
+            temperature_celsius=clamped(device.temperature_celsius, MAX_TEMPERATURE_CELSIUS),
+            power_watts=clamped(device.power_watts, MAX_POWER_WATTS),
+        )
+    return message.SerializeToString()
+
+
+def clamped(value: float, maximum: float) -> float:
+    """`value` within 0..maximum; 0 for what is no number."""
+    return min(max(value, 0.0), maximum) if math.isfinite(value) else 0.0
+
+
+def clamped_count(value: int, maximum: int) -> int:
+    return min(max(value, 0), maximum)
+
+
+def _check_device(device: machine_pb2.Device) -> None:
+    for field in _DEVICE_TEXTS:
+        _check_text(f"devices.{field}", getattr(device, field))
+    _check_amount("devices.index", device.index, MAX_DEVICE_INDEX)
+    _check_amount("devices.vram_bytes", device.vram_bytes, MAX_BYTES)
+    if not device.model:
+        raise InvalidInventory("devices.model", f"device {device.index} has none")
+
+
+def _check_text(field: str, text: str) -> None:
+    if len(text) > MAX_TEXT_LENGTH:
+        raise InvalidInventory(field, f"{len(text)} characters, at most {MAX_TEXT_LENGTH}")
+    if not text.isprintable():
+        raise InvalidInventory(field, "contains control characters")
+
+
+def _check_amount(field: str, value: int, maximum: int) -> None:
+    if not 0 <= value <= maximum:
+        raise InvalidInventory(field, f"{value} is outside of 0..{maximum}")
+
+
+def _check_unique(field: str, values: list[str]) -> None:
+    doubled = [value for value, count in Counter(values).items() if count > 1]
+    if doubled:
+        raise InvalidInventory(field, f"{doubled[0]} occurs twice")
