@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
+
 REPOSITORY = Path(__file__).resolve().parents[3]
 REQUIRE_ALL_VARIABLE = "DANTE_TEST_REQUIRE_ALL"
 
@@ -70,6 +72,13 @@ def main(arguments: list[str]) -> int:
     if missing and everything_is_required():
         return 2
     return subprocess.run(pytest_command(arguments), cwd=REPOSITORY, check=False).returncode
+
+
+@click.command("test", context_settings={"ignore_unknown_options": True}, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def command(arguments: tuple[str, ...]) -> None:
+    """Run the whole test suite of this clone; arguments are pytest's."""
+    raise SystemExit(main(list(arguments)))
 
 
 if __name__ == "__main__":

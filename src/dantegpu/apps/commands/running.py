@@ -6,15 +6,12 @@ import signal
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-
-def dante_home() -> Path:
-    """DANTE_HOME, or ~/.dante."""
-    configured = os.environ.get("DANTE_HOME")
-    return Path(configured).expanduser() if configured else Path.home() / ".dante"
+from dantegpu.cli import credentials
 
 
 def default_data_dir() -> Path:
-    return dante_home() / "platform"
+    """DANTE_HOME/platform."""
+    return credentials.home() / "platform"
 
 
 def run_loop[T](main: Callable[[asyncio.Event], Awaitable[T]]) -> T:

@@ -1,0 +1,46 @@
+"""The `dante` command: what uses a platform (dantegpu.cli) and what runs one, in one table."""
+
+from typing import NoReturn
+
+from dantegpu.cli.commands import COMMANDS
+from dantegpu.cli.framework import Entry, Group, Table, build_cli, merge, run
+
+_PLATFORM = "Platform"
+
+PLATFORM_COMMANDS: Table = {
+    "demo": Entry("dantegpu.apps.commands.demo:demo", "See everything at work: a real training job.", _PLATFORM),
+    "up": Entry("dantegpu.apps.commands.up:up", "Run the whole platform on this machine.", _PLATFORM),
+    "status": Entry("dantegpu.apps.commands.control:status", "Say whether it runs, and where.", _PLATFORM),
+    "down": Entry("dantegpu.apps.commands.control:down", "Stop it.", _PLATFORM),
+    "reset": Entry("dantegpu.apps.commands.control:reset", "Delete it with all its data.", _PLATFORM),
+    "doctor": Entry("dantegpu.apps.commands.doctor:doctor", "Say what this machine lacks.", _PLATFORM),
+    "serve": Entry("dantegpu.apps.commands.serve:serve", "Run one service of a platform.", _PLATFORM),
+    "test": Entry("dantegpu.apps.testing:command", "Run the test suite of this clone.", _PLATFORM),
+    "provider": Group(
+        "Rent out your machines.",
+        {
+            "join": Entry("dantegpu.apps.commands.provider:join", "Make this machine a provider and run its daemon."),
+            "run": Entry("dantegpu.apps.commands.provider:run", "Run the daemon of a machine that has joined."),
+        },
+        "Machines",
+    ),
+}
+
+EXPECTED = (
+    "dantegpu.apps.embedded.errors:EmbeddedServerError",
+    "dantegpu.kit.errors:ServiceError",
+    "dantegpu.kit.http:PortTaken",
+    "dantegpu.kit.migrate:NewerData",
+    "dantegpu.kit.nats_jwt:TrustFileDamaged",
+    "dantegpu.kit.settings:SettingsError",
+)
+"""Errors of the platform's own parts that are told as they are, without a traceback."""
+
+
+def main() -> NoReturn:
+    """Entry point of the `dante` script."""
+    run(build_cli(merge(COMMANDS, PLATFORM_COMMANDS)), expected=EXPECTED)
+
+
+if __name__ == "__main__":
+    main()
