@@ -3,18 +3,22 @@
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 from pydantic import SecretStr
 
 from dantegpu.contracts.gen.dante.v1 import jobs_pb2, machine_pb2
+from dantegpu.daemon import link
 from dantegpu.daemon.enrol import EnrolmentRefused
 from dantegpu.daemon.journal import Journal
 from dantegpu.daemon.module import AlreadyRunning
 from tests.fixtures.machines import MachinePlatform, RunningDaemon, a_tar, daemon_settings, until
+from tests.fixtures.servers import NatsForTests
 
 
 def attempts_left(daemon: RunningDaemon) -> list[Path]:
@@ -277,3 +281,51 @@ async def test_a_daemon_told_to_stop_ends_its_jobs_and_says_that_it_was_the_prov
     journal.open()
     assert all(row.ended for row in journal.attempts())
     journal.close()
+
+
+async def test_a_machine_whose_credential_runs_out_renews_it_and_comes_back(
+    machine_platform: MachinePlatform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(link, "CHECK_SECONDS", 0.1)
+    monkeypatch.setattr(link, "REBUILD_AFTER_SECONDS", 0.3)
+    machine_platform.credential_seconds = 2
+    daemon = RunningDaemon(daemon_settings(machine_platform, tmp_path / "m"))
+    await daemon.start()
+    attempt_id = await machine_platform.place("sh", "-c", "until [ -e go ]; do sleep 0.05; done")
+    await machine_platform.reached(attempt_id, jobs_pb2.RUNNING)
+    await until(lambda: machine_platform.renewals >= 3)
+    machine_platform.heartbeats.clear()
+    await until(lambda: machine_platform.heartbeats)
+    (tmp_path / "m" / "work" / "attempts" / attempt_id / "work" / "go").touch()
+    assert (await machine_platform.ended(attempt_id)).outcome == jobs_pb2.OUTCOME_SUCCEEDED
+    await daemon.stop()
+
+
+async def test_a_job_runs_on_while_nats_is_away_and_its_log_arrives_afterwards(
+    machine_platform: MachinePlatform, nats_server: NatsForTests, running_daemon: RunningDaemon
+):
+    attempt_id = await machine_platform.place("sh", "-c", "echo one; until [ -e go ]; do sleep 0.01; done; echo two")
+    await until(lambda: machine_platform.logs.get(attempt_id))
+    await nats_server.server.stop()
+    (running_daemon.settings.state / "work" / "attempts" / attempt_id / "work" / "go").touch()
+    log = running_daemon.settings.state / "work" / "attempts" / attempt_id / "output.log"
+    await until(lambda: log.read_bytes() == b"one\ntwo\n")
+    await nats_server.server.start()
+    assert (await machine_platform.ended(attempt_id)).outcome == jobs_pb2.OUTCOME_SUCCEEDED
+    assert machine_platform.logs[attempt_id] == b"one\ntwo\n"
+
+
+async def test_an_operator_can_ask_the_daemon_how_it_is(machine_platform: MachinePlatform, tmp_path: Path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    daemon = RunningDaemon(daemon_settings(machine_platform, tmp_path / "m", ops_listen=address))
+    await daemon.start()
+    await until(lambda: machine_platform.heartbeats)
+    async with httpx.AsyncClient(base_url=f"http://{address}") as client:
+        assert (await client.get("/healthz")).json() == {"status": "ok"}
+        assert (await client.get("/readyz")).status_code == 200
+        assert "dante_daemon_connected 1.0" in (await client.get("/metrics")).text
+        assert (await client.get("/other")).status_code == 404
+        assert (await client.post("/healthz")).status_code == 405
+    await daemon.stop()

@@ -123,6 +123,23 @@ class Agent:
         except ServiceError:
             return
 
+    # --- for operators -----------------------------------------------------------------------------------------------
+
+    def problems(self) -> dict[str, str]:
+        """What keeps this machine from taking work at this moment."""
+        if self._link is None or not self._link.connected:
+            return {"platform": "not connected to NATS; running jobs go on until their leases end"}
+        return {}
+
+    def gauges(self) -> dict[str, float]:
+        attempts = self._attempts.values()
+        return {
+            "dante_daemon_attempts_live": sum(not attempt.ended for attempt in attempts),
+            "dante_daemon_attempts_unacknowledged": sum(attempt.ended for attempt in attempts),
+            "dante_daemon_connected": float(self._link is not None and self._link.connected),
+            "dante_daemon_devices": len(self._inventory.devices),
+        }
+
     # --- the line -----------------------------------------------------------------------------------------------------
 
     def connection_up(self) -> None:

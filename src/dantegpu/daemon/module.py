@@ -24,6 +24,7 @@ from dantegpu.daemon.lean import give_back_memory
 from dantegpu.daemon.leases import LeaseFile
 from dantegpu.daemon.link import Link
 from dantegpu.daemon.logs import LogShipper
+from dantegpu.daemon.ops import OpsServer
 from dantegpu.daemon.probe.devices import Gpu
 from dantegpu.daemon.probe.machine import Inventory, Probe
 from dantegpu.daemon.settings import DaemonSettings
@@ -103,8 +104,10 @@ class Daemon:
         )
         leases = LeaseFile(self.settings.state / "leases.json")
         agent = Agent(self.settings, identity.machine_id, inventory, probe, executor, tools, leases)
+        ops = OpsServer(self.settings.ops_listen, agent.problems, agent.gauges)
         await shipper.start()
         try:
+            await ops.start()
             await agent.adopt()
             await agent.start(link)
             await link.start(agent.desired_pushed, agent.connection_up)
@@ -117,6 +120,7 @@ class Daemon:
             await agent.stop()
             await link.stop()
             await shipper.stop()
+            await ops.stop()
             if agent.left.is_set():
                 identity.forget()
 

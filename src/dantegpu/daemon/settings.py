@@ -27,6 +27,7 @@ class DaemonSettings(BaseSettings):
     keep_attempts_on_stop: bool = Field(
         default=False, description="leave jobs running when the daemon is told to stop: the next one takes them over"
     )
+    ops_listen: str = Field(default="", description="HTTP host:port of /healthz, /readyz, /metrics; empty = none")
     log_level: str = "info"
     otlp_endpoint: str = ""
 
