@@ -16,6 +16,14 @@ PLATFORM_COMMANDS: Table = {
     "doctor": Entry("dantegpu.apps.commands.doctor:doctor", "Say what this machine lacks.", _PLATFORM),
     "serve": Entry("dantegpu.apps.commands.serve:serve", "Run one service of a platform.", _PLATFORM),
     "test": Entry("dantegpu.apps.testing:command", "Run the test suite of this clone.", _PLATFORM),
+    "bench": Group(
+        "Measure this machine's platform.",
+        {
+            "latency": Entry("dantegpu.apps.commands.bench:latency", "Submit to first instruction, idle platform."),
+            "idle": Entry("dantegpu.apps.commands.bench:idle", "Memory and CPU of an idle platform."),
+        },
+        _PLATFORM,
+    ),
     "provider": Group(
         "Rent out your machines.",
         {

@@ -1,0 +1,66 @@
+"""From the POST of a job on an idle platform to the first instruction of its process, which writes its own clock."""
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+from dantegpu.apps.bootstrap import Login
+from dantegpu.sdk import AsyncDante
+
+# One shell builtin away from the first instruction; `date` itself starts within about a millisecond.
+COMMAND = ["sh", "-c", "date +%s%N"]
+JOB_TIMEOUT_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Milliseconds over `n` jobs, one after the other. `done`: until the client saw the terminal state."""
+
+    n: int
+    p50_ms: float
+    p95_ms: float
+    max_ms: float
+    done_p50_ms: float
+    sandbox: str
+
+
+def percentile(values: list[float], part: float) -> float:
+    """Nearest-rank percentile, `part` in 0..1."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(part * len(ordered)))]
+
+
+async def measure(login: Login, jobs: int, warm_up: int = 5) -> Latency:
+    """Run `jobs` jobs after `warm_up` that do not count."""
+    started: list[float] = []
+    ended: list[float] = []
+    async with AsyncDante(login.url, api_key=login.api_key.get_secret_value()) as client:
+        machine = await _machine(client)
+        for number in range(warm_up + jobs):
+            sent_ns = time.time_ns()
+            spec = {"command": COMMAND, "resources": {"cpu": 0.1, "memory": "64MB"}}
+            job = await client.jobs.submit(spec)
+            await client.jobs.wait(job.id, timeout_seconds=JOB_TIMEOUT_SECONDS)
+            ended_ns = time.time_ns()
+            written = b"".join([chunk.data async for chunk in client.jobs.logs(job.id, follow=True)])
+            if number >= warm_up:
+                started.append((int(written) - sent_ns) / 1e6)
+                ended.append((ended_ns - sent_ns) / 1e6)
+            await client.jobs.wait(job.id, timeout_seconds=JOB_TIMEOUT_SECONDS, settled=True)
+    return Latency(
+        n=jobs,
+        p50_ms=round(percentile(started, 0.5), 1),
+        p95_ms=round(percentile(started, 0.95), 1),
+        max_ms=round(max(started), 1),
+        done_p50_ms=round(percentile(ended, 0.5), 1),
+        sandbox=machine,
+    )
+
+
+async def _machine(client: AsyncDante) -> str:
+    async with asyncio.timeout(60):
+        while True:
+            for machine in (await client.machines.list()).machines:
+                if machine.status == "idle":
+                    return machine.sandbox
+            await asyncio.sleep(0.1)

@@ -1,0 +1,107 @@
+"""`dante bench NAME`: the benchmarks of a clone, each on a platform of its own in a temporary folder."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import click
+from pydantic import SecretStr
+
+from dantegpu.apps.bootstrap import OPERATOR_EMAIL, Login
+from dantegpu.apps.commands.running import run_loop, unless_stopped
+from dantegpu.apps.platform import Running
+
+REPOSITORY = Path(__file__).resolve().parents[4]
+START_SECONDS = 60.0
+
+_json = click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+
+
+@click.command("latency")
+@click.option("--jobs", type=click.IntRange(1, 10_000), default=100, show_default=True)
+@_json
+def latency(jobs: int, as_json: bool) -> None:
+    """Submit jobs one by one to an idle platform: POST sent to the first instruction of the process."""
+    module = _bench("latency")
+    _report(_on_a_platform(lambda running, login: module.measure(login, jobs)), as_json)
+
+
+@click.command("idle")
+@click.option("--seconds", type=click.FloatRange(1, 3600), default=30.0, show_default=True)
+@_json
+def idle(seconds: float, as_json: bool) -> None:
+    """Memory and CPU of a platform that has nothing to do, without PostgreSQL and NATS."""
+    module = _bench("idle")
+    _report(_on_a_platform(lambda running, login: module.measure(running.pid, running.provider_pid, seconds)), as_json)
+
+
+def _bench(name: str) -> Any:
+    if not (REPOSITORY / "bench").is_dir():
+        raise click.ClickException("benchmarks run from a clone: there is no bench/ folder here")
+    sys.path.insert(0, str(REPOSITORY))
+    return import_module(f"bench.{name}")
+
+
+def _report(result: Any, as_json: bool) -> None:
+    figures = asdict(result)
+    if as_json:
+        click.echo(json.dumps(figures))
+    else:
+        for name, value in figures.items():
+            click.echo(f"{name:<20}{value}")
+
+
+def _on_a_platform[T](measure: Callable[[Running, Login], Awaitable[T]]) -> T:
+    """Run `measure` against a platform in a process of its own, as `dante up` makes it."""
+    folder = Path(tempfile.mkdtemp(prefix="dante-bench-"))
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "dantegpu.apps.main",
+        "up",
+        "--data",
+        str(folder / "platform"),
+        "--port",
+        "0",
+    ]
+    environment = {**os.environ, "DANTE_HOME": str(folder)}
+    up = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+    try:
+        running = _wait_running(folder / "platform", up)
+        key = (folder / "platform" / "secrets" / "operator.key").read_text().strip()
+        login = Login(running.url, SecretStr(key), "", OPERATOR_EMAIL)
+        result = run_loop(lambda stop: unless_stopped(_awaited(measure(running, login)), stop))
+        if result is None:
+            raise SystemExit(130)
+        return result
+    finally:
+        up.terminate()
+        up.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+async def _awaited[T](work: Awaitable[T]) -> T:
+    return await work
+
+
+def _wait_running(data_dir: Path, up: "subprocess.Popen[bytes]") -> Running:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if up.poll() is not None:
+            assert up.stderr is not None
+            raise click.ClickException(f"the platform did not start:\n{up.stderr.read().decode(errors='replace')}")
+        running = Running.read(data_dir)
+        if running is not None:
+            return running
+        time.sleep(0.05)
+    raise click.ClickException(f"the platform did not start within {START_SECONDS:.0f} s")
