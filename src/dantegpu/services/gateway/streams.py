@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from dantegpu.domain.clock import Clock
 from dantegpu.kit.bus import Bus
-from dantegpu.kit.errors import RemoteError, ServiceError, Unavailable
+from dantegpu.kit.errors import RemoteError, Unavailable
 from dantegpu.kit.lifecycle import Wakeup
 from dantegpu.services.gateway.errors import TooManyStreams
 
@@ -76,6 +76,10 @@ class Streams:
         for wakeup in self._wakeups:
             wakeup.notify()
 
+    @property
+    def open_count(self) -> int:
+        return self._open.total()
+
     def check_room(self, team: str) -> None:
         """Raises TooManyStreams, before the answer has begun."""
         if self._open[team] >= self._max_per_team:
@@ -86,27 +90,26 @@ class Streams:
     async def follow(self, team: str, subjects: Iterable[str], source: Source) -> AsyncGenerator[bytes]:
         """The body of a stream on what `subjects` announce."""
         async with self._woken_by(team, subjects) as wakeup:
-            ends_at_seconds = self._clock.monotonic() + self._max_seconds
-            beat_at_seconds = self._clock.monotonic() + HEARTBEAT_SECONDS
+            now = self._clock.monotonic
+            ends_at_seconds = now() + self._max_seconds
+            beat_at_seconds = now() + HEARTBEAT_SECONDS
             yield b"retry: 1000\n\n"
-            while not self._closing and self._clock.monotonic() < ends_at_seconds:
+            while not self._closing and now() < ends_at_seconds:
+                quiet_seconds = HEARTBEAT_SECONDS if self._bus.connected else POLL_SECONDS
+                last = None
                 try:
                     while events := await source.read():
                         yield b"".join([event.encode() for event in events])
                     last = await source.finished()
-                except ServiceError as error:
-                    if not isinstance(error, Unavailable | RemoteError):
-                        raise
+                except (Unavailable, RemoteError) as error:
                     log.warning("stream_waits", error=error.message)
-                    last = None
-                    await wakeup.wait(POLL_SECONDS)
+                    quiet_seconds = POLL_SECONDS
                 if last is not None:
                     yield b"event: end\ndata: " + last.model_dump_json().encode() + b"\n\n"
                     return
-                quiet_seconds = max(0.0, beat_at_seconds - self._clock.monotonic())
-                await wakeup.wait(quiet_seconds if self._bus.connected else min(quiet_seconds, POLL_SECONDS))
-                if self._clock.monotonic() >= beat_at_seconds:
-                    beat_at_seconds = self._clock.monotonic() + HEARTBEAT_SECONDS
+                await wakeup.wait(max(0.0, min(quiet_seconds, beat_at_seconds - now(), ends_at_seconds - now())))
+                if now() >= beat_at_seconds:
+                    beat_at_seconds = now() + HEARTBEAT_SECONDS
                     yield HEARTBEAT
 
     @asynccontextmanager
