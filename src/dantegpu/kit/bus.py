@@ -152,6 +152,13 @@ class Bus:
 
         return await self._client.subscribe(subject, queue=queue, cb=guarded)
 
+    async def flush(self) -> None:
+        """Wait until the server has everything that was sent, subscriptions too. Raises Unavailable."""
+        try:
+            await self._client.flush()
+        except (NatsError, TimeoutError) as error:
+            raise Unavailable("NATS", str(error)) from error
+
     async def respond(self, message: Msg, reply: Message) -> None:
         await self.publish(message.reply, reply)
 
