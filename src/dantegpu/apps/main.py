@@ -1,5 +1,6 @@
 """The `dante` command: what uses a platform (dantegpu.cli) and what runs one, in one table."""
 
+import os
 from typing import NoReturn
 
 from dantegpu.cli.commands import COMMANDS
@@ -47,6 +48,8 @@ EXPECTED = (
 
 def main() -> NoReturn:
     """Entry point of the `dante` script."""
+    # We never fork without exec; gRPC's fork handlers would only warn on stderr when a child process is started.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     run(build_cli(merge(COMMANDS, PLATFORM_COMMANDS)), expected=EXPECTED)
 
 

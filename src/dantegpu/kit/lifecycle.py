@@ -36,6 +36,7 @@ class Tasks:
         task = asyncio.create_task(self._guard(work, name), name=f"{self._name}:{name}")
         self._running.add(task)
         task.add_done_callback(self._running.discard)
+        task.add_done_callback(lambda _: work.close())  # cancelled before its first step, it would never be awaited
         return task
 
     def loop(self, body: Callable[[], Awaitable[None]], name: str) -> asyncio.Task[None]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
 from pydantic import Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 
 class SettingsError(ValueError):
@@ -58,12 +58,29 @@ class ServiceSettings(BaseSettings):
         """Read the file's `[platform]` and own table, then the environment, then `flags`. Raises SettingsError."""
         values = _read_tables(config_file, cls.service_name) if config_file else {}
         try:
-            settings = cls(**values)
-            return settings.model_validate(settings.model_dump() | flags) if flags else settings
+            return _with_flags(cls, flags or {})(**values)
         except ValidationError as error:
             where = str(config_file) if config_file else "the environment (DANTE_*)"
             lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
             raise SettingsError(f"{cls.service_name}: settings from {where} are wrong: " + "; ".join(lines)) from error
+
+
+def _with_flags[S: ServiceSettings](settings_class: type[S], flags: dict[str, Any]) -> type[S]:
+    """The same class, where `flags` beat everything else."""
+
+    class Flagged(settings_class):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return (InitSettingsSource(settings_cls, flags), env_settings, init_settings)
+
+    return Flagged
 
 
 def _read_tables(config_file: Path, service_name: str) -> dict[str, Any]:

@@ -138,8 +138,11 @@ async def _become_consumer(consumer: AsyncDante, operator: AsyncDante, say: Call
 
 
 async def _train(client: AsyncDante, folder: Path, say: Callable[[str], None]) -> Outcome:
-    with pack(EXAMPLE) as packed:
-        job_input = await client.uploads.put(packed.path)
+    archive = folder / "input.tar.gz"
+    with archive.open("wb") as target:
+        pack(EXAMPLE, target)
+    job_input = await client.uploads.put(archive)
+    archive.unlink()
     job = await client.jobs.submit(
         {
             "name": "digits",

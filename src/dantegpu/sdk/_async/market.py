@@ -1,7 +1,7 @@
 """Machines, offers, wallets, and what the operator may do."""
 
 from dantegpu.contracts.rest.accounts import CreateJoinToken, JoinToken, TeamPage
-from dantegpu.contracts.rest.billing import Credit, Entry, EntryPage, LedgerCheck, Wallet
+from dantegpu.contracts.rest.billing import Credit, EntryPage, LedgerCheck, Wallet
 from dantegpu.contracts.rest.jobs import JobPage
 from dantegpu.contracts.rest.machines import Ask, Machine, MachinePage, OfferPage, SetAsk
 from dantegpu.sdk._async.transport import AsyncTransport
@@ -93,11 +93,11 @@ class AsyncAdminApi:
 
     async def credit(
         self, team_id: str, amount_udgpu: int, *, text: str = "", idempotency_key: str | None = None
-    ) -> Entry:
-        """Give a team money. Give your own key when you may have to repeat the call after a crash."""
+    ) -> Wallet:
+        """Give a team money; its wallet afterwards. Give your own key when a crash may make you repeat it."""
         body = Credit(team_id=team_id, amount_udgpu=amount_udgpu, text=text)
         key = idempotency_key or new_idempotency_key()
-        return await self._transport.call(Entry, "POST", "/v1/admin/credits", body=body, idempotency_key=key)
+        return await self._transport.call(Wallet, "POST", "/v1/admin/credits", body=body, idempotency_key=key)
 
     async def ledger(self) -> LedgerCheck:
         """Re-sum the whole ledger."""
