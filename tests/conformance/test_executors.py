@@ -22,8 +22,10 @@ from dantegpu.daemon.executors.base import (
     SandboxKind,
     StopReason,
 )
+from dantegpu.daemon.executors.cells import ParkedShim
 from dantegpu.daemon.executors.process import ProcessExecutor
-from dantegpu.daemon.executors.sandbox import Bubblewrap
+from dantegpu.daemon.executors.processes import process_info, reap
+from dantegpu.daemon.executors.sandbox import Bubblewrap, Launch
 from dantegpu.daemon.workspace import Workspace
 from dantegpu.domain.ids import AttemptId
 
@@ -547,3 +549,26 @@ async def test_starting_in_the_sandbox_is_fast(sandbox: Bench):
         samples.append(loop.time() - began)
         await sandbox.executor.destroy(handle)
     assert sorted(samples)[3] < 0.1
+
+
+async def test_of_two_shims_for_one_attempt_only_one_starts_it(tmp_path: Path):
+    """The guard of the last resort, below every check that a daemon makes."""
+    launch = Launch(b"echo r >&9; exec 9>&-; echo started\n")
+    shims = [ParkedShim.spawn([]) for _ in range(8)]
+    results = await asyncio.gather(*(shim.start(tmp_path, launch) for shim in shims), return_exceptions=True)
+    assert sorted(type(result).__name__ for result in results) == [*["AlreadyStarted"] * 7, "NoneType"]
+    await until((tmp_path / "exit").exists)
+    assert (tmp_path / "output.log").read_text() == "started\n"
+    for shim in shims:
+        shim.close()
+
+
+async def test_a_shim_whose_daemon_died_before_the_start_leaves():
+    shim = ParkedShim.spawn([])
+    shim.close()
+
+    def gone() -> bool:
+        reap(shim.pid)
+        return process_info(shim.pid) is None
+
+    await until(gone)
