@@ -15,7 +15,7 @@ _JOB_COMMANDS: Table = {
     "show": Entry("dantegpu.cli.jobs:show", "Show a job with its attempts.", _JOBS),
     "logs": Entry("dantegpu.cli.logs:logs", "Print what a job wrote.", _JOBS),
     "stop": Entry("dantegpu.cli.jobs:stop", "Stop jobs.", _JOBS),
-    "results": Entry("dantegpu.cli.results:results", "List or fetch the files that a job left.", _JOBS),
+    "results": Entry("dantegpu.cli.logs:results", "List or fetch the files that a job left.", _JOBS),
     "why": Entry("dantegpu.cli.jobs:why", "Say why a job waits, and what would help.", _JOBS),
     "offers": Entry("dantegpu.cli.market:offers", "List machines for rent, cheapest first.", _JOBS),
 }

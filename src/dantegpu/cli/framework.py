@@ -55,8 +55,10 @@ def merge(*tables: Table) -> Table:
     for table in tables:
         for name, entry in table.items():
             known = merged.get(name)
-            both = isinstance(known, Group) and isinstance(entry, Group)
-            merged[name] = replace(known, commands=merge(known.commands, entry.commands)) if both else entry
+            if isinstance(known, Group) and isinstance(entry, Group):
+                merged[name] = replace(known, commands=merge(known.commands, entry.commands))
+            else:
+                merged[name] = entry
     return merged
 
 

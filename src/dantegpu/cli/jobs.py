@@ -1,0 +1,168 @@
+"""`dante ps`, `show`, `stop`, `why`."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from dantegpu.cli import output, refs
+from dantegpu.cli.session import Cli, command
+
+if TYPE_CHECKING:
+    from dantegpu.contracts.rest.jobs import Attempt, Explanation, Job
+
+JOB = click.argument("job", metavar="JOB")
+_LIMIT = click.option("-n", "--limit", type=click.IntRange(1, 500), default=20, show_default=True, help="How many.")
+_CURSOR = click.option("--cursor", help="Go on where the last page ended.")
+_REASON_WIDTH = 60
+
+
+@command("ps")
+@click.option("-a", "--all", "every", is_flag=True, help="Also jobs that have ended (the newest first).")
+@_LIMIT
+@_CURSOR
+def ps(cli: Cli, every: bool, limit: int, cursor: str | None) -> None:
+    """List your team's jobs that have not ended; with --all, all of them."""
+    from dantegpu.domain.job import JobState
+
+    states = () if every else [state for state in JobState if not state.terminal]
+    with cli.client() as client:
+        page = client.jobs.list(states=states, cursor=cursor, limit=limit)
+
+    def human() -> None:
+        _print_jobs(page.jobs)
+        if not page.jobs:
+            output.note("no jobs" if every else "no jobs are waiting or running; `dante ps --all` lists the ended ones")
+        if page.next_cursor:
+            output.note(f"more with --cursor {page.next_cursor}")
+
+    cli.answer({"jobs": page.jobs, "next_cursor": page.next_cursor}, human)
+
+
+@command("jobs")
+@_LIMIT
+@_CURSOR
+def admin_jobs(cli: Cli, limit: int, cursor: str | None) -> None:
+    """List the jobs of all teams, the newest first."""
+    with cli.client() as client:
+        page = client.admin.jobs(cursor=cursor, limit=limit)
+
+    def human() -> None:
+        _print_jobs(page.jobs)
+        if page.next_cursor:
+            output.note(f"more with --cursor {page.next_cursor}")
+
+    cli.answer({"jobs": page.jobs, "next_cursor": page.next_cursor}, human)
+
+
+def _print_jobs(jobs: "Sequence[Job]") -> None:
+    if not jobs:
+        return
+    rows = [
+        [job.id, job.name, job.state, job.spec.resources.gpu or "cpu", output.money(job.cost_udgpu),
+         output.ago(job.created_at), _remark(job)]
+        for job in jobs
+    ]  # fmt: skip
+    output.print_table(["ID", "NAME", "STATE", "GPU", "$dGPU", "SUBMITTED", "REASON"], rows, right=[4])
+
+
+def _remark(job: "Job") -> str:
+    if job.state == "QUEUED":
+        return shorten(job.reason_text or job.reason or "")
+    if job.exit_code:
+        return f"exit code {job.exit_code}"
+    return shorten(job.message)
+
+
+def shorten(text: str) -> str:
+    """The first line, bounded."""
+    line = text.splitlines()[0] if text else ""
+    return line if len(line) <= _REASON_WIDTH else line[: _REASON_WIDTH - 1] + "…"
+
+
+@command("show")
+@JOB
+def show(cli: Cli, job: str) -> None:
+    """Show a job with its attempts and results. JOB is an id, `last`, a job's name or enough of an id."""
+    with cli.client() as client:
+        found = client.jobs.get(refs.job_id(client, job))
+    cli.answer({"job": found}, lambda: _print_job(found))
+
+
+def _print_job(job: "Job") -> None:
+    spec = job.spec
+    resources = spec.resources
+    wants = f"{resources.gpu or 'no GPU'}, {resources.cpu} cores, {resources.memory} memory, {resources.disk} disk"
+    output.print_fields([
+        ("id", job.id),
+        ("name", job.name),
+        ("state", f"{job.state}{f' ({job.outcome})' if job.outcome else ''}"),
+        ("waits because", f"{job.reason_text or job.reason}" if job.reason else ""),
+        ("exit code", job.exit_code),
+        ("message", job.message),
+        ("command", " ".join(spec.command) or "\n".join(spec.commands)),
+        ("image", spec.image),
+        ("wants", wants),
+        ("max price", f"{spec.max_price} $dGPU per GPU-hour" if spec.max_price else ""),
+        ("max duration", spec.max_duration),
+        ("network", "yes" if spec.network else "no"),
+        ("submitted", output.local_time(job.created_at)),
+        ("started", output.local_time(job.started_at)),
+        ("ended", output.local_time(job.ended_at)),
+        ("cost", f"{output.money(job.cost_udgpu)} $dGPU{'' if job.settled else ' so far'}"),
+        ("results", f"{len(job.results)} files; `dante results {job.id} -o DIR`" if job.results else ""),
+    ])  # fmt: skip
+    if job.attempts:
+        output.say()
+        rows = [_attempt_row(attempt) for attempt in job.attempts]
+        headers = ["ATTEMPT", "MACHINE", "STATE", "OUTCOME", "$dGPU/h", "BILLED", "$dGPU", "REMARK"]
+        output.print_table(headers, rows, right=[0, 4, 5, 6])
+
+
+def _attempt_row(attempt: "Attempt") -> list[str]:
+    marks = [attempt.message, "simulated" if attempt.simulated else ""]
+    return [
+        str(attempt.epoch), attempt.machine_id, attempt.state, attempt.outcome or "",
+        output.money(attempt.rate_udgpu_per_hour), f"{attempt.billed_seconds}s", output.money(attempt.cost_udgpu),
+        shorten("; ".join(mark for mark in marks if mark)),
+    ]  # fmt: skip
+
+
+@command("stop")
+@click.argument("jobs", metavar="JOB...", nargs=-1, required=True)
+def stop(cli: Cli, jobs: tuple[str, ...]) -> None:
+    """Stop jobs. What they have left in $DANTE_OUTPUT is kept; one that has ended stays as it is."""
+    with cli.client() as client:
+        stopped = [client.jobs.stop(refs.job_id(client, job)) for job in jobs]
+
+    def human() -> None:
+        for job in stopped:
+            output.say(f"{job.id} {job.state}")
+
+    cli.answer({"jobs": stopped}, human)
+
+
+@command("why")
+@JOB
+def why(cli: Cli, job: str) -> None:
+    """Say why a job waits: what excludes how many machines, and the smallest changes that would help."""
+    with cli.client() as client:
+        explanation = client.jobs.why(refs.job_id(client, job))
+    cli.answer({"explanation": explanation}, lambda: _print_explanation(explanation))
+
+
+def _print_explanation(explanation: "Explanation") -> None:
+    if not explanation.reason:
+        output.say("It does not wait.")
+        return
+    output.say(explanation.reason_text or explanation.reason)
+    output.say(f"{explanation.machines_fitting} of {explanation.machines_total} machines fit.")
+    for constraint in explanation.constraints:
+        machines = f"{constraint.machines_excluded} {'machine' if constraint.machines_excluded == 1 else 'machines'}"
+        output.say(f"  {machines} excluded by {constraint.constraint}: {constraint.text}")
+    for change in explanation.relaxations:
+        when = "free now" if change.available_now else "busy now"
+        machines = f"{change.machines} {'machine' if change.machines == 1 else 'machines'}"
+        output.say(
+            f"Changing {change.field} from {change.from_value} to {change.to_value} would open {machines} ({when})."
+        )

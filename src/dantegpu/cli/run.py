@@ -1,0 +1,103 @@
+"""`dante run`: pack, upload, submit, follow."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dantegpu.cli import output, refs
+from dantegpu.cli.errors import UsageProblem
+from dantegpu.cli.session import Cli, command
+from dantegpu.domain.units import format_bytes
+
+if TYPE_CHECKING:
+    from dantegpu.contracts.rest.spec import JobInput
+    from dantegpu.sdk import Dante
+
+
+@command("run")
+@click.option("--gpu", metavar="SPEC", help="GPUs, such as RTX4090:2, 24GB or A100:40GB..80GB. Default: none.")
+@click.option("--cpu", metavar="N", help="Cores, such as 4 or 0.5.")
+@click.option("--memory", metavar="SIZE", help="Memory, such as 16GB.")
+@click.option("--disk", metavar="SIZE", help="Disk, such as 100GB.")
+@click.option("--image", metavar="IMAGE", help="Container image; default: the machine's own sandbox.")
+@click.option("-e", "--env", multiple=True, metavar="NAME[=VALUE]",
+              help="Environment; a bare NAME takes your shell's value.")  # fmt: skip
+@click.option("--max-price", metavar="P", help="At most so many $dGPU per GPU-hour.")
+@click.option("--max-duration", metavar="D", help="Stop the job after this time, such as 90s or 8h.")
+@click.option("-n", "--name", metavar="NAME", help="A name to know it by.")
+@click.option("--network", is_flag=True, help="Allow outbound network.")
+@click.option("--workdir", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR",
+              help="The folder to send; default: this one.")  # fmt: skip
+@click.option("--no-files", is_flag=True, help="Send no files.")
+@click.option("--no-wait", is_flag=True, help="Refuse it when no machine can take it now, instead of queueing.")
+@click.option("-d", "--detach", is_flag=True, help="Print the id and do not follow.")
+@click.argument("words", metavar="-- COMMAND...", nargs=-1, required=True, type=click.UNPROCESSED)
+def run(
+    cli: Cli, workdir: Path | None, no_files: bool, no_wait: bool, detach: bool, words: tuple[str, ...], **fields: Any
+) -> int:
+    """Run a command on a rented machine: send this folder, follow the output, end with its exit code.
+
+    Files that .gitignore or .danteignore name are left out. What the command writes into $DANTE_OUTPUT can be fetched
+    with `dante results`. Ctrl-C asks whether to stop the job; with --detach it runs on its own from the start.
+    """
+    from dantegpu.contracts.rest.spec import JobSpec
+
+    if no_files and workdir is not None:
+        raise UsageProblem("--no-files and --workdir exclude each other")
+    spec = JobSpec.model_validate(_document(words, fields))
+    with cli.client() as client:
+        if not no_files:
+            spec = spec.model_copy(update={"input": send_folder(cli, client, workdir or Path.cwd())})
+        job = client.jobs.submit(spec, wait=not no_wait)
+        refs.remember_last(client.url, job.id)
+    if detach:
+        cli.answer({"job": job}, lambda: output.say(job.id))
+        return 0
+    from dantegpu.cli.follow import follow
+
+    return follow(cli, job.id)
+
+
+def _document(words: tuple[str, ...], fields: dict[str, Any]) -> dict[str, Any]:
+    """The words of the command line as a job file's."""
+    document: dict[str, Any] = {"command": list(words)}
+    resources = {name: fields[name] for name in ("gpu", "cpu", "memory", "disk") if fields[name] is not None}
+    if resources:
+        document["resources"] = resources
+    for name in ("image", "max_price", "max_duration", "name"):
+        if fields[name] is not None:
+            document[name] = fields[name]
+    env = [_env_item(item) for item in fields["env"]]
+    if env:
+        document["env"] = env
+    if fields["network"]:
+        document["network"] = True
+    return document
+
+
+def _env_item(item: str) -> str:
+    if "=" in item:
+        return item
+    if item not in os.environ:
+        raise UsageProblem(f"--env {item}: {item!r} is not set in your environment; set it, or write {item}=VALUE")
+    return f"{item}={os.environ[item]}"
+
+
+def send_folder(cli: Cli, client: "Dante", folder: Path) -> "JobInput | None":
+    """Pack and upload a folder; None: there is nothing in it."""
+    from dantegpu.cli.packing import pack
+
+    with tempfile.NamedTemporaryFile(prefix="dante-", suffix=".tar.gz") as file:
+        with output.progress("packing", quiet=cli.as_json) as on_progress:
+            packed = pack(folder, file, on_progress)
+        if not packed.files:
+            return None
+        with output.progress("uploading", quiet=cli.as_json) as on_progress:
+            sent = client.uploads.put(packed.archive, on_progress=on_progress)
+    if not cli.as_json:
+        noun = "file" if packed.files == 1 else "files"
+        output.note(f"· sent {packed.files} {noun}, {format_bytes(packed.size_bytes)} packed")
+    return sent
