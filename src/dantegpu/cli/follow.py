@@ -50,23 +50,20 @@ class _Progress:
 
 
 async def _follow(cli: Cli, job_id: str, progress: _Progress) -> "Job":
+    from dantegpu.sdk import DanteError
+
     async with cli.async_client() as client:
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(_show_events(client, job_id, progress))
                 tasks.create_task(_show_log(client, job_id, progress))
-        except ExceptionGroup as errors:
-            # One of two: the first tells what happened, the other was cancelled for it.
-            raise _first(errors) from None
+        except* (DanteError, OSError) as errors:
+            # One of the two tasks: what it met is told, the other was cancelled for it.
+            raise errors.exceptions[0] from None
         try:
             return await client.jobs.wait(job_id, timeout_seconds=SETTLE_SECONDS, settled=True)
         except TimeoutError:
             return await client.jobs.get(job_id)
-
-
-def _first(errors: ExceptionGroup[Exception]) -> Exception:
-    error = errors.exceptions[0]
-    return _first(error) if isinstance(error, ExceptionGroup) else error
 
 
 async def _show_events(client: "AsyncDante", job_id: str, progress: _Progress) -> None:
