@@ -34,7 +34,7 @@ class EntryPage(Page):
 
 class Credit(Request):
     team_id: Annotated[str, id_field(TeamId)]
-    amount_udgpu: int = Field(ge=1, le=MAX_AMOUNT_UDGPU)
+    amount_udgpu: int = Field(strict=True, ge=1, le=MAX_AMOUNT_UDGPU)
     text: str = Field(default="", max_length=500)
 
 

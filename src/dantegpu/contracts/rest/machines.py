@@ -106,7 +106,7 @@ class Machine(Response):
     team_id: str = Field(description="The provider")
     hostname: str
     status: MachineStatus
-    intent: MachineIntent
+    intent: MachineIntent | None = Field(default=None, description="What its provider wants; null: it is not yours")
     cpu_milli: int
     memory_bytes: int
     disk_bytes: int
@@ -135,9 +135,13 @@ class MachinePage(Page):
 class SetAsk(Request):
     """A field that is left out keeps its price."""
 
-    price_udgpu_per_gpu_hour: int | None = Field(default=None, ge=0, le=MAX_PRICE_UDGPU_PER_HOUR)
+    price_udgpu_per_gpu_hour: int | None = Field(default=None, strict=True, ge=0, le=MAX_PRICE_UDGPU_PER_HOUR)
     price_udgpu_per_cpu_hour: int | None = Field(
-        default=None, ge=0, le=MAX_PRICE_UDGPU_PER_HOUR, description="Per core-hour, for jobs without a GPU"
+        default=None,
+        strict=True,
+        ge=0,
+        le=MAX_PRICE_UDGPU_PER_HOUR,
+        description="Per core-hour, for jobs without a GPU",
     )
 
 

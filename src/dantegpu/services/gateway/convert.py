@@ -130,7 +130,7 @@ def machine(proto: registry_pb2.Machine) -> machines.Machine:
         team_id=proto.team_id,
         hostname=inventory.hostname,
         status=machines.MachineStatus(status),
-        intent=machines.MachineIntent(intent),
+        intent=machines.MachineIntent(intent) if proto.intent else None,
         cpu_milli=inventory.cpu_milli,
         memory_bytes=inventory.memory_bytes,
         disk_bytes=inventory.disk_bytes,
