@@ -1,6 +1,7 @@
 """`dante serve NAME`: one service (or all) against a given PostgreSQL and NATS."""
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -33,11 +34,11 @@ def serve(
     first: ServiceSettings = load(TARGETS[expand(target)[0]].settings_class())
     configure_logging(target, first.log_level)
     configure_tracing(target, first.otlp_endpoint)
-    root = Root(target, load)
-    run_loop(lambda stop: _run(target, root, stop))
+    run_loop(lambda stop: _run(target, load, stop))
 
 
-async def _run(target: str, root: Root, stop: asyncio.Event) -> None:
+async def _run(target: str, load: Callable[[type[ServiceSettings]], ServiceSettings], stop: asyncio.Event) -> None:
+    root = Root(target, load)  # inside the loop: gRPC's channels belong to the loop they are made in
     listening = await unless_stopped(root.start(), stop)
     try:
         if listening is not None:
