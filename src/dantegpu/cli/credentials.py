@@ -92,8 +92,8 @@ def exclusive() -> Generator[None]:
 def write_locked(entry: Credentials, *, make_current: bool) -> None:
     """As `save`, inside `exclusive`."""
     document = _read()
-    fields = asdict(entry)
-    document["platforms"][fields.pop("url")] = {name: value for name, value in fields.items() if value}
+    fields = {name: value for name, value in asdict(entry).items() if value and name != "url"}
+    document["platforms"][entry.url] = fields
     if make_current:
         document["current"] = entry.url
     _write(document)

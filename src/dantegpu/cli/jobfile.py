@@ -84,7 +84,7 @@ def parse(text: str, name: str, environ: Mapping[str, str]) -> list[JobSpec]:
     if len(specs) > MAX_JOBS_PER_CALL:
         file.add(None, "", f"{len(specs)} jobs; at most {MAX_JOBS_PER_CALL} fit into one call")
     if file.problems:
-        raise JobFileInvalid(name, file.problems)
+        raise JobFileInvalid(name, sorted(file.problems, key=lambda problem: problem.line))
     return specs
 
 
@@ -116,11 +116,9 @@ def _documents(text: str, file: _File) -> Iterator[MappingNode]:
 
 
 def _spec(node: MappingNode, file: _File, environ: Mapping[str, str]) -> JobSpec | None:
-    before = len(file.problems)
     _note_doubles(node, "", file, set())
-    _note_missing_env(node, file, environ)
-    if len(file.problems) > before:
-        return None
+    # Noted already; what else is wrong is told in the same go.
+    environ = dict(environ) | dict.fromkeys(_note_missing_env(node, file, environ), "")
     try:
         document = _constructed(node)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
@@ -165,8 +163,9 @@ def _note_doubles(node: Node, path: str, file: _File, seen: set[int]) -> None:
         _note_doubles(value, inner, file, seen)
 
 
-def _note_missing_env(node: MappingNode, file: _File, environ: Mapping[str, str]) -> None:
-    """`env: [HF_TOKEN]` means: the value that this shell has."""
+def _note_missing_env(node: MappingNode, file: _File, environ: Mapping[str, str]) -> list[str]:
+    """`env: [HF_TOKEN]` means: the value that this shell has. Returns the names that it has not."""
+    missing: list[str] = []
     for name in ("env", "envs"):
         value = _entry(node, name)
         if value is None or not isinstance(value[1], SequenceNode):
@@ -178,6 +177,8 @@ def _note_missing_env(node: MappingNode, file: _File, environ: Mapping[str, str]
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 expected = f"{text} set in the environment of `dante submit`, or {text}=VALUE here"
                 file.add(item, f"{name}.{index}", f"{text!r} is not set in your environment{hint}", expected)
+                missing.append(text)
+    return missing
 
 
 def _located(problem: FieldProblem, root: MappingNode, file: str) -> FileProblem:

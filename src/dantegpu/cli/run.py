@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dantegpu.sdk import Dante
 
 
-@command("run")
+@command("run", options_anywhere=False)
 @click.option("--gpu", metavar="SPEC", help="GPUs, such as RTX4090:2, 24GB or A100:40GB..80GB. Default: none.")
 @click.option("--cpu", metavar="N", help="Cores, such as 4 or 0.5.")
 @click.option("--memory", metavar="SIZE", help="Memory, such as 16GB.")

@@ -114,9 +114,12 @@ class Cli:
 
 
 def command[**P](
-    name: str, *, json_option: bool = True
+    name: str, *, options_anywhere: bool = True
 ) -> Callable[[Callable[Concatenate[Cli, P], int | None]], click.Command]:
-    """A click command with --url and --json, whose function gets a Cli first. What it returns is the exit code."""
+    """A click command with --url and --json, whose function gets a Cli first. What it returns is the exit code.
+
+    Without `options_anywhere` the first word that is no option ends the options: the rest is somebody else's command.
+    """
 
     def decorate(function: Callable[Concatenate[Cli, P], int | None]) -> click.Command:
         @wraps(function)
@@ -126,10 +129,9 @@ def command[**P](
             inherited: object = click.get_current_context().find_root().obj
             return function(Cli(url or (inherited if isinstance(inherited, str) else None), as_json), *args, **options)
 
-        made = click.command(name)(body)
+        made = click.command(name, context_settings={"allow_interspersed_args": options_anywhere})(body)
         made.params.append(click.Option(["--url", "platform_url"], metavar="URL", help="Address of the platform."))
-        if json_option:
-            made.params.append(click.Option(["--json", "as_json"], is_flag=True, help="One JSON object on stdout."))
+        made.params.append(click.Option(["--json", "as_json"], is_flag=True, help="One JSON object on stdout."))
         return made
 
     return decorate

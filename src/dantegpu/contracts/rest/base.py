@@ -97,7 +97,7 @@ class Request(BaseModel):
 def _again(line: Mapping[str, Any]) -> InitErrorDetails:
     """A line of a ValidationError in the form in which it can be raised again."""
     context = {key: value for key, value in _context(line).items() if isinstance(value, str)}
-    return {"type": field_error(line["type"], line["msg"], **context), "loc": line["loc"], "input": line["input"]}
+    return {"type": field_error(line["type"], line["msg"].removeprefix("Value error, "), **context), "loc": line["loc"], "input": line["input"]}
 
 
 def _context(line: Mapping[str, Any]) -> dict[str, Any]:
