@@ -1,0 +1,1 @@
+"""Use cases of auth-service: accounts, teams, API keys, machines."""
