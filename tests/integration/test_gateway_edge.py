@@ -4,6 +4,8 @@ import asyncio
 import gzip
 import json
 import re
+import statistics
+import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ import httpx
 import pytest
 
 from dantegpu.domain.clock import SystemClock
+from dantegpu.domain.ids import ApiKeyId, JobId, MachineId, TeamId
 from dantegpu.kit.bus import Bus
 from dantegpu.kit.deps import Deps
 from dantegpu.kit.http import HttpServer
@@ -198,6 +201,39 @@ async def test_many_requests_at_once_share_nothing_but_the_process(client: httpx
         return str(response.json()["request_id"])
 
     assert await asyncio.gather(*(ask(n) for n in range(50))) == [f"r{n}" for n in range(50)]
+
+
+async def test_small_answers_do_not_wait_for_a_delayed_ack(client: httpx.AsyncClient):
+    seconds: list[float] = []
+    for _ in range(21):
+        began = time.perf_counter()
+        await client.get("/v1/me")
+        seconds.append(time.perf_counter() - began)
+    assert statistics.median(seconds) < 0.03
+
+
+PUBLIC = {
+    ("post", "/v1/auth/register"),
+    ("post", "/v1/auth/login"),
+    ("post", "/v1/auth/refresh"),
+    ("post", "/v1/auth/logout"),
+    ("post", "/v1/machines"),
+    ("post", "/v1/machines/{machine_id}/credentials"),
+    ("get", "/v1/status"),
+    ("get", "/v1/.well-known/jwks.json"),
+}
+
+
+async def test_every_route_that_is_not_listed_as_public_refuses_anonymous_callers(client: httpx.AsyncClient):
+    ids = {"job_id": JobId.new(), "machine_id": MachineId.new(), "team_id": TeamId.new(), "key_id": ApiKeyId.new()}
+    refused: set[tuple[str, str]] = set()
+    operations = json.loads(openapi_json())["paths"]
+    for path, methods in operations.items():
+        for method in methods:
+            response = await client.request(method, path.format(**ids, email="a@b.c"))
+            if response.status_code == 401:
+                refused.add((method, path))
+    assert {(method, path) for path, methods in operations.items() for method in methods} - refused == PUBLIC
 
 
 @pytest.mark.parametrize("page", ["/docs", "/redoc"])

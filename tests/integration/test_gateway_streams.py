@@ -32,6 +32,7 @@ from dantegpu.kit.deps import Deps
 from dantegpu.kit.errors import NotFound
 from dantegpu.kit.http import HttpServer
 from dantegpu.kit.rpc import Channels, Server
+from dantegpu.kit.telemetry import current_request_id, current_traceparent
 from dantegpu.services.gateway import streams
 from dantegpu.services.gateway.clients import SERVICES
 from dantegpu.services.gateway.module import build
@@ -59,6 +60,8 @@ class Behind(
         self.logs: dict[int, bytes] = {}
         self.closed_logs: set[int] = set()
         self.away = False
+        self.seen_traceparent = ""
+        self.seen_request_id = ""
         self.was_away = asyncio.Event()
         self.keys_asked: list[list[str]] = []
         self._bus = bus
@@ -112,6 +115,7 @@ class Behind(
     @override
     async def GetJobs(self, request: jobs_pb2.GetJobsRequest, context: Any) -> Any:
         await self._refuse(context)
+        self.seen_traceparent, self.seen_request_id = current_traceparent(), current_request_id()
         return jobs_pb2.GetJobsResponse(jobs=[self.job])
 
     @override
@@ -411,6 +415,14 @@ async def test_a_part_of_a_stored_log_can_be_asked_for(world: World):
 async def test_a_job_without_a_log_answers_nothing(world: World):
     response = await world.client.get(f"{world.path}/logs", headers=world.headers)
     assert (response.status_code, response.content) == (200, b"")
+
+
+async def test_the_callers_trace_and_request_id_reach_the_services(world: World):
+    trace_id = "0af7651916cd43dd8448eb211c80319c"
+    headers = world.headers | {"traceparent": f"00-{trace_id}-b7ad6b7169203331-01", "x-request-id": "mine"}
+    assert (await world.client.get(world.path, headers=headers)).status_code == 200
+    assert trace_id in world.behind.seen_traceparent
+    assert world.behind.seen_request_id == "mine"
 
 
 # --- API keys ---------------------------------------------------------------------------------------------------------

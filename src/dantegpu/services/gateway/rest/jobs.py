@@ -91,8 +91,9 @@ _SUBMIT_BODY = {
 
 @router.post("/v1/jobs", status_code=201, summary="Submit one job, or many at once", openapi_extra=_SUBMIT_BODY)
 async def submit(
-    submitted: Annotated[JobSpec | JobList, Depends(_submitted)],
+    # First: a body is looked at only when somebody known has sent it.
     _actor: JobWriter,
+    submitted: Annotated[JobSpec | JobList, Depends(_submitted)],
     key: IdempotencyKey,
     platform: Platform,
     response: Response,
