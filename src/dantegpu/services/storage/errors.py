@@ -28,12 +28,33 @@ class DiskFull(ServiceError):
 
 
 class UrlRefused(ServiceError):
-    """The URL was altered, is over, or is for another method."""
+    """The URL was altered, is incomplete, or is for another method."""
 
     type = "url-refused"
+    status = ErrorStatus.FORBIDDEN
+
+
+class UrlExpired(ServiceError):
+    """The URL was good until a moment ago."""
+
+    type = "url-expired"
     status = ErrorStatus.FORBIDDEN
 
 
 class ObjectNotFound(ServiceError):
     type = "object-not-found"
     status = ErrorStatus.NOT_FOUND
+
+
+class TooBusy(ServiceError):
+    """All places for uploads are taken."""
+
+    type = "too-busy"
+    status = ErrorStatus.RATE_LIMITED
+
+
+class UploadIdle(ServiceError):
+    """The client keeps the connection but sends nothing."""
+
+    type = "upload-idle"
+    status = ErrorStatus.INVALID

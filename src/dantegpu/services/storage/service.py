@@ -1,10 +1,7 @@
 """Blobs of teams, results and logs of jobs: who may move which bytes."""
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from pydantic import SecretBytes
 
 from dantegpu.domain.clock import Clock
 from dantegpu.domain.ids import TeamId
@@ -12,11 +9,12 @@ from dantegpu.kit.actor import Actor
 from dantegpu.kit.errors import InvalidArgument
 from dantegpu.services.storage.errors import TooLarge
 from dantegpu.services.storage.settings import StorageSettings
-from dantegpu.services.storage.signing import Grant, signed_url
-from dantegpu.services.storage.store import EmbeddedStore, check_key, is_sha256
+from dantegpu.services.storage.store.base import Grant, ObjectStore, check_key, is_sha256
 
 MAX_ITEMS = 10_000
 MAX_READ_BYTES = 16 << 20
+MAX_WRITE_BYTES = 16 << 20
+"""Of one internal call; both stay below the largest gRPC message."""
 MAX_NAME_LENGTH = 255
 
 
@@ -29,9 +27,8 @@ class Upload:
 
 
 class StorageService:
-    def __init__(self, store: EmbeddedStore, key: SecretBytes, clock: Clock, settings: StorageSettings) -> None:
+    def __init__(self, store: ObjectStore, clock: Clock, settings: StorageSettings) -> None:
         self._store = store
-        self._key = key
         self._clock = clock
         self._settings = settings
 
@@ -48,7 +45,7 @@ class StorageService:
                 )
         sizes = await self.stat([_blob_key(team_id, sha256) for sha256, _ in blobs])
         return [
-            Upload(sha256, "" if known is not None else self._put_url(_blob_key(team_id, sha256), size_bytes, sha256))
+            Upload(sha256, "" if known == size_bytes else self._put_url(_blob_key(team_id, sha256), size_bytes, sha256))
             for (sha256, size_bytes), known in zip(blobs, sizes, strict=True)
         ]
 
@@ -61,36 +58,40 @@ class StorageService:
     async def stat(self, keys: Sequence[str]) -> list[int | None]:
         """Sizes of objects; None for those that are not there. Raises InvalidKey."""
         _bounded(len(keys))
-        return await asyncio.to_thread(lambda: [self._store.size_bytes(key) for key in keys])
+        return await self._store.sizes_bytes(keys)
 
     def get_url(self, key: str, name: str) -> str:
         return self._url(Grant("GET", check_key(key), self._expiry(), name=name[:MAX_NAME_LENGTH]))
 
     def put_url(self, key: str, size_bytes: int, sha256: str) -> str:
-        """Raises InvalidKey, InvalidArgument."""
+        """Raises InvalidKey, InvalidArgument, TooLarge."""
         if not is_sha256(sha256) or size_bytes < 0:
             raise InvalidArgument("a PUT URL needs the content's SHA-256 and size")
+        if size_bytes > self._settings.result_bytes_max:
+            raise TooLarge(f"{size_bytes} bytes in one file; at most {self._settings.result_bytes_max} are accepted")
         return self._put_url(check_key(key), size_bytes, sha256)
 
     def _put_url(self, key: str, size_bytes: int, sha256: str) -> str:
         return self._url(Grant("PUT", key, self._expiry(), size_bytes, sha256))
 
     def _url(self, grant: Grant) -> str:
-        return signed_url(self._settings.public_url, grant, self._key)
+        return self._store.url(grant)
 
     def _expiry(self) -> int:
         return int(self._clock.now().timestamp()) + self._settings.url_seconds
 
     async def put(self, key: str, data: bytes) -> None:
+        """Raises InvalidKey, TooLarge, DiskFull."""
+        if len(data) > MAX_WRITE_BYTES:
+            raise TooLarge(f"{len(data)} bytes in one call; at most {MAX_WRITE_BYTES}, larger objects go by URL")
         await self._store.write(key, data)
 
     async def get(self, key: str, offset: int, length: int) -> tuple[bytes, int | None]:
         """(bytes, size of the whole object or None). Raises InvalidKey, InvalidArgument."""
         if offset < 0 or length < 0:
             raise InvalidArgument("offset and length are not negative")
-        size_bytes = self._store.size_bytes(key)
-        data = await asyncio.to_thread(self._store.read, key, offset, min(length or MAX_READ_BYTES, MAX_READ_BYTES))
-        return data, size_bytes
+        found = await self._store.read(key, offset, min(length or MAX_READ_BYTES, MAX_READ_BYTES))
+        return found or (b"", None)
 
 
 def _blob_key(team_id: TeamId, sha256: str) -> str:

@@ -4,29 +4,17 @@ import hmac
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from urllib.parse import quote, urlencode
 
 from pydantic import SecretBytes
 
-from dantegpu.services.storage.errors import UrlRefused
+from dantegpu.services.storage.errors import UrlExpired, UrlRefused
+from dantegpu.services.storage.store.base import Grant
 
 KEY_FILE = "storage-url.key"
 KEY_BYTES = 32
-
-
-@dataclass(frozen=True, slots=True)
-class Grant:
-    """What one URL allows. `size_bytes` and `sha256` bind a PUT; `name` is a GET's download name."""
-
-    method: str
-    key: str
-    expires_at_unix_s: int
-    size_bytes: int = 0
-    sha256: str = ""
-    name: str = ""
 
 
 def load_or_create_key(folder: Path) -> SecretBytes:
@@ -57,7 +45,7 @@ def signed_url(base_url: str, grant: Grant, key: SecretBytes) -> str:
 
 
 def verify(method: str, key_text: str, query: Mapping[str, str], now_unix_s: float, key: SecretBytes) -> Grant:
-    """The grant of a request for `/o/<key>`. HEAD is allowed where GET is. Raises UrlRefused."""
+    """The grant of a request for `/o/<key>`. HEAD is allowed where GET is. Raises UrlRefused, UrlExpired."""
     try:
         grant = Grant(
             method=query["m"],
@@ -72,11 +60,16 @@ def verify(method: str, key_text: str, query: Mapping[str, str], now_unix_s: flo
         raise UrlRefused("this is not a complete presigned URL; ask the platform for one") from None
     if not hmac.compare_digest(_signature(grant, key).encode(), signature.encode("utf-8", "replace")):
         raise UrlRefused("the URL was altered: its signature does not fit; ask the platform for a new one")
-    if now_unix_s > grant.expires_at_unix_s:
-        raise UrlRefused("the URL is over; ask the platform for a new one")
+    if now_unix_s >= grant.expires_at_unix_s:
+        raise UrlExpired("the URL is over; ask the platform for a new one")
     if method != grant.method and (method, grant.method) != ("HEAD", "GET"):
         raise UrlRefused(f"the URL is for {grant.method}, not for {method}")
     return grant
+
+
+def disposition(name: str) -> str:
+    """Content-Disposition of a download. `attachment`: a job's HTML must never run as a page of the platform."""
+    return f"attachment; filename*=UTF-8''{quote(name, safe='')}"
 
 
 def _signature(grant: Grant, key: SecretBytes) -> str:
