@@ -17,7 +17,7 @@ class Idle:
     cpu_percent: float
 
 
-async def measure(services_pid: int, daemon_pid: int, seconds: float, settle_seconds: float = 5.0) -> Idle:
+async def measure(services_pid: int, daemon_pid: int, seconds: float, settle_seconds: float = 15.0) -> Idle:
     """Watch the two processes for `seconds` after `settle_seconds`."""
     services, daemon = psutil.Process(services_pid), psutil.Process(daemon_pid)
     await asyncio.sleep(settle_seconds)

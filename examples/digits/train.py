@@ -172,7 +172,7 @@ def write_results(folder: Path, layers: Layers, history: list[Epoch], seconds: f
 def main(arguments: list[str] | None = None) -> None:
     """Train, telling of each epoch as it ends, and write the results."""
     parser = argparse.ArgumentParser(description="Train a classifier on handwritten digits.")
-    parser.add_argument("--epochs", type=int, default=80)
+    parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--hidden-units", type=int, default=512)
     parser.add_argument("--seed", type=int, default=1998)
     options = parser.parse_args(arguments)
