@@ -97,7 +97,11 @@ class Request(BaseModel):
 def _again(line: Mapping[str, Any]) -> InitErrorDetails:
     """A line of a ValidationError in the form in which it can be raised again."""
     context = {key: value for key, value in _context(line).items() if isinstance(value, str)}
-    return {"type": field_error(line["type"], line["msg"].removeprefix("Value error, "), **context), "loc": line["loc"], "input": line["input"]}
+    return {
+        "type": field_error(line["type"], line["msg"].removeprefix("Value error, "), **context),
+        "loc": line["loc"],
+        "input": line["input"],
+    }
 
 
 def _context(line: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,6 +122,8 @@ class Response(BaseModel):
 
 
 class Page(Response):
+    """One page of a list."""
+
     next_cursor: str | None = Field(default=None, description="Ask again with `?cursor=`; null: this is the last page")
 
 
@@ -133,6 +139,7 @@ class FieldProblem(Response):
 _WORDING = {
     "missing": "this field is required",
     "json_invalid": "this is not valid JSON",
+    "string_type": "this must be a text; in YAML, put it into quotes",
     "value_error": "",
 }
 

@@ -10,6 +10,8 @@ from dantegpu.domain.units import MAX_AMOUNT_UDGPU
 
 
 class Wallet(Response):
+    """A team's money."""
+
     team_id: str
     balance_udgpu: Udgpu = Field(description="Posted")
     held_udgpu: Udgpu = Field(description="Reserved for running jobs")
@@ -18,6 +20,8 @@ class Wallet(Response):
 
 
 class Entry(Response):
+    """One movement of a wallet."""
+
     transfer_id: str
     kind: str = Field(description="credit, usage, fee, payout, ...")
     amount_udgpu: Udgpu = Field(description="Signed, as the wallet sees it")
@@ -29,10 +33,14 @@ class Entry(Response):
 
 
 class EntryPage(Page):
+    """A wallet's movements, by page."""
+
     entries: list[Entry] = Field(description="Newest first")
 
 
 class Credit(Request):
+    """Money that the operator gives a team."""
+
     team_id: Annotated[str, id_field(TeamId)]
     amount_udgpu: int = Field(strict=True, ge=1, le=MAX_AMOUNT_UDGPU)
     text: str = Field(default="", max_length=500)
@@ -53,6 +61,8 @@ class ReceiptLine(Response):
 
 
 class Receipt(Response):
+    """What a job cost."""
+
     job_id: str
     payer_team_id: str
     lines: list[ReceiptLine]
@@ -60,6 +70,8 @@ class Receipt(Response):
 
 
 class LedgerCheck(Response):
+    """The books, added up again."""
+
     balanced: bool
     accounts: int
     transfers: int

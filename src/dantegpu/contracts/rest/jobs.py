@@ -8,6 +8,8 @@ from dantegpu.domain.job import JobState, Outcome
 
 
 class ResultFile(Response):
+    """A file that a job left in $DANTE_OUTPUT."""
+
     path: str = Field(description="Relative to $DANTE_OUTPUT")
     size_bytes: int
     sha256: str
@@ -36,6 +38,8 @@ class Attempt(Response):
 
 
 class Job(Response):
+    """What is to run, and how far it is."""
+
     id: str
     team_id: str
     user_id: str
@@ -59,6 +63,8 @@ class Job(Response):
 
 
 class JobPage(Page):
+    """Jobs, by page."""
+
     jobs: list[Job]
 
 
@@ -83,6 +89,8 @@ class JobEvent(Response):
 
 
 class JobEvents(Response):
+    """A part of a job's history."""
+
     events: list[JobEvent]
     last_seq: int = Field(description="Ask for what comes next with `?after_seq=`")
 
@@ -98,6 +106,8 @@ class LogChunk(Response):
 
 
 class Constraint(Response):
+    """One demand of the job, and how many machines it excludes."""
+
     constraint: str = Field(description="gpu_model, vram, gpu_count, cpu, memory, max_price, status, ...")
     machines_excluded: int
     text: str
@@ -126,10 +136,14 @@ class Explanation(Response):
 
 
 class ResultDownload(ResultFile):
+    """A result and where to get it."""
+
     url: str = Field(description="Presigned GET, valid for a few minutes")
 
 
 class Results(Response):
+    """All published results of a job."""
+
     job_id: str
     epoch: int | None = Field(default=None, description="The attempt that made them; null: none are published")
     complete: bool = Field(description="The job has ended: no more will come")

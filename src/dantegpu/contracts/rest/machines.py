@@ -11,6 +11,8 @@ MAX_PRICE_UDGPU_PER_HOUR = 10**12
 
 
 class MachineStatus(StrEnum):
+    """What a machine does, as the platform sees it."""
+
     IDLE = "idle"
     BUSY = "busy"
     DRAINING = "draining"
@@ -21,6 +23,8 @@ class MachineStatus(StrEnum):
 
 
 class MachineIntent(StrEnum):
+    """What its provider wants a machine to do."""
+
     ACTIVE = "active"
     PAUSED = "paused"
     DRAINING = "draining"
@@ -80,6 +84,8 @@ class RenewMachine(Request):
 
 
 class MachineCredentials(Response):
+    """What a machine connects with."""
+
     machine_id: str
     team_id: str
     nats_url: str = Field(description="Where the machine connects")
@@ -88,6 +94,8 @@ class MachineCredentials(Response):
 
 
 class Device(Response):
+    """One GPU."""
+
     id: str
     index: int
     model: str
@@ -102,6 +110,8 @@ class Device(Response):
 
 
 class Machine(Response):
+    """A provider's machine."""
+
     id: str
     team_id: str = Field(description="The provider")
     hostname: str
@@ -129,6 +139,8 @@ class Machine(Response):
 
 
 class MachinePage(Page):
+    """Machines, by page."""
+
     machines: list[Machine]
 
 
@@ -146,6 +158,8 @@ class SetAsk(Request):
 
 
 class Ask(Response):
+    """What a machine costs."""
+
     machine_id: str
     price_udgpu_per_gpu_hour: Udgpu
     price_udgpu_per_cpu_hour: Udgpu
@@ -153,10 +167,14 @@ class Ask(Response):
 
 
 class Offer(Response):
+    """A machine for rent."""
+
     machine: Machine
     ask: Ask
     rentable: bool
 
 
 class OfferPage(Page):
+    """Offers, by page."""
+
     offers: list[Offer] = Field(description="Cheapest first")

@@ -8,6 +8,8 @@ from dantegpu.contracts.rest.base import Response
 
 
 class ServiceStatus(Response):
+    """One service, as the gateway reaches it."""
+
     name: str
     reachable: bool
     detail: str = ""
@@ -15,6 +17,8 @@ class ServiceStatus(Response):
 
 
 class PlatformStatus(Response):
+    """The whole platform."""
+
     status: Literal["ok", "degraded"]
     version: str
     services: list[ServiceStatus]

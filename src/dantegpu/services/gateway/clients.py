@@ -25,6 +25,8 @@ SERVICES = (AUTH, REGISTRY, SCHEDULER, STORAGE, BILLING, MARKETPLACE, MONITORING
 
 @dataclass(frozen=True, slots=True)
 class Clients:
+    """One stub per service."""
+
     auth: auth_pb2_grpc.AuthServiceStub
     registry: registry_pb2_grpc.RegistryServiceStub
     jobs: jobs_pb2_grpc.JobServiceStub

@@ -23,6 +23,8 @@ from dantegpu.services.gateway.streams import Streams
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
+    """Everything that a route may need."""
+
     clients: Clients
     channels: Channels
     bus: Bus

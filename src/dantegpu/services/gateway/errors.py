@@ -4,6 +4,8 @@ from dantegpu.kit.errors import ErrorStatus, ServiceError
 
 
 class BodyTooLarge(ServiceError):
+    """A request's body is over the limit."""
+
     type = "body-too-large"
     status = ErrorStatus.TOO_LARGE
 
@@ -14,6 +16,8 @@ class BodyTooLarge(ServiceError):
 
 
 class TooManyRequests(ServiceError):
+    """The caller's rate limit is used up."""
+
     type = "too-many-requests"
     status = ErrorStatus.RATE_LIMITED
 
@@ -25,6 +29,8 @@ class TooManyRequests(ServiceError):
 
 
 class TooManyStreams(ServiceError):
+    """No further event stream may be opened now."""
+
     type = "too-many-streams"
     status = ErrorStatus.RATE_LIMITED
 
@@ -40,6 +46,8 @@ class InvalidCredential(ServiceError):
 
 
 class ScopeMissing(ServiceError):
+    """The API key was made for other things."""
+
     type = "scope-missing"
     status = ErrorStatus.FORBIDDEN
 

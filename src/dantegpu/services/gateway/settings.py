@@ -9,6 +9,8 @@ from dantegpu.kit.tokens import DEFAULT_AUDIENCE, DEFAULT_ISSUER
 
 
 class GatewaySettings(ServiceSettings):
+    """Where the API listens, and its limits."""
+
     service_name: ClassVar[str] = "siger-api-gateway"
 
     public_listen: str = Field(default="127.0.0.1:8080", description="host:port of the public API")
