@@ -1,15 +1,18 @@
 """scheduler-orchestrator-service as its users see it: submit, look, list, stop, why. Real PostgreSQL, NATS, billing."""
 
 import asyncio
+import hashlib
 
+import httpx
 import pytest
 
-from dantegpu.contracts.gen.dante.v1 import common_pb2, jobs_pb2, registry_pb2
+from dantegpu.contracts.gen.dante.v1 import common_pb2, jobs_pb2, registry_pb2, storage_pb2
 from dantegpu.domain.ids import JobId, TeamId
+from dantegpu.kit.actor import SERVICE
 from dantegpu.kit.errors import RemoteError
 from dantegpu.kit.rpc import call
 from tests.fixtures.actors import a_member, an_operator
-from tests.fixtures.scheduler import World, a_spec
+from tests.fixtures.scheduler import World, a_spec, until
 
 
 async def refused(world_call: object) -> RemoteError:
@@ -61,7 +64,7 @@ async def test_a_repeated_no_wait_submission_gets_its_answer_although_its_job_to
     world: World,
 ) -> None:
     machine = await world.machine()
-    first = await world.submit(idempotency_key="now", no_wait=True)
+    first = await until(lambda: accepted_now(world))
     await machine.given(first[0])
     assert await world.submit(idempotency_key="now", no_wait=True) == first
     error = await refused(world.submit(no_wait=True))
@@ -69,11 +72,22 @@ async def test_a_repeated_no_wait_submission_gets_its_answer_although_its_job_to
     assert error.params["reason"] == "no_capacity"
 
 
+async def accepted_now(world: World) -> list[str] | None:
+    """None while placement has not heard of the machine."""
+    try:
+        return await world.submit(idempotency_key="now", no_wait=True)
+    except RemoteError as error:
+        if error.remote_type != "no-offer-fits":
+            raise
+        return None
+
+
 async def test_no_wait_refuses_what_no_machine_can_take(world: World) -> None:
-    await world.machine()
+    machine = await world.machine()
+    await machine.given(await world.submit_one())
     error = await refused(world.submit(a_spec("H100:8"), no_wait=True))
     assert (error.remote_type, error.params["reason"]) == ("no-offer-fits", "no_matching_gpu")
-    assert await world.sql("SELECT count(*) FROM jobs") == [(0,)]
+    assert await world.sql("SELECT count(*) FROM jobs") == [(1,)]
 
 
 async def test_another_teams_job_is_not_found_by_any_call(world: World) -> None:
@@ -133,15 +147,17 @@ async def test_a_job_that_cannot_be_run_is_refused_and_none_of_its_list_is_kept(
 
 
 async def test_an_uploaded_input_is_handed_to_the_machine_that_holds_the_attempt_and_to_no_other(world: World) -> None:
-    digest = "ab" * 32
-    world.storage.blobs.add(digest)
+    digest = await world.upload(b"tar of the working folder")
     machine = await world.machine()
     job_id = await world.submit_one(a_spec(input_sha256=digest))
     attempt = await machine.given(job_id)
-    result = jobs_pb2.ResultFile(path="a/b.txt", size_bytes=1, sha256="cd" * 32)
+    result = jobs_pb2.ResultFile(path="a/b.txt", size_bytes=2, sha256=hashlib.sha256(b"ok").hexdigest())
     reply = await machine.urls(attempt, input=True, results=[result])
-    assert reply.input_url == f"http://store/blobs/{world.team}/{digest}"
-    assert list(reply.result_urls) == [f"http://store/results/{job_id}/1/a/b.txt"]
+    async with httpx.AsyncClient() as client:
+        assert (await client.get(reply.input_url)).content == b"tar of the working folder"
+        (await client.put(reply.result_urls[0], content=b"ok")).raise_for_status()
+    request = storage_pb2.StatObjectsRequest(keys=[f"results/{job_id}/1/a/b.txt"])
+    assert list((await call(world.storage.StatObjects, request, actor=SERVICE)).sizes_bytes) == [2]
     other = await world.machine()
     assert (await other.urls(attempt, input=True)).error == "stale"
     assert (await machine.urls(attempt, input=True, epoch=2)).error == "stale"
@@ -207,7 +223,7 @@ async def test_a_waiting_job_says_why_and_what_would_open_a_machine(world: World
     await world.when(dear, lambda job: job.reason == "price_above_max")
     relaxation = (await world.why(dear)).relaxations[0]
     assert (relaxation.field, relaxation.machines, relaxation.available_now) == ("max_price", 1, True)
-    await world.tell_machine(machine.id, status=registry_pb2.MACHINE_OFFLINE)
+    await machine.beats(leaving=True)
     await world.when(job_id, lambda job: job.reason == "no_provider_online")
 
 
@@ -237,10 +253,10 @@ async def test_a_job_for_two_gpus_skips_a_machine_with_one_free(world: World) ->
 
 async def test_a_machine_that_is_paused_gets_nothing_until_it_is_active_again(world: World) -> None:
     machine = await world.machine()
-    await world.tell_machine(machine.id, status=registry_pb2.MACHINE_PAUSED)
+    await world.intend(machine, registry_pb2.INTENT_PAUSED)
     job_id = await world.submit_one()
     await world.when(job_id, lambda job: job.reason not in ("", "new"))
-    await world.tell_machine(machine.id, status=registry_pb2.MACHINE_IDLE)
+    await world.intend(machine, registry_pb2.INTENT_ACTIVE)
     await machine.given(job_id)
 
 

@@ -42,6 +42,7 @@ class Inventory:
         self._bus = bus
         self._refresh_seconds = refresh_seconds
         self._machines: dict[str, registry_pb2.Machine] = {}
+        self._departed: dict[str, int] = {}
         self._asks: dict[str, marketplace_pb2.Ask] = {}
         self._default_ask = marketplace_pb2.Ask()
         self._infos: tuple[MachineInfo, ...] | None = None
@@ -87,6 +88,11 @@ class Inventory:
         snapshot = await rpc.call(self._registry.GetSnapshot, registry_pb2.GetSnapshotRequest(), actor=SERVICE)
         asks = await rpc.call(self._marketplace.ListAsks, marketplace_pb2.ListAsksRequest(), actor=SERVICE)
         machines = {machine.id: machine for machine in snapshot.machines}
+        # Events may have overtaken the answer: what is newer than it stays.
+        machines |= {key: known for key, known in self._machines.items() if known.revision > snapshot.revision}
+        self._departed = {key: revision for key, revision in self._departed.items() if revision > snapshot.revision}
+        for departed in self._departed:
+            machines.pop(departed, None)
         changed = not self._loaded or {key: value.revision for key, value in machines.items()} != {
             key: value.revision for key, value in self._machines.items()
         }
@@ -102,8 +108,11 @@ class Inventory:
         known = self._machines.get(event.machine.id)
         if known is not None and known.revision > event.machine.revision:
             return
+        if self._departed.get(event.machine.id, -1) > event.machine.revision:
+            return
         if event.machine.status == registry_pb2.MACHINE_LEFT:
             self._machines.pop(event.machine.id, None)
+            self._departed[event.machine.id] = event.machine.revision
         else:
             self._machines[event.machine.id] = event.machine
         self._changed(True)
