@@ -118,15 +118,17 @@ async def test_a_wrong_password_and_an_unknown_user_take_the_same_time(auth_repl
     ) as auth:
         await auth.register("ada")
 
-        async def least_seconds(name: str) -> float:
-            took: list[float] = []
-            for _ in range(8):
-                began = time.perf_counter()
-                await refused(auth.login(name, "wrong password"))
-                took.append(time.perf_counter() - began)
-            return min(took)
+        async def work_seconds(name: str) -> float:
+            # Of this process, where the passwords are checked: other programs do not count.
+            began = time.process_time()
+            await refused(auth.login(name, "wrong password"))
+            return time.process_time() - began
 
-        assert 0.5 < await least_seconds("ada") / await least_seconds("eve") < 2
+        known, unknown = 0.0, 0.0
+        for _ in range(8):
+            known += await work_seconds("ada")
+            unknown += await work_seconds("eve")
+        assert 0.6 < known / unknown < 1.7
 
 
 async def test_guessing_is_slowed_down_and_the_owner_is_not_locked_out(auth_replica: AuthReplica):
