@@ -251,8 +251,6 @@ def _sdk_failure(error: BaseException) -> Failure | None:
                      400: EXIT_USAGE, 422: EXIT_USAGE, 502: EXIT_UNAVAILABLE, 503: EXIT_UNAVAILABLE,
                      504: EXIT_UNAVAILABLE}.get(error.status, EXIT_ERROR)  # fmt: skip
         message = str(error)
-        if error.status == 401:
-            message += "; log in with `dante login`"
         details = [_field_detail(problem.field, problem.message) for problem in error.problem.errors]
         extra: dict[str, Any] = {"status": error.status}
         if error.problem.request_id:

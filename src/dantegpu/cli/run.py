@@ -51,7 +51,11 @@ def run(
     with cli.client() as client:
         if not no_files:
             spec = spec.model_copy(update={"input": send_folder(cli, client, workdir or Path.cwd())})
-        job = client.jobs.submit(spec, wait=not no_wait)
+        try:
+            job = client.jobs.submit(spec, wait=not no_wait)
+        except KeyboardInterrupt:
+            output.note("\ninterrupted while submitting: the job may be queued all the same; `dante ps` shows it")
+            raise
         refs.remember_last(client.url, job.id)
     if detach:
         cli.answer({"job": job}, lambda: output.say(job.id))
