@@ -73,6 +73,11 @@ def machine_inbox_prefix(machine_id: MachineId) -> str:
     return f"_INBOX_{machine_id}"
 
 
+def is_own_inbox(subject: str, reply_to: str) -> bool:
+    """Whether an answer to what came on a machine's `subject` goes to that machine. Raises InvalidId."""
+    return reply_to.startswith(f"{machine_inbox_prefix(machine_of(subject))}.")
+
+
 def machine_of(subject: str) -> MachineId:
     """The machine that sent on `subject`: NATS lets a machine publish under its own subjects only.
 

@@ -149,6 +149,9 @@ class Agent:
 
     async def desired_pushed(self, state: machine_pb2.DesiredState) -> None:
         """A push may bring new attempts. It renews no lease, for nobody knows how long it was under way."""
+        if state.machine_id != str(self._machine_id):
+            log.warning("push_refused", machine_id=state.machine_id)
+            return
         await self._apply(state, sent_at=boottime(), renews=False, asked=set(self._attempts))
 
     @property

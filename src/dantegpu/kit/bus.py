@@ -19,7 +19,7 @@ from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy, RetentionPolic
 from nats.js.errors import Error as JetStreamError
 from nats.js.errors import NotFoundError
 
-from dantegpu.contracts.subjects import STREAMS, Stream
+from dantegpu.contracts.subjects import STREAMS, Stream, is_own_inbox
 from dantegpu.kit.errors import ServiceError, Unavailable
 from dantegpu.kit.lifecycle import Tasks
 
@@ -160,7 +160,15 @@ class Bus:
             raise Unavailable("NATS", str(error)) from error
 
     async def respond(self, message: Msg, reply: Message) -> None:
-        await self.publish(message.reply, reply)
+        """Answer a machine, and nobody else.
+
+        NATS lets a client name any subject for the answer, and this connection may publish everywhere: a machine would
+        have us speak for it to other machines, or to JetStream's management.
+        """
+        if is_own_inbox(message.subject, message.reply):
+            await self.publish(message.reply, reply)
+        else:
+            log.warning("reply_subject_refused", subject=message.subject, reply_to=message.reply[:200])
 
     # --- JetStream ----------------------------------------------------------------------------------------------------
 
