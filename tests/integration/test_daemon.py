@@ -269,14 +269,14 @@ async def test_after_kill_9_an_attempt_without_lease_is_killed(machine_platform:
     assert await asyncio.to_thread(daemon.end) == 0
 
 
-async def test_a_daemon_told_to_stop_ends_its_jobs_and_says_that_it_was_the_provider(
+async def test_a_daemon_told_to_stop_ends_its_jobs_and_hands_them_back(
     machine_platform: MachinePlatform, tmp_path: Path
 ):
     daemon = KilledDaemon(machine_platform, tmp_path / "m")
     attempt_id = await machine_platform.place("sh", "-c", "echo begun; sleep 600")
     await until(lambda: machine_platform.logs.get(attempt_id))
     assert await asyncio.to_thread(daemon.end) == 0
-    await until(lambda: machine_platform.statuses[attempt_id].outcome == jobs_pb2.OUTCOME_PROVIDER_FAULT)
+    await until(lambda: machine_platform.statuses[attempt_id].outcome == jobs_pb2.OUTCOME_PREEMPTED)
     journal = Journal(tmp_path / "m" / "journal.db")
     journal.open()
     assert all(row.ended for row in journal.attempts())

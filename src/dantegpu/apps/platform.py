@@ -5,6 +5,7 @@ Same services, same gRPC, same real servers as a platform over many hosts; only 
     format          version of this layout
     secrets/        keys and seeds, mode 0600
     postgres/ nats/ objects/ provider/    data
+    run             link to the sockets and the services' credentials in the temporary folder, while it runs
     runtime.json    where the running platform is reached, and its process id
     provider.log    log of the provider daemon
 """
@@ -16,20 +17,21 @@ import os
 import shutil
 import signal
 import socket
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
+import psutil
 import structlog
 
 from dantegpu.apps.bootstrap import Login, set_up_operator
-from dantegpu.apps.embedded.errors import EmbeddedServerError
+from dantegpu.apps.embedded.errors import EmbeddedServerError, PortTaken
 from dantegpu.apps.embedded.nats import EmbeddedNats
 from dantegpu.apps.embedded.postgres import EmbeddedPostgres
 from dantegpu.apps.embedded.process import FolderLock, make_private_folder
+from dantegpu.apps.embedded.provider import ProviderDaemon, end_leftover
 from dantegpu.apps.root import Root, load_with
 from dantegpu.apps.targets import ALL, TARGETS
 from dantegpu.kit.lifecycle import Tasks
@@ -45,7 +47,10 @@ log = structlog.get_logger(__name__)
 
 FORMAT: Final = 1
 DEFAULT_PORT: Final = 8400
-"""The gateway's; storage, ops and NATS follow with the next three."""
+"""The gateway's; storage, ops, NATS and the daemon's ops pages follow with the next four."""
+RESTART_DELAY_SECONDS: Final = 0.5
+RESTART_DELAY_SECONDS_MAX: Final = 10.0
+_RUN_DIR_PREFIX: Final = "dante-"
 
 
 class NewerPlatformFolder(EmbeddedServerError):
@@ -65,19 +70,35 @@ class Ports:
     storage: int
     ops: int
     nats: int
+    provider_ops: int
 
     @staticmethod
     def from_first(first: int) -> "Ports":
-        return Ports(first, first + 1, first + 2, first + 3)
+        return Ports(*range(first, first + 5))
 
     @staticmethod
     def free() -> "Ports":
-        """Four ports that nobody uses at this moment."""
+        """Five ports that nobody uses at this moment."""
         with contextlib.ExitStack() as stack:
-            listeners = [stack.enter_context(socket.socket()) for _ in range(4)]
+            listeners = [stack.enter_context(socket.socket()) for _ in range(5)]
             for listener in listeners:
                 listener.bind(("127.0.0.1", 0))
             return Ports(*(listener.getsockname()[1] for listener in listeners))
+
+    def require_free(self) -> None:
+        """Told before anything has been started. Raises PortTaken."""
+        # Not NATS's: its own start ends what a killed platform left listening there, and tells the same.
+        users = {"the API": self.gateway, "the object store": self.storage, "the health pages": self.ops,
+                 "the provider daemon's health pages": self.provider_ops}  # fmt: skip
+        for user, port in users.items():
+            with socket.socket() as probe:
+                # As servers do: what a closed connection has left behind is no taken port.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind(("127.0.0.1", port))
+                    probe.listen(1)
+                except OSError as error:
+                    raise PortTaken(user, "127.0.0.1", port) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +119,15 @@ class Running:
     """What runtime.json says: where the platform is reached."""
 
     pid: int
+    created_at: float
+    """When the process began, by the system's clock: a number alone may by now be another process's."""
     url: str
     ops_url: str
     nats_url: str
     storage_url: str
     grpc: str
     database: str
+    provider_ops_url: str | None = None
     provider_pid: int | None = None
 
     @staticmethod
@@ -111,10 +135,17 @@ class Running:
         """The platform that runs on this folder, or None."""
         try:
             running = Running(**json.loads((data_dir / "runtime.json").read_text()))
-            os.kill(running.pid, 0)
         except (OSError, ValueError, TypeError):
             return None
-        return running
+        return running if running.alive else None
+
+    @property
+    def alive(self) -> bool:
+        try:
+            process = psutil.Process(self.pid)
+            return process.create_time() == self.created_at and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
 
 
 class Platform:
@@ -126,7 +157,6 @@ class Platform:
         self._data = options.data_dir.resolve()
         self._stack = contextlib.AsyncExitStack()
         self._tasks = Tasks("embedded platform")
-        self._provider: asyncio.subprocess.Process | None = None
         self.running: Running | None = None
         self.login: Login | None = None
 
@@ -149,8 +179,12 @@ class Platform:
         lock.acquire()
         self._stack.callback(lock.release)
         self._check_format()
-        run_dir = Path(tempfile.mkdtemp(prefix="dante-"))  # short: Unix socket paths are bounded
-        self._stack.callback(shutil.rmtree, run_dir, ignore_errors=True)
+        # With a provider, the next daemon takes the jobs over; without one they are handed back.
+        await asyncio.to_thread(
+            end_leftover, self._data / "provider", signal.SIGKILL if options.provider else signal.SIGTERM
+        )
+        ports.require_free()
+        run_dir = self._make_run_dir()
 
         secrets_dir = self._data / "secrets"
         trust = load_or_create_trust(secrets_dir)
@@ -179,8 +213,9 @@ class Platform:
         listening = await root.start()
 
         url = f"http://127.0.0.1:{ports.gateway}"
-        running = Running(
+        self.running = Running(
             pid=os.getpid(),
+            created_at=psutil.Process().create_time(),
             url=url,
             ops_url=listening.ops_url,
             nats_url=nats.address.url,
@@ -189,20 +224,34 @@ class Platform:
             database=postgres.address.dsn(),
         )
         self.login, join_token = await set_up_operator(dict.fromkeys(TARGETS, listen), url, self._data)
+        self._stack.callback((self._data / "runtime.json").unlink, missing_ok=True)
         if options.provider:
             self._tell("provider daemon")
-            running = await self._start_provider(running, join_token)
-        self._note(running)
-        self.running = running
-        return running
+            await self._start_provider(url, join_token)
+        self._note(self.running)
+        return self.running
 
     def _check_format(self) -> None:
         path = self._data / "format"
         if not path.exists():
-            path.write_text(f"{FORMAT}\n")
+            _write_whole(path, f"{FORMAT}\n")
         found = path.read_text().strip()
         if not found.isdigit() or int(found) > FORMAT:
             raise NewerPlatformFolder(self._data, found[:20])
+
+    def _make_run_dir(self) -> Path:
+        """A folder with a short path, because those of Unix sockets are bounded. A killed platform's is removed."""
+        link = self._data / "run"
+        if link.is_symlink():
+            left_behind = link.readlink()
+            if left_behind.name.startswith(_RUN_DIR_PREFIX) and left_behind.parent == Path(tempfile.gettempdir()):
+                shutil.rmtree(left_behind, ignore_errors=True)
+            link.unlink()
+        run_dir = Path(tempfile.mkdtemp(prefix=_RUN_DIR_PREFIX))
+        self._stack.callback(shutil.rmtree, run_dir, ignore_errors=True)
+        link.symlink_to(run_dir)
+        self._stack.callback(link.unlink, missing_ok=True)
+        return run_dir
 
     def _flags(self, database_url: str, nats_url: str, creds: Path, listen: str) -> dict[str, dict[str, Any]]:
         ports = self._options.ports
@@ -237,49 +286,44 @@ class Platform:
         while True:
             status = await server.wait_stopped()
             log.error("embedded_server_ended", server=name, status=status)
-            await server.start()
+            delay_seconds = RESTART_DELAY_SECONDS
+            while True:
+                try:
+                    await server.start()
+                    break
+                except EmbeddedServerError as error:
+                    log.error("embedded_server_not_restarted", server=name, why=str(error), retry_in=delay_seconds)
+                    await asyncio.sleep(delay_seconds)
+                    delay_seconds = min(delay_seconds * 2, RESTART_DELAY_SECONDS_MAX)
             log.info("embedded_server_restarted", server=name)
 
-    # --- the provider daemon ------------------------------------------------------------------------------------------
-
-    async def _start_provider(self, running: Running, join_token: str) -> Running:
-        state_dir = self._data / "provider"
-        make_private_folder(state_dir)
+    async def _start_provider(self, url: str, join_token: str) -> None:
+        ops_listen = f"127.0.0.1:{self._options.ports.provider_ops}"
         told = {
-            "DANTE_DAEMON_STATE": str(state_dir),
-            "DANTE_DAEMON_GATEWAY_URL": running.url,
+            "DANTE_DAEMON_GATEWAY_URL": url,
             "DANTE_DAEMON_JOIN_TOKEN": join_token,
             "DANTE_DAEMON_SIMULATE_GPUS": self._options.simulate_gpus,
+            "DANTE_DAEMON_OPS_LISTEN": ops_listen,
             **self._options.provider_environment,
         }
-        with (self._data / "provider.log").open("ab") as log_file:
-            self._provider = await asyncio.create_subprocess_exec(
-                # -P: a module in the user's folder must not shadow the standard library's.
-                sys.executable, "-P", "-m", "dantegpu.daemon",
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=log_file,
-                stderr=log_file,
-                # The terminal's Ctrl-C is for us; we stop the daemon in order.
-                start_new_session=True,
-                env={**os.environ, **told},
-            )  # fmt: skip
-        self._stack.push_async_callback(self._stop_provider)
-        return replace(running, provider_pid=self._provider.pid)
 
-    async def _stop_provider(self) -> None:
-        provider = self._provider
-        if provider is None or provider.returncode is not None:
-            return
-        provider.send_signal(signal.SIGTERM)
-        try:
-            async with asyncio.timeout(15):
-                await provider.wait()
-        except TimeoutError:
-            provider.kill()
-            await provider.wait()
+        def note(pid: int | None) -> None:
+            if self.running is not None:
+                url = f"http://{ops_listen}" if pid else None
+                self.running = replace(self.running, provider_pid=pid, provider_ops_url=url)
+                self._note(self.running)
+
+        daemon = ProviderDaemon(self._data / "provider", self._data / "provider.log", told, note)
+        self._stack.push_async_callback(daemon.stop)
+        await daemon.start()
 
     def _note(self, running: Running) -> None:
-        path = self._data / "runtime.json"
-        path.touch(mode=0o600)
-        path.write_text(json.dumps(asdict(running)))
-        self._stack.callback(path.unlink, missing_ok=True)
+        _write_whole(self._data / "runtime.json", json.dumps(asdict(running)))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Mode 0600, and never half: a full disk leaves the old file."""
+    fresh = path.with_name(f"{path.name}.new")
+    fresh.touch(mode=0o600)
+    fresh.write_text(text)
+    fresh.replace(path)

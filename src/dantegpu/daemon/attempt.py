@@ -367,7 +367,7 @@ class Attempt:
         if reason in ("max_duration", "timed_out", "budget"):
             return _Ended(jobs_pb2.OUTCOME_TIMED_OUT, f"stopped: {reason}")
         if reason == "daemon_stopped":
-            return _Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, "the machine's owner stopped the daemon")
+            return _Ended(jobs_pb2.OUTCOME_PREEMPTED, "the machine's owner stopped the daemon")
         return _Ended(jobs_pb2.OUTCOME_CANCELLED, f"stopped: {reason}" if reason else "stopped")
 
     def _raise_if_stopped(self) -> None:

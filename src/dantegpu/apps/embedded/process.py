@@ -88,7 +88,7 @@ class ServerProcess:
     @classmethod
     def start(cls, launch: Launch, log_path: Path, env: Mapping[str, str]) -> Self:
         """Call from a thread that lives as long as the server should: `death_signal` follows the thread's death."""
-        _rotate(log_path)
+        rotate_log(log_path)
         with open(os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as log:
             popen = subprocess.Popen(
                 launch.command(),
@@ -195,6 +195,7 @@ def make_private_folder(folder: Path) -> None:
         ) from error
 
 
-def _rotate(log_path: Path) -> None:
+def rotate_log(log_path: Path) -> None:
+    """Move a log that has grown above LOG_BYTES_MAX to `.1`, over the one before."""
     if log_size(log_path) > LOG_BYTES_MAX:
         log_path.replace(log_path.with_name(log_path.name + ".1"))

@@ -136,11 +136,15 @@ class _Ending:
     message: str
     billed_until: datetime
     results_uploaded: bool
+    handed_back: bool = False
+    """The machine gave the attempt up in order, as its daemon stopped: nothing has gone wrong with the job."""
 
 
 def _attempt_ended(job: JobSnapshot, event: AttemptEnded, now: datetime) -> Step:
     outcome = _effective_outcome(job, event.outcome)
-    return _finish_attempt(job, _Ending(outcome, event.exit_code, event.message, now, results_uploaded=True), now)
+    handed_back = event.outcome is Outcome.PREEMPTED
+    ending = _Ending(outcome, event.exit_code, event.message, now, results_uploaded=True, handed_back=handed_back)
+    return _finish_attempt(job, ending, now)
 
 
 def _lease_expired(job: JobSnapshot, event: LeaseExpired, now: datetime) -> Step:
@@ -184,8 +188,8 @@ def _finish_attempt(job: JobSnapshot, ending: _Ending, now: datetime) -> Step:
         _without_attempt(job),
         exit_code=ending.exit_code,
         message=ending.message,
-        # Running out of money or giving way to others is not a try that went wrong.
-        attempts_used=job.attempts_used + (outcome is not Outcome.PREEMPTED),
+        # Running out of money, giving way to others, or a machine that is switched off in order: no try went wrong.
+        attempts_used=job.attempts_used + (outcome is not Outcome.PREEMPTED and not ending.handed_back),
     )
     if outcome is Outcome.PREEMPTED and job.stop_reason is StopReason.NO_FUNDS:
         # No timer: the next round asks billing again.
