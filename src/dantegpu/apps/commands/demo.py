@@ -32,7 +32,7 @@ CONSUMER_CREDIT_UDGPU = 10 * UDGPU_PER_DGPU
 
 @dataclass(slots=True)
 class Outcome:
-    """What `dante demo --json` prints. `states`: seconds from the submission until each state."""
+    """What `dante demo --json` prints. `states`: seconds from the submission to each state; `error` only after one."""
 
     ok: bool = False
     accuracy: float = 0.0
@@ -61,7 +61,10 @@ def demo(as_json: bool) -> None:
         raise SystemExit(130)
     outcome.seconds = round(time.monotonic() - began, 2)
     if as_json:
-        click.echo(json.dumps(asdict(outcome)))
+        figures = asdict(outcome)
+        if not outcome.error:
+            del figures["error"]
+        click.echo(json.dumps(figures))
     else:
         _tell(outcome, folder)
     if not outcome.ok:
