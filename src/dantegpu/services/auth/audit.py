@@ -25,6 +25,8 @@ _MAX_ADDRESS_LENGTH: Final = 64
 
 
 class AuditKind(StrEnum):
+    """What the log tells of."""
+
     REGISTERED = "registered"
     LOGIN_OK = "login_ok"
     LOGIN_FAILED = "login_failed"
@@ -61,6 +63,8 @@ class AuditProblem:
 
 
 class AuditLog:
+    """Appends to the chain and checks it."""
+
     def __init__(self, secrets: Secrets, clock: Clock) -> None:
         self._secrets = secrets
         self._clock = clock

@@ -5,6 +5,8 @@ from dantegpu.kit.errors import ErrorStatus, ServiceError
 
 
 class EmailTaken(ServiceError):
+    """Addresses are unique; this one has an account."""
+
     type = "email-taken"
     status = ErrorStatus.CONFLICT
 
@@ -13,6 +15,8 @@ class EmailTaken(ServiceError):
 
 
 class InvalidEmail(ServiceError):
+    """The text is no e-mail address."""
+
     type = "invalid-email"
     status = ErrorStatus.INVALID
 
@@ -21,6 +25,8 @@ class InvalidEmail(ServiceError):
 
 
 class WeakPassword(ServiceError):
+    """Too short, too long, or one that attackers try first; the message says which."""
+
     type = "weak-password"
     status = ErrorStatus.INVALID
 
@@ -70,6 +76,8 @@ class TeamNotFound(ServiceError):
 
 
 class UserNotFound(ServiceError):
+    """Nobody has an account with the address."""
+
     type = "user-not-found"
     status = ErrorStatus.NOT_FOUND
 
@@ -78,6 +86,8 @@ class UserNotFound(ServiceError):
 
 
 class LastOwner(ServiceError):
+    """The change would leave a team without an owner."""
+
     type = "last-owner"
     status = ErrorStatus.PRECONDITION
 
@@ -86,6 +96,8 @@ class LastOwner(ServiceError):
 
 
 class LimitReached(ServiceError):
+    """One more would be above a limit of this platform."""
+
     type = "limit-reached"
     status = ErrorStatus.PRECONDITION
 
@@ -94,6 +106,8 @@ class LimitReached(ServiceError):
 
 
 class ApiKeyNotFound(ServiceError):
+    """No such key, or it is somebody else's: the answer is the same."""
+
     type = "api-key-not-found"
     status = ErrorStatus.NOT_FOUND
 
@@ -102,6 +116,8 @@ class ApiKeyNotFound(ServiceError):
 
 
 class InvalidScope(ServiceError):
+    """A scope that does not exist."""
+
     type = "invalid-scope"
     status = ErrorStatus.INVALID
 
@@ -136,6 +152,8 @@ class MachineNotFound(ServiceError):
 
 
 class MachineRevoked(ServiceError):
+    """The machine was removed; its key may join again as a new one."""
+
     type = "machine-revoked"
     status = ErrorStatus.FORBIDDEN
 
@@ -147,6 +165,8 @@ class MachineRevoked(ServiceError):
 
 
 class MachineOfAnotherTeam(ServiceError):
+    """The key belongs to a machine of another team."""
+
     type = "machine-of-another-team"
     status = ErrorStatus.CONFLICT
 

@@ -32,6 +32,8 @@ _REMEMBERED = "remembered answer"
 
 
 class AuthRpc(AuthServiceServicer):
+    """The servicer; use cases are in `service`."""
+
     def __init__(
         self,
         db: Database,

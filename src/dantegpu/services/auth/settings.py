@@ -12,6 +12,8 @@ _DAY_SECONDS = 86_400
 
 
 class AuthSettings(ServiceSettings):
+    """Lives, limits and files of auth-service."""
+
     service_name: ClassVar[str] = "auth-service"
 
     secrets_dir: Path = Field(description="folder with the platform's keys; keys that are missing are made in it")

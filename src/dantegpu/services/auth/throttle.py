@@ -18,6 +18,8 @@ from dantegpu.services.auth.settings import AuthSettings
 
 
 class LoginThrottle:
+    """Counts attempts to log in; see the module for the three limits."""
+
     def __init__(self, settings: AuthSettings) -> None:
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
         self._pair = parse(settings.login_limit_per_account_and_address)

@@ -36,6 +36,8 @@ _MAX_ADDRESS_LENGTH: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
+    """An access token, its life, and the refresh token that comes after it."""
+
     access_token: str = field(repr=False)
     expires_in_seconds: int
     refresh_token: str = field(repr=False)
@@ -43,6 +45,8 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class LoggedIn:
+    """A new session."""
+
     tokens: Tokens
     user: UserRow
     teams: list[TeamRow]
@@ -58,6 +62,8 @@ class LoginAttempt:
 
 
 class Accounts:
+    """Use cases of people: register, log in, refresh, log out; and the operator's account."""
+
     def __init__(
         self,
         secrets: Secrets,

@@ -36,6 +36,8 @@ def covered(scope: str, scopes: frozenset[str]) -> bool:
 
 
 class ApiKeys:
+    """Use cases of API keys."""
+
     def __init__(self, audit: AuditLog, clock: Clock, settings: AuthSettings) -> None:
         self._audit = audit
         self._clock = clock

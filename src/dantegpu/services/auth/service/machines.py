@@ -48,6 +48,8 @@ class Credential:
 
 
 class Machines:
+    """Use cases of machines: each holds a key pair and gets credentials for it."""
+
     def __init__(self, secrets: Secrets, audit: AuditLog, clock: Clock, settings: AuthSettings) -> None:
         self._secrets = secrets
         self._audit = audit

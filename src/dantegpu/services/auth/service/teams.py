@@ -20,6 +20,8 @@ ROLES: Final = ("owner", "member", "viewer")
 
 
 class Teams:
+    """Use cases of teams."""
+
     def __init__(self, audit: AuditLog, clock: Clock, settings: AuthSettings) -> None:
         self._audit = audit
         self._clock = clock
