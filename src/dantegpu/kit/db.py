@@ -4,10 +4,12 @@ Only `store.py` files and kit use what is here.
 """
 
 import re
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any, LiteralString, cast
+from weakref import WeakKeyDictionary
 
 import psycopg
 import structlog
@@ -18,6 +20,8 @@ from dantegpu.kit.errors import Unavailable
 
 POOL_TIMEOUT_SECONDS = 3.0
 CONNECT_TIMEOUT_SECONDS = 3
+CHECK_AFTER_SECONDS = 0.5
+"""A pooled connection that was not used for so long is tried before it is handed out."""
 IDLE_IN_TRANSACTION_SECONDS = 10
 """A process that was stopped in mid-transaction keeps its locks from the others for at most this long."""
 
@@ -87,8 +91,9 @@ class Database:
             timeout=POOL_TIMEOUT_SECONDS,
             reconnect_timeout=15.0,
             name=schema,
-            check=cast(Any, AsyncConnectionPool.check_connection),  # typed for tuple rows only
+            check=self._check,
         )
+        self._used_at_seconds: WeakKeyDictionary[psycopg.AsyncConnection[DictRow], float] = WeakKeyDictionary()
 
     async def start(self) -> None:
         await self._pool.open()
@@ -107,6 +112,7 @@ class Database:
                 tx = Tx(connection)
                 async with connection.transaction():
                     yield tx
+                self._used_at_seconds[connection] = time.monotonic()
         except psycopg.errors.DiskFull as error:
             raise Unavailable("the database", "its disk is full: the operator has to free space", 30) from error
         except PoolTimeout as error:
@@ -122,6 +128,11 @@ class Database:
             raise Unavailable("the database") from error
         for callback in tx.after_commit:
             callback()
+
+    async def _check(self, connection: psycopg.AsyncConnection[DictRow]) -> None:
+        # A connection that just worked needs no round trip of its own to show that it does.
+        if time.monotonic() - self._used_at_seconds.get(connection, -CHECK_AFTER_SECONDS) >= CHECK_AFTER_SECONDS:
+            await cast(Any, AsyncConnectionPool.check_connection)(connection)  # typed for tuple rows only
 
     async def ready(self) -> None:
         """Raises Unavailable when a trivial query fails."""

@@ -129,11 +129,12 @@ class LiveLeaseRow:
 
 
 @dataclass(frozen=True, slots=True)
-class OverdueRow:
+class DueRow:
     job_id: UUID
     attempt_id: UUID
-    epoch: int
     lease_renewed_at: datetime
+    lost: bool
+    overdue: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,13 +337,14 @@ async def live_leases(tx: Tx) -> list[LiveLeaseRow]:
 # --- timers -----------------------------------------------------------------------------------------------------------
 
 
-async def expired_attempts(tx: Tx, *, now: datetime, grace_seconds: float, limit: int) -> list[OverdueRow]:
-    return await tx.all(OverdueRow, QUERIES["expired_attempts"], now=now, grace_seconds=grace_seconds, limit=limit)
-
-
-async def overdue_attempts(tx: Tx, *, now: datetime, grace_seconds: float, limit: int) -> list[OverdueRow]:
-    """Attempts that have run longer than their max_duration + grace."""
-    return await tx.all(OverdueRow, QUERIES["overdue_attempts"], now=now, grace_seconds=grace_seconds, limit=limit)
+async def due_attempts(
+    tx: Tx, *, now: datetime, lease_grace_seconds: float, stop_grace_seconds: float, limit: int
+) -> list[DueRow]:
+    """Live attempts whose lease and grace are over, or their max_duration and its grace."""
+    return await tx.all(
+        DueRow, QUERIES["due_attempts"], now=now, limit=limit,
+        lease_grace_seconds=lease_grace_seconds, stop_grace_seconds=stop_grace_seconds,
+    )  # fmt: skip
 
 
 # --- settlement -------------------------------------------------------------------------------------------------------

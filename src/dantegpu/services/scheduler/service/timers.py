@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from datetime import datetime
 
 import structlog
 
@@ -43,9 +44,7 @@ class Timers:
         while True:
             await asyncio.sleep(self._settings.timer_seconds)
             try:
-                if self._clock.monotonic() >= silent_until_seconds:
-                    await self.expire_leases()
-                await self.stop_overdue()
+                await self.look(may_lose=self._clock.monotonic() >= silent_until_seconds)
                 if self._clock.monotonic() >= next_forget_seconds:
                     next_forget_seconds = self._clock.monotonic() + FORGET_SECONDS
                     async with self._db.transaction() as tx:
@@ -53,48 +52,34 @@ class Timers:
             except ServiceError as error:
                 log.warning("timers_failed", error=error.message)
 
-    async def expire_leases(self) -> int:
-        """Attempts that were not renewed until lease + grace are lost; how many."""
+    async def look(self, *, may_lose: bool) -> None:
+        """End what is lost (unless the silence may be our own) and stop what ran too long."""
         now = self._clock.now()
         async with self._db.transaction() as tx:
-            expired = await store.expired_attempts(
-                tx, now=now, grace_seconds=self._settings.lease_grace_seconds, limit=BATCH
+            due = await store.due_attempts(
+                tx,
+                now=now,
+                lease_grace_seconds=self._settings.lease_grace_seconds,
+                stop_grace_seconds=self._settings.stop_grace_seconds,
+                limit=BATCH,
             )
-            if not expired:
-                return 0
-            batch = await JobBatch.lock(tx, [row.job_id for row in expired], now)
-            # Read again under locks: a renewal may have come in between, and none may come in now.
-            current = await store.lock_attempts(tx, [row.attempt_id for row in expired])
-            lost = 0
-            for row in expired:
-                job, attempt = batch.get(row.job_id), current[row.attempt_id]
-                if (
-                    job is not None
-                    and job.attempt_id == AttemptId(row.attempt_id)
-                    and attempt.lease_renewed_at == row.lease_renewed_at
-                ):
-                    batch.apply(row.job_id, lifecycle.LeaseExpired(renewed_at=row.lease_renewed_at))
-                    lost += 1
-            await batch.save(tx, self._outbox, self._wakeups, lease_seconds=self._settings.lease_seconds)
-        log.warning("attempts_lost", attempts=lost)
-        return lost
+            if due:
+                await self._act(tx, due, now, may_lose=may_lose)
 
-    async def stop_overdue(self) -> int:
-        """Ask for a stop of what ran longer than it may; how many."""
-        now = self._clock.now()
-        async with self._db.transaction() as tx:
-            overdue = await store.overdue_attempts(
-                tx, now=now, grace_seconds=self._settings.stop_grace_seconds, limit=BATCH
-            )
-            if not overdue:
-                return 0
-            await self._stop(tx, overdue)
-        return len(overdue)
-
-    async def _stop(self, tx: store.Tx, overdue: Sequence[store.OverdueRow]) -> None:
-        batch = await JobBatch.lock(tx, [row.job_id for row in overdue], self._clock.now())
-        for row in overdue:
+    async def _act(self, tx: store.Tx, due: Sequence[store.DueRow], now: datetime, *, may_lose: bool) -> None:
+        batch = await JobBatch.lock(tx, [row.job_id for row in due], now)
+        # Read again under locks: a renewal may have come in between, and none may come in now.
+        current = await store.lock_attempts(tx, [row.attempt_id for row in due])
+        lost = 0
+        for row in due:
             job = batch.get(row.job_id)
-            if job is not None and job.attempt_id == AttemptId(row.attempt_id):
+            if job is None or job.attempt_id != AttemptId(row.attempt_id):
+                continue
+            if row.lost and may_lose and current[row.attempt_id].lease_renewed_at == row.lease_renewed_at:
+                batch.apply(row.job_id, lifecycle.LeaseExpired(renewed_at=row.lease_renewed_at))
+                lost += 1
+            elif row.overdue:
                 batch.apply(row.job_id, lifecycle.StopRequested(by="max_duration", why=StopReason.MAX_DURATION))
         await batch.save(tx, self._outbox, self._wakeups, lease_seconds=self._settings.lease_seconds)
+        if lost:
+            log.warning("attempts_lost", attempts=lost)

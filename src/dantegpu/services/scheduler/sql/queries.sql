@@ -155,16 +155,17 @@ SELECT a.machine_id, a.team_id, a.cpu_milli, a.memory_bytes, a.disk_bytes,
 FROM attempts a LEFT JOIN device_leases l ON l.attempt_id = a.id
 WHERE a.ended_at IS NULL GROUP BY a.id;
 
--- name: expired_attempts
-SELECT a.job_id, a.id AS attempt_id, a.epoch, a.lease_renewed_at FROM attempts a
-WHERE a.ended_at IS NULL AND a.lease_expires_at + make_interval(secs => %(grace_seconds)s) <= %(now)s
-ORDER BY a.job_id LIMIT %(limit)s;
-
--- name: overdue_attempts
-SELECT a.job_id, a.id AS attempt_id, a.epoch, a.lease_renewed_at FROM attempts a
-WHERE a.ended_at IS NULL AND a.stop_reason IS NULL
-  AND a.running_at + make_interval(secs => a.max_duration_seconds + %(grace_seconds)s) <= %(now)s
-ORDER BY a.job_id LIMIT %(limit)s;
+-- name: due_attempts
+-- Live attempts whose lease is over for good (lost), or that ran longer than they may and were not told to stop.
+SELECT * FROM (
+    SELECT job_id, id AS attempt_id, lease_renewed_at,
+        lease_expires_at + make_interval(secs => %(lease_grace_seconds)s) <= %(now)s AS lost,
+        stop_reason IS NULL AND coalesce(
+            running_at + make_interval(secs => max_duration_seconds + %(stop_grace_seconds)s) <= %(now)s, false
+        ) AS overdue
+    FROM attempts WHERE ended_at IS NULL
+) AS live
+WHERE lost OR overdue ORDER BY job_id LIMIT %(limit)s;
 
 -- name: unsettled_attempts
 SELECT * FROM attempts WHERE ended_at IS NOT NULL AND NOT settled ORDER BY ended_at LIMIT %(limit)s;
