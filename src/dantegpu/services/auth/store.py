@@ -13,6 +13,8 @@ QUERIES = Queries.of("dantegpu.services.auth")
 
 @dataclass(frozen=True, slots=True)
 class UserRow:
+    """A person."""
+
     id: UUID
     email: str
     password_hash: str = field(repr=False)
@@ -32,6 +34,8 @@ class TeamRow:
 
 @dataclass(frozen=True, slots=True)
 class MemberRow:
+    """Somebody in a team."""
+
     user_id: UUID
     email: str
     role: str
@@ -52,6 +56,8 @@ class RefreshTokenRow:
 
 @dataclass(frozen=True, slots=True)
 class ApiKeyRow:
+    """A key without its secret."""
+
     id: UUID
     prefix: str
     name: str
@@ -80,6 +86,8 @@ class ValidKeyRow:
 
 @dataclass(frozen=True, slots=True)
 class JoinTokenRow:
+    """A token with which machines join, without its secret."""
+
     id: UUID
     team_id: UUID
     expires_at: datetime
@@ -89,6 +97,8 @@ class JoinTokenRow:
 
 @dataclass(frozen=True, slots=True)
 class MachineRow:
+    """A machine and its public key."""
+
     id: UUID
     team_id: UUID
     public_key: str
@@ -98,6 +108,8 @@ class MachineRow:
 
 @dataclass(frozen=True, slots=True)
 class SigningKeyRow:
+    """A signing key, its private half encrypted."""
+
     kid: str
     public_key: bytes
     private_key_sealed: bytes
@@ -106,12 +118,16 @@ class SigningKeyRow:
 
 @dataclass(frozen=True, slots=True)
 class AuditHead:
+    """The last row of the audit log."""
+
     seq: int
     mac: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class AuditRow:
+    """A security event; `mac` ties it to the row before."""
+
     seq: int
     occurred_at: datetime
     kind: str
