@@ -68,7 +68,7 @@ class Transfers:
                 raise
             except (httpx.HTTPError, TransferFailed) as error:
                 if number == TRIES - 1:
-                    raise TransferFailed(f"the job's input could not be fetched: {error!r}") from error
+                    raise TransferFailed(f"the job's input could not be fetched: {_said(error)}") from error
                 await asyncio.sleep(FIRST_PAUSE_SECONDS * 2**number)
             else:
                 return
@@ -108,10 +108,15 @@ class Transfers:
                     raise
                 except (httpx.HTTPError, TransferFailed) as error:
                     if number == TRIES - 1:
-                        raise TransferFailed(f"{file.file.path} could not be uploaded: {error!r}") from error
+                        raise TransferFailed(f"{file.file.path} could not be uploaded: {_said(error)}") from error
                     await asyncio.sleep(FIRST_PAUSE_SECONDS * 2**number)
                 else:
                     return
+
+
+def _said(error: Exception) -> str:
+    """Some of httpx's errors have no text."""
+    return str(error) or type(error).__name__
 
 
 def _check(response: httpx.Response) -> None:

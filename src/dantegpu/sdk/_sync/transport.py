@@ -16,6 +16,7 @@ from pydantic import BaseModel, SecretStr, ValidationError
 from dantegpu import __version__
 from dantegpu.contracts.rest.accounts import Refresh
 from dantegpu.contracts.rest.accounts import Tokens as NewTokens
+from dantegpu.contracts.rest.base import Problem
 from dantegpu.sdk.errors import ApiError, ConnectionProblem, DanteError, InvalidAnswer, TransferProblem, Unauthenticated
 from dantegpu.sdk.protocol import (
     FIRST_CONTACT_SECONDS,
@@ -293,7 +294,12 @@ class Transport:
 
 
 def _refusal(what: str, status: int, body: bytes) -> str:
-    return f"storage refused {what}: HTTP {status} {body[:200].decode(errors='replace').strip()}".rstrip()
+    """The store's own words when it is the platform's; another one's answer (S3: XML) as it is, cut."""
+    try:
+        said = Problem.model_validate_json(body).detail
+    except ValidationError:
+        said = f"HTTP {status} {body[:200].decode(errors='replace').strip()}"
+    return f"storage refused {what}: {said}".rstrip()
 
 
 def _present(params: Params | None) -> dict[str, str | int | list[str]]:
