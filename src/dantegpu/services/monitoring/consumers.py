@@ -1,8 +1,6 @@
 """NATS edge of the monitoring service: log chunks by request and reply, stored in batches."""
 
 import asyncio
-from collections.abc import Mapping
-from uuid import UUID
 
 import structlog
 from nats.aio.msg import Msg
@@ -12,14 +10,17 @@ from dantegpu.contracts.gen.dante.v1 import events_pb2, machine_pb2
 from dantegpu.domain.ids import AttemptId, InvalidId, JobId, MachineId
 from dantegpu.kit.bus import Bus
 from dantegpu.kit.errors import ServiceError
-from dantegpu.kit.lifecycle import Tasks
-from dantegpu.services.monitoring.service import Chunk, LogService, Stored
+from dantegpu.kit.lifecycle import Tasks, Wakeup
+from dantegpu.services.monitoring.service import LOOP_BATCH, Appended, Chunk, LogService, Stored
 
 log = structlog.get_logger(__name__)
 
 QUEUE_GROUP = "monitoring"
-BATCH_MESSAGES = 256
-ARCHIVE_INTERVAL_SECONDS = 15.0
+BATCH_MESSAGES_MAX = 256
+BATCH_BYTES_MAX = 8 << 20
+WAITING_BYTES_MAX = 16 << 20
+"""Above it nothing is taken from the NATS client, whose own queue is bounded, too; what does not fit there is sent
+again by the machine."""
 
 type _Request = tuple[Msg, MachineId, machine_pb2.LogAppend]
 
@@ -27,10 +28,14 @@ type _Request = tuple[Msg, MachineId, machine_pb2.LogAppend]
 class LogConsumers:
     """Component. The first message goes at once; what arrives while it is stored is the next batch."""
 
-    def __init__(self, bus: Bus, service: LogService) -> None:
+    def __init__(self, bus: Bus, service: LogService, archive_interval_seconds: float) -> None:
         self._bus = bus
         self._service = service
-        self._queue: asyncio.Queue[_Request] = asyncio.Queue(maxsize=10 * BATCH_MESSAGES)
+        self._archive_interval_seconds = archive_interval_seconds
+        self._waiting: asyncio.Queue[_Request] = asyncio.Queue()
+        self._waiting_bytes = 0
+        self._room = Wakeup()
+        self._archive_now = Wakeup()
         self._tasks = Tasks("logs")
 
     async def start(self) -> None:
@@ -43,12 +48,24 @@ class LogConsumers:
 
     async def _receive(self, message: Msg) -> None:
         request = machine_pb2.LogAppend.FromString(message.data)
-        await self._queue.put((message, subjects.machine_of(message.subject), request))
+        machine_id = subjects.machine_of(message.subject)
+        while self._waiting_bytes >= WAITING_BYTES_MAX:
+            await self._room.wait()
+        self._waiting_bytes += len(message.data)
+        self._waiting.put_nowait((message, machine_id, request))
+
+    async def _next_batch(self) -> list[_Request]:
+        batch = [await self._waiting.get()]
+        batch_bytes = len(batch[0][0].data)
+        while len(batch) < BATCH_MESSAGES_MAX and batch_bytes < BATCH_BYTES_MAX and not self._waiting.empty():
+            batch.append(self._waiting.get_nowait())
+            batch_bytes += len(batch[-1][0].data)
+        self._waiting_bytes -= batch_bytes
+        self._room.notify()
+        return batch
 
     async def _store_batch(self) -> None:
-        batch = [await self._queue.get()]
-        while len(batch) < BATCH_MESSAGES and not self._queue.empty():
-            batch.append(self._queue.get_nowait())
+        batch = await self._next_batch()
         chunks = [
             (machine_id, parsed)
             for _, machine_id, request in batch
@@ -63,15 +80,15 @@ class LogConsumers:
                 await self._bus.respond(message, machine_pb2.LogAppended(error="unavailable"))
             return
         for message, machine_id, request in batch:
-            await self._bus.respond(message, _acknowledge(request, appended.stored, machine_id))
+            await self._bus.respond(message, _acknowledge(request, appended, machine_id))
         for job_id in appended.jobs:
             event = events_pb2.LogAppendedEvent(job_id=str(JobId(job_id)))
             await self._bus.publish(subjects.logs_appended(JobId(job_id)), event)
 
     async def _archive(self) -> None:
-        await asyncio.sleep(ARCHIVE_INTERVAL_SECONDS)
         await self._service.end_abandoned()
-        await self._service.archive_ended()
+        if await self._service.archive_ended() < LOOP_BATCH:
+            await self._archive_now.wait(self._archive_interval_seconds)
 
 
 def _parse(chunk: machine_pb2.LogChunk) -> Chunk | None:
@@ -81,15 +98,12 @@ def _parse(chunk: machine_pb2.LogChunk) -> Chunk | None:
         return None
 
 
-def _acknowledge(
-    request: machine_pb2.LogAppend, stored: Mapping[UUID, Stored], machine_id: MachineId
-) -> machine_pb2.LogAppended:
+def _acknowledge(request: machine_pb2.LogAppend, appended: Appended, machine_id: MachineId) -> machine_pb2.LogAppended:
     reply = machine_pb2.LogAppended()
     for chunk in request.chunks:
         parsed = _parse(chunk)
-        state = stored.get(parsed.attempt_id) if parsed else None
-        if state is None:
-            log.warning("log_chunk_refused", machine_id=str(machine_id), attempt_id=chunk.attempt_id[:60])
-            state = Stored(0, refused=True)
+        state = appended.stored[machine_id, parsed.attempt_id] if parsed else Stored(0, refused=True)
+        if state.refused:
+            log.info("log_chunk_refused", machine_id=str(machine_id), attempt_id=chunk.attempt_id[:60])
         reply.acks.add(attempt_id=chunk.attempt_id, offset=state.size_bytes, refused=state.refused)
     return reply

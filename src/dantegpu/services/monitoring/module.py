@@ -24,7 +24,11 @@ def build(deps: Deps, settings: MonitoringSettings) -> Service:
     service = LogService(db, jobs, storage, deps.clock, settings)
     return Service(
         name=settings.service_name,
-        components=[Migrations(dsn, SCHEMA, MIGRATIONS), db, LogConsumers(deps.bus, service)],
+        components=[
+            Migrations(dsn, SCHEMA, MIGRATIONS),
+            db,
+            LogConsumers(deps.bus, service, settings.archive_interval_seconds),
+        ],
         register_rpc=lambda server: monitoring_pb2_grpc.add_MonitoringServiceServicer_to_server(
             MonitoringRpc(service), server
         ),

@@ -1,18 +1,29 @@
 """gRPC edge of the monitoring service."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, override
 
 from dantegpu.contracts.gen.dante.v1 import monitoring_pb2, monitoring_pb2_grpc
 from dantegpu.domain.ids import JobId
+from dantegpu.kit.actor import current_actor
 from dantegpu.services.monitoring.service import LogService
+
+if TYPE_CHECKING:
+    from grpc import aio
+
+    type Context = aio.ServicerContext[Any, Any]
 
 
 class MonitoringRpc(monitoring_pb2_grpc.MonitoringServiceServicer):
     def __init__(self, service: LogService) -> None:
         self._service = service
 
-    async def ReadLogs(self, request: monitoring_pb2.ReadLogsRequest, context: Any) -> monitoring_pb2.ReadLogsResponse:
-        read = await self._service.read(JobId.parse(request.job_id), request.epoch, request.offset, request.limit_bytes)
+    @override
+    async def ReadLogs(
+        self, request: monitoring_pb2.ReadLogsRequest, context: "Context"
+    ) -> monitoring_pb2.ReadLogsResponse:
+        read = await self._service.read(
+            current_actor(), JobId.parse(request.job_id), request.epoch, request.offset, request.limit_bytes
+        )
         return monitoring_pb2.ReadLogsResponse(
             epoch=read.epoch,
             offset=read.offset,

@@ -15,5 +15,6 @@ class MonitoringSettings(ServiceSettings):
         default=60.0, ge=0, description="how long an ended log stays in PostgreSQL before it moves to storage"
     )
     abandoned_after_seconds: float = Field(
-        default=600.0, ge=1, description="when a silent log is looked at: its machine may be gone"
+        default=600.0, gt=0, description="when a silent log is looked at: its machine may be gone"
     )
+    archive_interval_seconds: float = Field(default=15.0, gt=0, description="how often logs to archive are looked for")

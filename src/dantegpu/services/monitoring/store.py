@@ -11,7 +11,19 @@ QUERIES = Queries.of("dantegpu.services.monitoring")
 
 
 @dataclass(frozen=True, slots=True)
+class AttemptRow:
+    """Whose an attempt is."""
+
+    attempt_id: UUID
+    job_id: UUID
+    team_id: UUID
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class HeadRow:
+    """What is stored of an attempt's log. `tail_offset`: where the last chunk begins."""
+
     attempt_id: UUID
     job_id: UUID
     epoch: int
@@ -20,6 +32,8 @@ class HeadRow:
     truncated: bool
     archived: bool
     updated_at: datetime
+    tail_offset: int
+    team_id: UUID | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,29 +42,48 @@ class ChunkRow:
     data: bytes
 
 
-async def lock_heads(tx: Tx, attempts: Sequence[tuple[UUID, UUID, int]], now: datetime) -> dict[UUID, HeadRow]:
-    """Heads of (attempt, job, epoch), made where missing, locked in id order."""
-    attempt_ids = [attempt for attempt, _, _ in attempts]
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Bytes to store at `offset`: as a new chunk, or at the end of the chunk that begins there."""
+
+    attempt_id: UUID
+    offset: int
+    data: bytes
+
+
+async def lock_heads(tx: Tx, attempts: Sequence[AttemptRow], now: datetime) -> dict[UUID, HeadRow]:
+    """Heads of the attempts, made where missing, locked in id order."""
+    attempt_ids = [attempt.attempt_id for attempt in attempts]
     await tx.run(
-        QUERIES["make_heads"], attempt_ids=attempt_ids, job_ids=[job for _, job, _ in attempts],
-        epochs=[epoch for _, _, epoch in attempts], now=now,
+        QUERIES["make_heads"], attempt_ids=attempt_ids, job_ids=[attempt.job_id for attempt in attempts],
+        team_ids=[attempt.team_id for attempt in attempts], epochs=[attempt.epoch for attempt in attempts], now=now,
     )  # fmt: skip
     rows = await tx.all(HeadRow, QUERIES["lock_heads"], attempt_ids=attempt_ids)
     return {row.attempt_id: row for row in rows}
 
 
-async def append(tx: Tx, heads: Sequence[HeadRow], chunks: Sequence[tuple[UUID, int, bytes]], now: datetime) -> None:
-    """Store new chunks (attempt, offset, bytes) and the heads as they are with them."""
-    if chunks:
-        await tx.run(
-            QUERIES["insert_chunks"], attempt_ids=[attempt for attempt, _, _ in chunks],
-            offsets=[offset for _, offset, _ in chunks], data=[data for _, _, data in chunks],
-        )  # fmt: skip
+async def append(
+    tx: Tx, heads: Sequence[HeadRow], new: Sequence[Piece], lengthened: Sequence[Piece], now: datetime
+) -> None:
+    """Store new chunks, bytes at the end of known ones, and the heads as they are with them."""
+    if lengthened:
+        changed = await tx.run(QUERIES["lengthen_chunks"], **_columns(lengthened))
+        assert changed == len(lengthened), "a head points to a last chunk that is not there"
+    if new:
+        await tx.run(QUERIES["insert_chunks"], **_columns(new))
     await tx.run(
         QUERIES["save_heads"], attempt_ids=[head.attempt_id for head in heads],
-        sizes=[head.size_bytes for head in heads], complete=[head.complete for head in heads],
-        truncated=[head.truncated for head in heads], now=now,
+        sizes=[head.size_bytes for head in heads], tails=[head.tail_offset for head in heads],
+        complete=[head.complete for head in heads], truncated=[head.truncated for head in heads], now=now,
     )  # fmt: skip
+
+
+def _columns(pieces: Sequence[Piece]) -> dict[str, object]:
+    return {
+        "attempt_ids": [piece.attempt_id for piece in pieces],
+        "offsets": [piece.offset for piece in pieces],
+        "data": [piece.data for piece in pieces],
+    }
 
 
 async def head_of_job(tx: Tx, job_id: UUID, epoch: int) -> HeadRow | None:
@@ -58,8 +91,9 @@ async def head_of_job(tx: Tx, job_id: UUID, epoch: int) -> HeadRow | None:
     return await tx.one(HeadRow, QUERIES["head_of_job"], job_id=job_id, epoch=epoch)
 
 
-async def chunks_from(tx: Tx, attempt_id: UUID, after: int, limit: int) -> list[ChunkRow]:
-    return await tx.all(ChunkRow, QUERIES["chunks_from"], attempt_id=attempt_id, after=after, limit=limit)
+async def chunks_between(tx: Tx, attempt_id: UUID, start: int, stop: int) -> list[ChunkRow]:
+    """All chunks with bytes of [start, stop), in order; the first may begin earlier, the last end later."""
+    return await tx.all(ChunkRow, QUERIES["chunks_between"], attempt_id=attempt_id, start=start, stop=stop)
 
 
 async def heads_to_archive(tx: Tx, before: datetime, limit: int) -> list[HeadRow]:
@@ -70,8 +104,8 @@ async def silent_heads(tx: Tx, before: datetime, limit: int) -> list[HeadRow]:
     return await tx.all(HeadRow, QUERIES["silent_heads"], before=before, limit=limit)
 
 
-async def complete_heads(tx: Tx, attempt_ids: Sequence[UUID]) -> None:
-    await tx.run(QUERIES["complete_heads"], attempt_ids=list(attempt_ids))
+async def complete_heads(tx: Tx, attempt_ids: Sequence[UUID], before: datetime) -> int:
+    return await tx.run(QUERIES["complete_heads"], attempt_ids=list(attempt_ids), before=before)
 
 
 async def touch_heads(tx: Tx, attempt_ids: Sequence[UUID], now: datetime) -> None:
