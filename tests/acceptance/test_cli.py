@@ -160,7 +160,8 @@ def test_submit_takes_a_file_with_several_jobs_and_the_shells_environment(ann: T
     (tmp_path / "hello.txt").write_text("from the folder\n")
     (tmp_path / "jobs.yaml").write_text(
         "name: one\nfiles: [.]\nenv: [WORD]\ncommands: ['echo $WORD', cat hello.txt]\n"
-        "resources: {cpu: 0.1, memory: 128MB}\n---\nname: two\ncommand: [echo, second]\nresources: {cpu: 0.1, memory: 128MB}\n"
+        "resources: {cpu: 0.1, memory: 128MB}\n---\nname: two\ncommand: [echo, second]\n"
+        "resources: {cpu: 0.1, memory: 128MB}\n"
     )
     jobs = ann.json("submit", str(tmp_path / "jobs.yaml"), env={"WORD": "given"})["jobs"]
     assert [job["name"] for job in jobs] == ["one", "two"]

@@ -2,10 +2,12 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import wraps
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Concatenate
 
 import click
@@ -79,11 +81,13 @@ class Cli:
 
     def client(self, *, retry_seconds: float = RETRY_SECONDS) -> "Dante":
         """A client that says on stderr what it waits for."""
+        _keep_httpx_small()
         from dantegpu.sdk import Dante
 
         return Dante(**self._options(), retry_seconds=retry_seconds)
 
     def async_client(self, *, retry_seconds: float = FOLLOW_RETRY_SECONDS) -> "AsyncDante":
+        _keep_httpx_small()
         from dantegpu.sdk import AsyncDante
 
         return AsyncDante(**self._options(), retry_seconds=retry_seconds)
@@ -111,6 +115,14 @@ class Cli:
             output.print_json(document)
         else:
             human()
+
+
+def _keep_httpx_small() -> None:
+    """httpx loads its own command line (rich, pygments) with the package: a third of our start, for nothing."""
+    if "httpx" not in sys.modules:
+        unused = ModuleType("httpx._main")
+        unused.__dict__["main"] = lambda: None
+        sys.modules.setdefault("httpx._main", unused)
 
 
 def command[**P](

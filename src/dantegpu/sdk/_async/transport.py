@@ -66,7 +66,12 @@ class AsyncTransport:
         self._refreshing = asyncio.Lock()
         headers = {"User-Agent": f"dantegpu-python/{__version__}"}
         self._http = httpx.AsyncClient(
-            base_url=self.url, headers=headers, timeout=_TIMEOUT, transport=http_transport, trust_env=False
+            base_url=self.url,
+            headers=headers,
+            timeout=_TIMEOUT,
+            transport=http_transport,
+            trust_env=False,
+            verify=_uses_tls(self.url),
         )
 
     async def __aenter__(self) -> Self:
@@ -270,7 +275,7 @@ class AsyncTransport:
     async def put_bytes(self, url: str, chunks: AsyncGenerator[bytes], size_bytes: int) -> None:
         """Send bytes to a presigned URL. Raises httpx.TransportError, or TransferProblem when they are refused."""
         headers = {"Content-Length": str(size_bytes), "Content-Type": "application/octet-stream"}
-        async with httpx.AsyncClient(timeout=_TIMEOUT, trust_env=False) as http:
+        async with httpx.AsyncClient(timeout=_TIMEOUT, trust_env=False, verify=_uses_tls(url)) as http:
             response = await http.put(url, content=chunks, headers=headers)
         if response.status_code >= 400:
             raise TransferProblem(_refusal("the upload", response.status_code, response.content), refused=True)
@@ -278,7 +283,7 @@ class AsyncTransport:
     async def get_bytes(self, url: str) -> AsyncGenerator[bytes]:
         """Fetch a presigned URL. Raises httpx.TransportError, or TransferProblem when it is refused."""
         async with (
-            httpx.AsyncClient(timeout=_TIMEOUT, trust_env=False, follow_redirects=False) as http,
+            httpx.AsyncClient(timeout=_TIMEOUT, trust_env=False, verify=_uses_tls(url)) as http,
             http.stream("GET", url) as response,
         ):
             if response.status_code >= 400:
@@ -289,6 +294,14 @@ class AsyncTransport:
 
     def new_retries(self) -> Retries:
         return Retries(self._retry_seconds)
+
+
+def _uses_tls(url: str) -> bool:
+    """Loading the certificates of all authorities takes longer than most requests; plain http needs none.
+
+    No redirect is ever followed, so a client for http:// never gets to speak TLS.
+    """
+    return urlsplit(url).scheme != "http"
 
 
 def _refusal(what: str, status: int, body: bytes) -> str:

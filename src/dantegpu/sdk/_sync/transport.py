@@ -68,7 +68,12 @@ class Transport:
         self._refreshing = threading.Lock()
         headers = {"User-Agent": f"dantegpu-python/{__version__}"}
         self._http = httpx.Client(
-            base_url=self.url, headers=headers, timeout=_TIMEOUT, transport=http_transport, trust_env=False
+            base_url=self.url,
+            headers=headers,
+            timeout=_TIMEOUT,
+            transport=http_transport,
+            trust_env=False,
+            verify=_uses_tls(self.url),
         )
 
     def __enter__(self) -> Self:
@@ -272,7 +277,7 @@ class Transport:
     def put_bytes(self, url: str, chunks: Generator[bytes], size_bytes: int) -> None:
         """Send bytes to a presigned URL. Raises httpx.TransportError, or TransferProblem when they are refused."""
         headers = {"Content-Length": str(size_bytes), "Content-Type": "application/octet-stream"}
-        with httpx.Client(timeout=_TIMEOUT, trust_env=False) as http:
+        with httpx.Client(timeout=_TIMEOUT, trust_env=False, verify=_uses_tls(url)) as http:
             response = http.put(url, content=chunks, headers=headers)
         if response.status_code >= 400:
             raise TransferProblem(_refusal("the upload", response.status_code, response.content), refused=True)
@@ -280,7 +285,7 @@ class Transport:
     def get_bytes(self, url: str) -> Generator[bytes]:
         """Fetch a presigned URL. Raises httpx.TransportError, or TransferProblem when it is refused."""
         with (
-            httpx.Client(timeout=_TIMEOUT, trust_env=False, follow_redirects=False) as http,
+            httpx.Client(timeout=_TIMEOUT, trust_env=False, verify=_uses_tls(url)) as http,
             http.stream("GET", url) as response,
         ):
             if response.status_code >= 400:
@@ -291,6 +296,14 @@ class Transport:
 
     def new_retries(self) -> Retries:
         return Retries(self._retry_seconds)
+
+
+def _uses_tls(url: str) -> bool:
+    """Loading the certificates of all authorities takes longer than most requests; plain http needs none.
+
+    No redirect is ever followed, so a client for http:// never gets to speak TLS.
+    """
+    return urlsplit(url).scheme != "http"
 
 
 def _refusal(what: str, status: int, body: bytes) -> str:
