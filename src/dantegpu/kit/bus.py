@@ -29,6 +29,7 @@ ACK_WAIT_SECONDS = 30
 DUPLICATE_WINDOW_SECONDS = 120
 MAX_ACK_PENDING = 20_000
 PUBLISH_TIMEOUT_SECONDS = 5.0
+CLOSE_TIMEOUT_SECONDS = 5.0
 RECONNECT_WAIT_SECONDS = 0.2
 STREAM_CHECK_SECONDS = 5.0
 """How soon a stream or consumer that vanished (the store was deleted) is made again."""
@@ -98,7 +99,12 @@ class Bus:
     async def stop(self) -> None:
         await self._tasks.stop()
         if self._started and not self._client.is_closed:
-            await self._client.close()
+            # Waited for from outside: while the client is reconnecting, its close() ends with a CancelledError that
+            # nobody asked for.
+            closing = asyncio.ensure_future(self._client.close())
+            await asyncio.wait([closing], timeout=CLOSE_TIMEOUT_SECONDS)
+            closing.cancel()
+            await asyncio.gather(closing, return_exceptions=True)
 
     @property
     def connected(self) -> bool:
