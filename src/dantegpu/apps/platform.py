@@ -103,6 +103,8 @@ class Ports:
 
 @dataclass(frozen=True, slots=True)
 class Options:
+    """What a platform is started with."""
+
     data_dir: Path
     ports: Ports
     provider: bool = True

@@ -9,6 +9,8 @@ from dantegpu.kit.rpc import Channels
 
 @dataclass(frozen=True, slots=True)
 class Deps:
+    """The clock, the bus and the channels of this process, shared by its services."""
+
     clock: Clock
     bus: Bus
     channels: Channels

@@ -20,6 +20,8 @@ def boot_id() -> str:
 
 @dataclass(frozen=True, slots=True)
 class ProcessInfo:
+    """What /proc says of one process."""
+
     pid: int
     parent_pid: int
     session: int

@@ -29,6 +29,8 @@ class Stale:
 
 @dataclass(frozen=True, slots=True)
 class Folded:
+    """The report counts: the job with it, and what to do about it."""
+
     job: JobSnapshot
     effects: tuple[Effect, ...]
 

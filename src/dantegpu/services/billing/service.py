@@ -91,6 +91,8 @@ class HoldOutcome:
 
 @dataclass(frozen=True, slots=True)
 class CloseRequest:
+    """One hold to close, and the seconds that were used of it."""
+
     attempt_id: AttemptId
     window: int
     used_seconds: int
@@ -110,6 +112,8 @@ class CloseOutcome:
 
 @dataclass(frozen=True, slots=True)
 class Page[T]:
+    """Some rows and the cursor of the next ones."""
+
     items: list[T]
     next_cursor: str
 

@@ -50,6 +50,8 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class OfferPage:
+    """Some offers and the cursor of the next ones."""
+
     offers: list[Offer]
     next_cursor: str
 

@@ -27,6 +27,8 @@ class Upload:
 
 
 class StorageService:
+    """Who may move which bytes, and by which URL."""
+
     def __init__(self, store: ObjectStore, clock: Clock, settings: StorageSettings) -> None:
         self._store = store
         self._clock = clock

@@ -29,6 +29,8 @@ _INTENT_VALUES = {name: value for value, name in _INTENTS.items()}
 
 
 class Machines:
+    """Machines join, are shown, and do what their owner wants of them."""
+
     def __init__(self, outbox: Outbox, clock: Clock) -> None:
         self._outbox = outbox
         self._clock = clock

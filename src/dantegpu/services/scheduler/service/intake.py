@@ -40,6 +40,8 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class JobDetails:
+    """A job with its attempts and what they hold."""
+
     job: JobRow
     attempts: Sequence[AttemptRow]
     leases: dict[UUID, list[LeaseRow]]
@@ -47,12 +49,16 @@ class JobDetails:
 
 @dataclass(frozen=True, slots=True)
 class JobExplanation:
+    """A job and why it waits."""
+
     job: JobRow
     why: Why | None
     """None once the job does not wait any more."""
 
 
 class Intake:
+    """What users ask of their jobs; every id in a request is somebody else's until checked."""
+
     def __init__(
         self,
         db: Database,

@@ -39,6 +39,8 @@ CALL_TIMEOUT_SECONDS = 10.0
 
 
 class Settlement:
+    """Drives billing from what attempts really used."""
+
     def __init__(
         self,
         db: Database,
