@@ -1,6 +1,8 @@
 """What commands print: one JSON document for programs; tables and sentences for people."""
 
 import json
+import os
+import shutil
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,37 +46,39 @@ def note(text: str) -> None:
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:
-    """Aligned columns. `right` names the columns of numbers."""
-    if sys.stdout.isatty():
-        _rich_table(headers, rows, right)
-        return
+    """Aligned columns. `right` names the columns of numbers.
+
+    On a terminal that is too narrow, free text is cut; ids never are: they are there to be copied.
+    """
     widths = [max(len(row[column]) for row in [headers, *rows]) for column in range(len(headers))]
-    for row in [headers, *rows]:
-        cells = [
-            text.rjust(width) if column in right else text.ljust(width)
-            for column, (text, width) in enumerate(zip(row, widths, strict=True))
-        ]
+    on_terminal = sys.stdout.isatty()
+    if on_terminal:
+        _fit(headers, widths, shutil.get_terminal_size().columns)
+    coloured = on_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    for number, row in enumerate([headers, *rows]):
+        cells: list[str] = []
+        for column, (text, width) in enumerate(zip(row, widths, strict=True)):
+            shown = text if len(text) <= width else text[: width - 1] + "…"
+            padded = shown.rjust(width) if column in right else shown.ljust(width)
+            style = "1" if number == 0 else _STYLES.get(text)
+            cells.append(f"\x1b[{style}m{padded}\x1b[0m" if coloured and style else padded)
         say("  ".join(cells).rstrip())
 
 
-def _rich_table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column, header in enumerate(headers):
-        # Ids are there to be copied: never folded or cut.
-        fold = "ellipsis" if header in ("NAME", "COMMAND", "TEXT", "REASON") else "fold"
-        table.add_column(header, justify="right" if column in right else "left", overflow=fold, no_wrap=True)
-    for row in rows:
-        table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
-    Console().print(table)
+def _fit(headers: Sequence[str], widths: list[int], columns: int) -> None:
+    """Narrow the free-text columns, the last one first."""
+    for column in reversed(range(len(headers))):
+        too_wide = sum(widths) + 2 * (len(widths) - 1) - columns
+        if too_wide > 0 and headers[column] in _FREE_TEXT:
+            widths[column] = min(widths[column], max(len(headers[column]), _MIN_TEXT_WIDTH, widths[column] - too_wide))
 
 
+_FREE_TEXT = frozenset({"NAME", "REASON", "REMARK", "TEXT"})
+_MIN_TEXT_WIDTH = 12
+_GREEN, _RED, _YELLOW, _CYAN = "32", "31", "33", "36"
 _STYLES = {
-    "RUNNING": "green", "SUCCEEDED": "green", "FAILED": "red", "CANCELLED": "yellow", "STOPPING": "yellow",
-    "QUEUED": "cyan", "idle": "green", "busy": "green", "offline": "red", "unknown": "yellow",
+    "RUNNING": _GREEN, "SUCCEEDED": _GREEN, "FAILED": _RED, "CANCELLED": _YELLOW, "STOPPING": _YELLOW, "QUEUED": _CYAN,
+    "idle": _GREEN, "busy": _GREEN, "offline": _RED, "unknown": _YELLOW,
 }  # fmt: skip
 
 
