@@ -200,11 +200,12 @@ async def test_a_negative_range_is_refused(monitoring: MonitoringClient, bad: di
     assert (await refused(monitoring.read(JobId.new(), **bad))).remote_type == "invalid-range"
 
 
-@pytest.mark.parametrize("stranger", [a_member(TeamId.new()), a_machine(TeamId.new()), ANONYMOUS])
+@pytest.mark.parametrize("stranger", [a_member(TeamId.new()), a_machine(TeamId.new())])
 async def test_another_teams_log_is_not_there(monitoring: MonitoringClient, stranger: Actor):
     attempt = monitoring.scheduler.place()
     await monitoring.append(attempt, 0, b"secret")
     assert (await refused(monitoring.read(attempt.job, actor=stranger))).remote_type == "log-not-found"
+    assert (await refused(monitoring.read(attempt.job, actor=ANONYMOUS))).remote_type == "unauthenticated"
     for reader in (a_member(attempt.team, "viewer"), an_operator()):
         assert (await monitoring.read(attempt.job, actor=reader)).data == b"secret"
 

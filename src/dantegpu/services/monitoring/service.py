@@ -181,7 +181,10 @@ class LogService:
     # --- read ---------------------------------------------------------------------------------------------------------
 
     async def read(self, actor: Actor, job_id: JobId, epoch: int, offset: int, limit_bytes: int) -> Read:
-        """Bytes from `offset` on; an attempt without a log has an empty one. Raises InvalidRange, LogNotFound."""
+        """Bytes from `offset` on; an attempt without a log has an empty one. Raises Unauthenticated, InvalidRange,
+        LogNotFound."""
+        if not actor.is_service:
+            actor.require_team()
         if offset < 0 or epoch < 0 or limit_bytes < 0:
             raise InvalidRange("epoch, offset and limit are not negative")
         limit = min(limit_bytes or READ_BYTES_MAX, READ_BYTES_MAX)
