@@ -34,6 +34,7 @@ DEFAULT_JOIN_TOKEN_SECONDS: Final = 3600
 MAX_JOIN_TOKEN_SECONDS: Final = 30 * 86_400
 MAX_JOIN_TOKEN_USES: Final = 10_000
 MAX_CLOCK_DIFFERENCE_SECONDS: Final = 300
+_WRONG_SIGNATURE: Final = "signature: it is not one of the machine's key over the expected text"
 _SIGNATURE: Final = re.compile(r"[A-Za-z0-9_-]{86}(==)?")
 
 
@@ -100,12 +101,12 @@ class Machines:
         return self._credential(machine)
 
     async def renew(self, tx: Tx, machine_id: MachineId, signed_at_unix_seconds: int, signature: str) -> Credential:
-        """Raises MachineNotFound, InvalidProof, MachineRevoked."""
+        """Raises InvalidProof, also for a machine that is not there: nobody shall try out ids. Raises MachineRevoked."""
+        self._check_time(signed_at_unix_seconds)
         machine = await store.lock_machine(tx, machine_id.uuid)
-        if machine is None:
-            raise MachineNotFound(machine_id)
         text = f"dante-renew\n{machine_id}\n{signed_at_unix_seconds}"
-        self._check_proof(machine.public_key, text, signed_at_unix_seconds, signature)
+        if machine is None or not _verify(machine.public_key, text, signature):
+            raise InvalidProof(_WRONG_SIGNATURE)
         if machine.revoked_at is not None:
             raise MachineRevoked(machine_id)
         await store.note_renewal(tx, machine.id, self._clock.now())
@@ -154,13 +155,16 @@ class Machines:
     def _check_proof(self, public_key: str, text: str, signed_at_unix_seconds: int, signature: str) -> None:
         if not is_user_public_key(public_key):
             raise InvalidProof("public_key: expected the public half of an nkeys user key, U and 55 more characters")
+        self._check_time(signed_at_unix_seconds)
+        if not _verify(public_key, text, signature):
+            raise InvalidProof(_WRONG_SIGNATURE)
+
+    def _check_time(self, signed_at_unix_seconds: int) -> None:
         difference = abs(signed_at_unix_seconds - int(self._clock.now().timestamp()))
         if difference > MAX_CLOCK_DIFFERENCE_SECONDS:
             raise InvalidProof(
                 f"signed_at is {difference} s away from the server's time; set the machine's clock (NTP) and try again"
             )
-        if not _verify(public_key, text, signature):
-            raise InvalidProof("signature: it is not one of the machine's key over the expected text")
 
     def _credential(self, machine: MachineRow) -> Credential:
         machine_id = MachineId(machine.id)

@@ -72,6 +72,7 @@ class Teams:
 
         Raises TeamNotFound, Forbidden, UserNotFound, LastOwner, LimitReached, InvalidArgument.
         """
+        asking = require_user(actor)
         if role and role not in ROLES:
             raise InvalidArgument(f"role: expected one of {', '.join(ROLES)}, or nothing to remove the member")
         # One change of a team at a time: else two owners could remove one another.
@@ -81,7 +82,7 @@ class Teams:
         if asking_role is None and not actor.operator:
             raise TeamNotFound(team_id)
         user = await store.user_by_email(tx, normalise_email(email))
-        leaving = not role and user is not None and user.id == require_user(actor).uuid
+        leaving = not role and user is not None and user.id == asking.uuid
         if not (asking_role == "owner" or actor.operator or leaving):
             raise Forbidden("only owners may change who is in the team")
         if user is None:
