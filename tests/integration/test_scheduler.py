@@ -11,7 +11,7 @@ from dantegpu.domain.ids import JobId, TeamId
 from dantegpu.kit.actor import SERVICE
 from dantegpu.kit.errors import RemoteError
 from dantegpu.kit.rpc import call
-from tests.fixtures.actors import a_member, an_operator
+from tests.fixtures.actors import a_machine, a_member, an_operator
 from tests.fixtures.scheduler import World, a_spec, until
 
 
@@ -112,6 +112,14 @@ async def test_a_viewer_may_look_but_neither_submit_nor_stop(world: World) -> No
     assert (await world.get(job_id, viewer)).id == job_id
     assert (await refused(world.stop_job(job_id, viewer))).remote_type == "forbidden"
     assert (await refused(world.submit(actor=viewer))).remote_type == "forbidden"
+
+
+async def test_a_machines_credential_sees_no_jobs_not_even_its_owners(world: World) -> None:
+    job_id = await world.submit_one()
+    machine = a_machine(world.team)
+    assert (await refused(world.get(job_id, machine))).remote_type == "forbidden"
+    assert (await refused(world.why(job_id, machine))).remote_type == "forbidden"
+    assert (await refused(world.submit(actor=machine))).remote_type == "forbidden"
 
 
 async def test_an_operator_stops_any_teams_job_and_it_shows(world: World) -> None:

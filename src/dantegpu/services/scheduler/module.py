@@ -1,7 +1,10 @@
 """Wiring of scheduler-orchestrator-service."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+
+import structlog
 
 from dantegpu.contracts.gen.dante.v1 import (
     billing_pb2_grpc,
@@ -13,7 +16,7 @@ from dantegpu.contracts.gen.dante.v1 import (
 from dantegpu.kit.db import Database
 from dantegpu.kit.deps import Deps
 from dantegpu.kit.lease import Leadership
-from dantegpu.kit.lifecycle import Service
+from dantegpu.kit.lifecycle import MAX_RESTART_DELAY_SECONDS, Service
 from dantegpu.kit.migrate import Migrations
 from dantegpu.kit.outbox import Outbox
 from dantegpu.services.scheduler.consumers import MachineConsumers
@@ -27,8 +30,20 @@ from dantegpu.services.scheduler.service.timers import Timers
 from dantegpu.services.scheduler.service.transitions import Wakeups
 from dantegpu.services.scheduler.settings import SchedulerSettings
 
+log = structlog.get_logger(__name__)
+
 SCHEMA = "scheduler"
 MIGRATIONS = Path(__file__).parent / "sql" / "migrations"
+
+
+async def _keep(part: str, run: Callable[[], Awaitable[None]]) -> None:
+    """Run a part of the leader's work until cancelled; when it crashes, only that part starts again."""
+    while True:
+        try:
+            await run()
+        except Exception:
+            log.exception("leaders_part_crashed", part=part)
+            await asyncio.sleep(MAX_RESTART_DELAY_SECONDS)
 
 
 def build(deps: Deps, settings: SchedulerSettings) -> Service:
@@ -54,8 +69,8 @@ def build(deps: Deps, settings: SchedulerSettings) -> Service:
     async def lead(_epoch: int) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(placement.lead(), name="placement")
-            tasks.create_task(timers.run(), name="timers")
-            tasks.create_task(settlement.run(), name="settlement")
+            tasks.create_task(_keep("timers", timers.run), name="timers")
+            tasks.create_task(_keep("settlement", settlement.run), name="settlement")
 
     leadership = Leadership(db, "placement", lead)
     placement.leadership = leadership

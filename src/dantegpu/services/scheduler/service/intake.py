@@ -9,7 +9,7 @@ from uuid import UUID
 from google.protobuf.message import Message
 
 from dantegpu.contracts import subjects
-from dantegpu.contracts.gen.dante.v1 import events_pb2, jobs_pb2, storage_pb2, storage_pb2_grpc
+from dantegpu.contracts.gen.dante.v1 import common_pb2, events_pb2, jobs_pb2, storage_pb2, storage_pb2_grpc
 from dantegpu.domain import job as lifecycle
 from dantegpu.domain.clock import Clock
 from dantegpu.domain.ids import JobId, TeamId
@@ -19,7 +19,7 @@ from dantegpu.domain.scheduling import DEFAULT_POLICY, Snapshot, Why, explain, s
 from dantegpu.kit import rpc
 from dantegpu.kit.actor import SERVICE, Actor
 from dantegpu.kit.db import Database, Tx
-from dantegpu.kit.errors import InvalidArgument
+from dantegpu.kit.errors import Forbidden, InvalidArgument
 from dantegpu.kit.outbox import Outbox
 from dantegpu.kit.paging import MAX_PAGE, page_limit
 from dantegpu.kit.telemetry import current_traceparent
@@ -32,7 +32,8 @@ from dantegpu.services.scheduler.settings import SchedulerSettings
 from dantegpu.services.scheduler.store import AttemptRow, JobRow, LeaseRow
 
 MAX_JOBS_PER_CALL = 10_000
-MAX_SPEC_BYTES = 256 << 10
+MAX_SPEC_BYTES = 64 << 10
+"""A machine hears of all its attempts in one NATS message, whose payload is bounded (2 MiB embedded)."""
 MAX_NAME_LENGTH = 100
 MAX_EVENTS_PAGE = 1000
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -172,7 +173,7 @@ class Intake:
         self, tx: Tx, actor: Actor, *, states: Sequence[JobState], cursor: str, limit: int, all_teams: bool
     ) -> tuple[list[JobRow], str]:
         """Newest first; the rows and the cursor of the next page (empty at the end)."""
-        team_id = actor.require_team()
+        team_id = _team_of(actor)
         if all_teams:
             actor.require_operator()
         size = page_limit(limit)
@@ -216,7 +217,7 @@ class Intake:
         ]
 
     async def _own_jobs(self, tx: Tx, actor: Actor, job_ids: Sequence[JobId]) -> list[JobRow]:
-        team_id = actor.require_team() if not actor.is_service else None
+        team_id = _team_of(actor) if not actor.is_service else None
         if len(job_ids) > MAX_PAGE:
             raise InvalidArgument(f"{len(job_ids)} jobs in one call; at most {MAX_PAGE}")
         rows = await store.jobs_by_id(tx, [job_id.uuid for job_id in job_ids])
@@ -247,6 +248,13 @@ def _submitted_messages(rows: Sequence[JobRow]) -> list[tuple[str, Message]]:
         )
         messages.append((subjects.job_event(JobId(row.id)), changed))
     return messages
+
+
+def _team_of(actor: Actor) -> TeamId:
+    if actor.kind == common_pb2.Actor.MACHINE:
+        # Its credential lies on a machine whose owner lends it out; it hears of its attempts over NATS alone.
+        raise Forbidden("a machine's credential cannot see jobs; log in as a person")
+    return actor.require_team()
 
 
 def reason_text(row: JobRow) -> str:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Iterable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AbstractContextManager, AsyncExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime
 from uuid import UUID
@@ -105,6 +105,8 @@ class _Waiting:
     max_duration_seconds: int
     told: tuple[str, str]
     """The reason and detail that the database has."""
+    traceparent: str
+    """Of the submission."""
     blocked_until_seconds: float = 0.0
     """Monotonic; no funds: billing is not asked again before, unless money came in."""
 
@@ -175,7 +177,13 @@ class PlacementLeader:
             if row.state == JobState.QUEUED.value:
                 spec = jobs_pb2.JobSpec.FromString(row.spec)
                 duration = spec.max_duration_seconds or self._settings.max_duration_seconds
-                self._queue[row.id] = _Waiting(pending_of(row), duration, (row.reason or "", row.reason_detail))
+                try:
+                    pending = pending_of(row)
+                except ValueError as error:
+                    # It passed the intake's check once; it must not keep the others from being placed now.
+                    log.error("job_unreadable", job_id=str(JobId(row.id)), error=str(error))
+                    continue
+                self._queue[row.id] = _Waiting(pending, duration, (row.reason or "", row.reason_detail))
         self._again.notify()
 
     async def _load(self) -> None:
@@ -332,7 +340,8 @@ class PlacementLeader:
                     continue
                 machine = snapshot.machines[placement.machine_index]
                 event = lifecycle.Placed(attempts[job_id], placement.machine_id)
-                batch.apply(job_id, event, self._opening(placement, machine))
+                with self._span(placement, attempts[job_id]):
+                    batch.apply(job_id, event, self._opening(placement, machine))
                 done.append(job_id)
             for job_id, reason in told.items():
                 job = batch.get(job_id)
@@ -347,6 +356,17 @@ class PlacementLeader:
             if job_id in self._queue:
                 self._queue[job_id].told = reason
         return unused
+
+    def _span(self, placement: Placement, attempt_id: AttemptId) -> AbstractContextManager[object]:
+        """The placement as a part of its submission's trace; the round has one of its own."""
+        waiting = self._queue.get(placement.job_id.uuid)
+        return span(
+            "placement",
+            waiting.traceparent if waiting else "",
+            job_id=str(placement.job_id),
+            attempt_id=str(attempt_id),
+            machine_id=str(placement.machine_id),
+        )
 
     def _news(
         self, unplaced: Sequence[Unplaced], refused: dict[UUID, billing_pb2.HoldResult]
