@@ -229,7 +229,7 @@ class Platform:
         self._stack.callback((self._data / "runtime.json").unlink, missing_ok=True)
         if options.provider:
             self._tell("provider daemon")
-            await self._start_provider(url, join_token)
+            await self._start_provider(self.running, join_token, root.otlp_endpoint)
         self._note(self.running)
         return self.running
 
@@ -299,12 +299,15 @@ class Platform:
                     delay_seconds = min(delay_seconds * 2, RESTART_DELAY_SECONDS_MAX)
             log.info("embedded_server_restarted", server=name)
 
-    async def _start_provider(self, url: str, join_token: str) -> None:
+    async def _start_provider(self, running: Running, join_token: str, otlp_endpoint: str) -> None:
         ops_listen = f"127.0.0.1:{self._options.ports.provider_ops}"
         told = {
-            "DANTE_DAEMON_GATEWAY_URL": url,
+            # Told at each start, because the ports may be others than when the machine joined.
+            "DANTE_DAEMON_GATEWAY_URL": running.url,
+            "DANTE_DAEMON_NATS_URL": running.nats_url,
             "DANTE_DAEMON_JOIN_TOKEN": join_token,
             "DANTE_DAEMON_SIMULATE_GPUS": self._options.simulate_gpus,
+            "DANTE_DAEMON_OTLP_ENDPOINT": otlp_endpoint,
             "DANTE_DAEMON_OPS_LISTEN": ops_listen,
             **self._options.provider_environment,
         }

@@ -9,7 +9,7 @@ from typing import Any
 
 import structlog
 
-from dantegpu.apps.targets import TARGETS, expand
+from dantegpu.apps.targets import ALL, TARGETS, expand
 from dantegpu.domain.clock import SystemClock
 from dantegpu.kit.bus import Bus
 from dantegpu.kit.deps import Deps
@@ -17,6 +17,7 @@ from dantegpu.kit.http import HttpServer, ops_app
 from dantegpu.kit.lifecycle import Component, HttpApp, Service
 from dantegpu.kit.rpc import Channels, Server
 from dantegpu.kit.settings import ServiceSettings
+from dantegpu.kit.telemetry import configure_tracing
 
 log = structlog.get_logger(__name__)
 
@@ -39,6 +40,9 @@ class Root:
         names = expand(target)
         self._settings = {name: settings_of(TARGETS[name].settings_class()) for name in names}
         shared = next(iter(self._settings.values()))
+        self.otlp_endpoint = shared.otlp_endpoint
+        """Where spans go; empty: nowhere."""
+        configure_tracing("dantegpu" if target == ALL else target, shared.otlp_endpoint)
         bus = Bus(shared.nats_url, shared.nats_creds, name=f"dante {target}")
         channels = Channels(shared.addresses)
         deps = Deps(SystemClock(), bus, channels)

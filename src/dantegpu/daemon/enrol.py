@@ -142,6 +142,12 @@ class Identity:
         )
         _write_private(self.folder / "machine.json", self.saved.model_dump_json())
 
+    def reach_at(self, gateway_url: str) -> None:
+        """The platform has moved: credentials are renewed at its new address. "" changes nothing."""
+        if self.saved is not None and gateway_url and gateway_url != self.saved.gateway_url:
+            self.saved = self.saved.model_copy(update={"gateway_url": gateway_url})
+            _write_private(self.folder / "machine.json", self.saved.model_dump_json())
+
     def forget(self) -> None:
         """After the machine has left the platform."""
         (self.folder / "machine.json").unlink(missing_ok=True)

@@ -61,6 +61,7 @@ class Daemon:
     async def _run(self, stop: asyncio.Event) -> None:
         state = self.settings.state
         identity = Identity.load(state)
+        identity.reach_at(self.settings.gateway_url)
         probe = Probe(state, simulate=self.settings.simulate_gpus)
         executor, capabilities = await choose_executor(self.settings)
         found = await asyncio.to_thread(probe.probe_machine)

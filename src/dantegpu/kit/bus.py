@@ -30,6 +30,7 @@ DUPLICATE_WINDOW_SECONDS = 120
 MAX_ACK_PENDING = 20_000
 PUBLISH_TIMEOUT_SECONDS = 5.0
 CLOSE_TIMEOUT_SECONDS = 5.0
+FIRST_CONNECT_SECONDS = 10.0
 RECONNECT_WAIT_SECONDS = 0.2
 STREAM_CHECK_SECONDS = 5.0
 """How soon a stream or consumer that vanished (the store was deleted) is made again."""
@@ -75,23 +76,26 @@ class Bus:
         elif self._credentials is not None:
             options |= _jwt_callbacks(self._credentials)
         try:
-            await self._client.connect(
-                self.url,
-                name=self._name,
-                inbox_prefix=self._inbox_prefix.encode(),
-                max_reconnect_attempts=-1,
-                reconnect_time_wait=cast(
-                    int, RECONNECT_WAIT_SECONDS
-                ),  # nats-py sleeps this long; its annotation is too narrow
-                connect_timeout=3,
-                allow_reconnect=True,
-                error_cb=self._on_error,
-                reconnected_cb=self._reconnected,
-                **options,
-            )
+            # The client itself would try for ever, also the first time.
+            async with asyncio.timeout(FIRST_CONNECT_SECONDS):
+                await self._client.connect(
+                    self.url,
+                    name=self._name,
+                    inbox_prefix=self._inbox_prefix.encode(),
+                    max_reconnect_attempts=-1,
+                    reconnect_time_wait=cast(
+                        int, RECONNECT_WAIT_SECONDS
+                    ),  # nats-py sleeps this long; its annotation is too narrow
+                    connect_timeout=3,
+                    allow_reconnect=True,
+                    error_cb=self._on_error,
+                    reconnected_cb=self._reconnected,
+                    **options,
+                )
         except (OSError, NatsError, TimeoutError) as error:
             self._started = False
-            raise Unavailable(f"NATS at {self.url}", str(error)) from error
+            detail = str(error) or f"tried for {FIRST_CONNECT_SECONDS:.0f} s"
+            raise Unavailable(f"NATS at {self.url}", detail) from error
         if self._streams:
             await self._ensure_streams()
             self._tasks.loop(self._watch_streams, "streams")

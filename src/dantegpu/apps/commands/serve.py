@@ -10,7 +10,7 @@ from dantegpu.apps.commands.running import run_loop, unless_stopped
 from dantegpu.apps.root import Root, load_with
 from dantegpu.apps.targets import ALL, TARGETS, expand
 from dantegpu.kit.settings import ServiceSettings
-from dantegpu.kit.telemetry import configure_logging, configure_tracing
+from dantegpu.kit.telemetry import configure_logging
 
 
 @click.command("serve")
@@ -33,7 +33,6 @@ def serve(
     load = load_with(config, {"": {name: value for name, value in given.items() if value is not None}})
     first: ServiceSettings = load(TARGETS[expand(target)[0]].settings_class())
     configure_logging(target, first.log_level)
-    configure_tracing(target, first.otlp_endpoint)
     run_loop(lambda stop: _run(target, load, stop))
 
 
