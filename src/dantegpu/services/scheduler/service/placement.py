@@ -183,7 +183,8 @@ class PlacementLeader:
                     # It passed the intake's check once; it must not keep the others from being placed now.
                     log.error("job_unreadable", job_id=str(JobId(row.id)), error=str(error))
                     continue
-                self._queue[row.id] = _Waiting(pending, duration, (row.reason or "", row.reason_detail))
+                told = (row.reason or "", row.reason_detail)
+                self._queue[row.id] = _Waiting(pending, duration, told, row.traceparent)
         self._again.notify()
 
     async def _load(self) -> None:
