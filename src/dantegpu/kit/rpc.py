@@ -201,6 +201,7 @@ def _served(method: str, behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Cal
                 raise
             else:
                 succeeded.inc()
+                log.debug("rpc", method=method)
                 return response
 
     return serve

@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
+from fastapi.telemetry import TelemetryConfig
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -32,6 +33,10 @@ _DESCRIPTION: Final = """The public API of a DanteGPU platform: rent GPUs by the
 * **Live data** comes as server-sent events; a stream that was cut goes on with `Last-Event-ID`.
 * `X-Request-ID` goes in and out, `traceparent` (W3C) is honoured.
 """
+_NO_TELEMETRY: Final[TelemetryConfig] = {
+    "tracing": False, "metrics": False, "logs": False, "operation_spans": False, "auto_configure": False,
+}  # fmt: skip
+"""FastAPI's own: it would begin a second trace beside ours, and record what people sent that was not valid."""
 _CODES: Final = {404: "not-found", 405: "method-not-allowed", 400: "bad-request"}
 
 
@@ -50,6 +55,7 @@ def create_app(gateway: Gateway | None) -> FastAPI:
         generate_unique_id_function=_operation_id,
         responses={"default": {"model": Problem, "description": "A problem", "content": {CONTENT_TYPE: {}}}},
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        telemetry=_NO_TELEMETRY,
     )
     app.state.gateway = gateway
     for module in (accounts, machines, jobs, money, platform):
