@@ -188,6 +188,17 @@ async def test_another_replica_takes_over_when_the_leader_stops(world: World) ->
     assert [a.attempt_id for a in (await machine.renews(attempt)).desired] == [attempt.attempt_id]
 
 
+async def test_a_job_that_placement_cannot_read_keeps_no_other_from_being_placed(world: World) -> None:
+    machine = await world.machine()
+    await world.stop_leading(world.schedulers[0])
+    bad = await world.submit_one()
+    spec = a_spec("a gpu of another version").SerializeToString()
+    await world.sql("UPDATE jobs SET spec = %(spec)s", spec=spec)
+    await world.start_scheduler()
+    await machine.given(await world.submit_one())
+    assert (await world.get(bad)).state == jobs_pb2.QUEUED
+
+
 async def _led_by(world: World, epoch: int) -> bool:
     return await world.sql("SELECT epoch::int FROM leader") == [(epoch,)]
 
