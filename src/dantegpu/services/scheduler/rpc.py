@@ -10,7 +10,7 @@ from dantegpu.contracts.gen.dante.v1 import jobs_pb2, jobs_pb2_grpc, machine_pb2
 from dantegpu.domain.ids import AttemptId, DeviceId, JobId, MachineId, TeamId, UserId
 from dantegpu.domain.job import JobState
 from dantegpu.kit.actor import Actor, current_actor
-from dantegpu.kit.db import Database
+from dantegpu.kit.db import Database, Tx
 from dantegpu.kit.errors import InvalidArgument, ServiceError
 from dantegpu.kit.idempotency import once, recall
 from dantegpu.services.scheduler import store
@@ -40,9 +40,9 @@ class JobRpc(jobs_pb2_grpc.JobServiceServicer):
 
             async def submit() -> jobs_pb2.SubmitJobsResponse:
                 rows = await self._intake.submit(tx, actor, request.specs)
-                return jobs_pb2.SubmitJobsResponse(jobs=[job_message(row) for row in rows])
+                return jobs_pb2.SubmitJobsResponse(jobs=[_without_spec(row) for row in rows])
 
-            return await once(
+            response = await once(
                 tx,
                 scope=_submit_scope(actor),
                 key=request.idempotency_key,
@@ -50,17 +50,19 @@ class JobRpc(jobs_pb2_grpc.JobServiceServicer):
                 response_type=jobs_pb2.SubmitJobsResponse,
                 do=submit,
             )
+            return await _with_specs(tx, response)
 
     async def _answered(self, actor: Actor, request: jobs_pb2.SubmitJobsRequest) -> jobs_pb2.SubmitJobsResponse | None:
         actor.require_writer()
         async with self._db.transaction() as tx:
-            return await recall(
+            found = await recall(
                 tx,
                 scope=_submit_scope(actor),
                 key=request.idempotency_key,
                 request=request,
                 response_type=jobs_pb2.SubmitJobsResponse,
             )
+            return await _with_specs(tx, found) if found else None
 
     async def GetJobs(self, request: jobs_pb2.GetJobsRequest, context: Context) -> jobs_pb2.GetJobsResponse:
         async with self._db.transaction() as tx:
@@ -118,6 +120,20 @@ class JobRpc(jobs_pb2_grpc.JobServiceServicer):
                 for row in rows
             ]
         )
+
+
+def _without_spec(row: JobRow) -> jobs_pb2.Job:
+    """As it is remembered for a repeated request: environments may hold secrets and lie in the jobs table alone."""
+    message = job_message(row)
+    message.ClearField("spec")
+    return message
+
+
+async def _with_specs(tx: Tx, response: jobs_pb2.SubmitJobsResponse) -> jobs_pb2.SubmitJobsResponse:
+    rows = await store.jobs_by_id(tx, [JobId.parse(job.id).uuid for job in response.jobs])
+    for job in response.jobs:
+        job.spec.ParseFromString(rows[JobId.parse(job.id).uuid].spec)
+    return response
 
 
 def _submit_scope(actor: Actor) -> str:
