@@ -14,6 +14,7 @@ from dantegpu.domain.ids import TeamId, UserId
 from dantegpu.domain.units import UDGPU_PER_DGPU
 from dantegpu.kit import rpc
 from dantegpu.kit.actor import SERVICE, Actor
+from dantegpu.kit.nats_jwt import NatsTrust, create_user_key, creds_file_text, services_permissions, sign_user_jwt
 from dantegpu.kit.rpc import Channels
 
 OPERATOR_EMAIL: Final = "operator@localhost"
@@ -29,6 +30,15 @@ class Login:
     api_key: SecretStr
     team_id: str
     email: str
+
+
+def write_services_creds(path: Path, trust: NatsTrust) -> None:
+    """NATS credentials of the services, mode 0600: all subjects of the platform's account."""
+    key = create_user_key()
+    permissions = services_permissions()
+    jwt = sign_user_jwt(trust.account_seed, trust.account_public, key.public, "services", permissions, None)
+    path.touch(mode=0o600)
+    path.write_text(creds_file_text(jwt, key.seed))
 
 
 async def set_up_operator(addresses: Mapping[str, str], url: str, data_dir: Path) -> tuple[Login, str]:

@@ -16,11 +16,13 @@ PLATFORM_COMMANDS: Table = {
     "reset": Entry("dantegpu.apps.commands.control:reset", "Delete it with all its data.", _PLATFORM),
     "doctor": Entry("dantegpu.apps.commands.doctor:doctor", "Say what this machine lacks.", _PLATFORM),
     "serve": Entry("dantegpu.apps.commands.serve:serve", "Run one service of a platform.", _PLATFORM),
+    "init": Entry("dantegpu.apps.commands.init:init", "Write the files of a platform over many processes.", _PLATFORM),
     "test": Entry("dantegpu.apps.testing:command", "Run the test suite of this clone.", _PLATFORM),
     "bench": Group(
         "Measure this machine's platform.",
         {
             "latency": Entry("dantegpu.apps.commands.bench:latency", "Submit to first instruction, idle platform."),
+            "placement": Entry("dantegpu.apps.commands.bench:placement", "Fill a cluster trace with the scheduler."),
             "idle": Entry("dantegpu.apps.commands.bench:idle", "Memory and CPU of an idle platform."),
         },
         _PLATFORM,

@@ -26,7 +26,7 @@ from typing import Any, Final
 import psutil
 import structlog
 
-from dantegpu.apps.bootstrap import Login, set_up_operator
+from dantegpu.apps.bootstrap import Login, set_up_operator, write_services_creds
 from dantegpu.apps.embedded.errors import EmbeddedServerError, PortTaken
 from dantegpu.apps.embedded.nats import EmbeddedNats
 from dantegpu.apps.embedded.postgres import EmbeddedPostgres
@@ -35,13 +35,7 @@ from dantegpu.apps.embedded.provider import ProviderDaemon, end_leftover
 from dantegpu.apps.root import Root, load_with
 from dantegpu.apps.targets import ALL, TARGETS
 from dantegpu.kit.lifecycle import Tasks
-from dantegpu.kit.nats_jwt import (
-    create_user_key,
-    creds_file_text,
-    load_or_create_trust,
-    services_permissions,
-    sign_user_jwt,
-)
+from dantegpu.kit.nats_jwt import load_or_create_trust
 
 log = structlog.get_logger(__name__)
 
@@ -202,12 +196,7 @@ class Platform:
 
         self._tell("services")
         creds = run_dir / "services.creds"
-        key = create_user_key()
-        jwt = sign_user_jwt(
-            trust.account_seed, trust.account_public, key.public, "services", services_permissions(), None
-        )
-        creds.touch(mode=0o600)
-        creds.write_text(creds_file_text(jwt, key.seed))
+        write_services_creds(creds, trust)
         listen = f"unix:{run_dir}/services.sock"
         flags = self._flags(postgres.address.dsn(), nats.address.url, creds, listen)
         root = Root(ALL, load_with(options.config_file, flags))
