@@ -19,10 +19,13 @@ from pydantic import SecretStr
 from dantegpu.apps.bootstrap import OPERATOR_EMAIL, Login
 from dantegpu.apps.commands.running import run_loop, unless_stopped
 from dantegpu.apps.platform import Running
+from dantegpu.domain.scheduling import Objective
 
 REPOSITORY = Path(__file__).resolve().parents[4]
 START_SECONDS = 60.0
 
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_NEW_FILE = click.Path(dir_okay=False, path_type=Path)
 _json = click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 
 
@@ -42,6 +45,31 @@ def idle(seconds: float, as_json: bool) -> None:
     """Memory and CPU of a platform that has nothing to do, without PostgreSQL and NATS."""
     module = _bench("idle")
     _report(_on_a_platform(lambda running, login: module.measure(running.pid, running.provider_pid, seconds)), as_json)
+
+
+@click.command("placement")
+@click.option("--machines", type=_FILE, required=True, help="CSV: sn, cpu_milli, memory_mib, gpu, model.")
+@click.option("--requests", type=_FILE, required=True, help="CSV: cpu_milli, memory_mib, num_gpu, gpu_milli, gpu_spec.")
+@click.option("--batch", type=click.IntRange(1, 1_000_000), default=1, show_default=True, help="Requests per round.")
+@click.option("--objective", type=click.Choice([it.value for it in Objective]), default=Objective.FRAGMENTATION.value)
+@click.option("--out", type=_NEW_FILE, help="Write the placements: request, machine, devices, milli.")
+@click.option("--sample", type=click.FloatRange(0.01, 100), help="Draw arrivals until they ask for this many clusters.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Of --sample.")
+@click.option("--arrivals-out", type=_NEW_FILE, help="Write the requests as they arrived.")
+@_json
+def placement(as_json: bool, **options: Any) -> None:
+    """Place a cluster trace with the production scheduler: how full the GPUs get, and how fast."""
+    module = _bench("placement")
+    options = {name: options[name] for name in ("batch", "objective", "seed", "out", "arrivals_out")} | {
+        "machines_path": options["machines"],
+        "requests_path": options["requests"],
+        "sample_ratio": options["sample"],
+    }
+    try:
+        result = module.measure(**options)
+    except (module.InvalidTrace, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    _report(result, as_json)
 
 
 def _bench(name: str) -> Any:

@@ -5,7 +5,7 @@
 
 from dantegpu.domain.scheduling.constraints import Constraint, ConstraintCount, PendingJob
 from dantegpu.domain.scheduling.explain import Relaxation, Why, explain
-from dantegpu.domain.scheduling.plan import DeviceShare, Placement, Plan, Unplaced, schedule
+from dantegpu.domain.scheduling.plan import DeviceShare, Placement, Plan, SchedulerState, Unplaced, schedule
 from dantegpu.domain.scheduling.policy import DEFAULT_POLICY, Objective, Policy
 from dantegpu.domain.scheduling.snapshot import Lease, Snapshot, SnapshotBuilder, TeamUse
 
@@ -21,6 +21,7 @@ __all__ = [
     "Plan",
     "Policy",
     "Relaxation",
+    "SchedulerState",
     "Snapshot",
     "SnapshotBuilder",
     "TeamUse",

@@ -23,6 +23,8 @@ from dantegpu.domain.scheduling.constraints import (
     usable_devices,
     waiting_reason,
 )
+from dantegpu.domain.scheduling.fragmentation import FragmentationIndex, ShapeScores, tightest_group
+from dantegpu.domain.scheduling.mix import RequestMix
 from dantegpu.domain.scheduling.policy import DEFAULT_POLICY, Objective, Policy
 from dantegpu.domain.scheduling.snapshot import Bools, Ints, Snapshot, TeamUse
 from dantegpu.domain.units import MILLI_PER_UNIT, MicroDgpu
@@ -86,26 +88,61 @@ class Plan:
     unplaced: tuple[Unplaced, ...]
 
 
+class SchedulerState:
+    """What a caller may keep between calls of `schedule`, so that a call costs what changed and not what there is.
+
+    It holds the mix of requests that has arrived (a job counts when it is first listed), and for the snapshot of the
+    last call what its plans have left free, with scores. Passing the same snapshot object again goes on from there:
+    every placement so far counts as made. Another snapshot (or policy) starts from that snapshot's free capacity and
+    keeps only the mix. So after a plan that was not applied as it is, pass a new snapshot.
+    """
+
+    def __init__(self) -> None:
+        self.mix = RequestMix()
+        self._waiting: set[JobId] = set()
+        self._round: _Round | None = None
+
+    def begin(self, snapshot: Snapshot, policy: Policy, jobs: dict[JobId, PendingJob]) -> "_Round":
+        if policy.objective is Objective.FRAGMENTATION:
+            self.mix.count(job.request for job in jobs.values() if job.id not in self._waiting)
+        if self._round is None or not self._round.goes_on(snapshot, policy):
+            self._round = _Round(snapshot, policy, self.mix)
+        self._round.follow_mix()
+        return self._round
+
+    def end(self, unplaced: Sequence["Unplaced"]) -> None:
+        self._waiting = {job.job_id for job in unplaced}
+
+
 def schedule(
-    snapshot: Snapshot, pending: Iterable[PendingJob], policy: Policy = DEFAULT_POLICY, *, now: datetime
+    snapshot: Snapshot,
+    pending: Iterable[PendingJob],
+    policy: Policy = DEFAULT_POLICY,
+    *,
+    now: datetime,
+    state: SchedulerState | None = None,
 ) -> Plan:
     """Place as many pending jobs as fit, best first: by priority, then fair between teams, then by age.
 
     The same arguments give the same plan. A job that is listed twice counts once. A job whose `not_before` lies
-    ahead waits as WAITING_FOR_RETRY. Raises nothing for what a job may ask.
+    ahead waits as WAITING_FOR_RETRY. Raises nothing for what a job may ask. `state` is what earlier calls left and is
+    changed; without it the call stands alone.
     """
     jobs = {job.id: job for job in pending}
-    round_ = _Round(snapshot, policy)
+    state = state or SchedulerState()
+    round_ = state.begin(snapshot, policy, jobs)
     early = [job for job in jobs.values() if job.not_before is not None and job.not_before > now]
     unplaced = [Unplaced(job.id, QueueReason.WAITING_FOR_RETRY) for job in sorted(early, key=_by_age)]
-    waiting = set(jobs) - {job.id for job in early}
+    for job in early:
+        del jobs[job.id]
     placements: list[Placement] = []
-    for job in round_.in_order([jobs[job_id] for job_id in waiting]):
+    for job in round_.in_order(list(jobs.values())):
         decision = round_.place(job)
         if isinstance(decision, Placement):
             placements.append(decision)
         else:
             unplaced.append(decision)
+    state.end(unplaced)
     return Plan(tuple(placements), tuple(unplaced))
 
 
@@ -122,15 +159,18 @@ class _Shape:
     prices: Ints
     refusal: tuple[QueueReason, tuple[ConstraintCount, ...], int]
     exhausted: bool
+    scores: ShapeScores | None = None
 
 
 class _Round:
-    """One run of `schedule`: the free capacity that is left, and what is known about each shape."""
+    """The free capacity of one snapshot as plans use it up, and what is known about each shape."""
 
-    def __init__(self, snapshot: Snapshot, policy: Policy) -> None:
+    def __init__(self, snapshot: Snapshot, policy: Policy, mix: RequestMix) -> None:
         self._snapshot = snapshot
         self._policy = policy
+        self._mix = mix
         self._capacity = Capacity.of(snapshot)
+        self._index: FragmentationIndex | None = None
         self._shapes: dict[tuple[object, ...], _Shape] = {}
         self._use = dict(snapshot.team_use)
         # Teams that own and hold nothing yet get a number here, or two of them could share a device.
@@ -140,6 +180,19 @@ class _Round:
             max(int(snapshot.cpu_total.sum()), 1),
             max(int(snapshot.memory_total.sum()), 1),
         )
+
+    def goes_on(self, snapshot: Snapshot, policy: Policy) -> bool:
+        return self._snapshot is snapshot and self._policy == policy
+
+    def follow_mix(self) -> None:
+        """Score by the mix of today. Once per call: within a call the order of jobs must not change a weight."""
+        if self._policy.objective is not Objective.FRAGMENTATION:
+            return
+        if self._index is None:
+            self._index = FragmentationIndex(self._snapshot, self._capacity)
+            self._index.use(self._mix.shapes())
+        elif self._mix.stale:
+            self._index.use(self._mix.shapes())
 
     def in_order(self, jobs: Sequence[PendingJob]) -> Iterator[PendingJob]:
         """Highest priority first; within it the team with the smallest dominant share; within it the oldest.
@@ -192,23 +245,57 @@ class _Round:
         return _Shape(candidates, eligible, prices(snapshot, job), refusal, exhausted=not len(candidates))
 
     def _best(self, job: PendingJob, shape: _Shape) -> Placement | None:
-        capacity, request, rows = self._capacity, job.request, shape.candidates
-        rows = rows[
-            (capacity.cpu[rows] >= request.cpu_milli)
-            & (capacity.memory[rows] >= request.memory_bytes)
-            & (capacity.disk[rows] >= request.disk_bytes)
-        ]
-        usable: Bools | None = None
-        if request.gpu is not None and shape.eligible is not None:
-            usable = usable_devices(capacity, rows, request.gpu, shape.eligible, self._team_number(job.team_id))
-            fits = has_count_of_one_model(usable, self._snapshot.device_model[rows], request.gpu.count_min)
-            rows, usable = rows[fits], usable[fits]
+        if self._index is not None:
+            return self._least_fragmenting(job, shape, self._index)
+        rows, usable = self._fitting(job, shape, shape.candidates)
         if not len(rows):
             return None
         best = self._rank(job, shape, rows)
         row = int(rows[best])
         columns = [] if usable is None else self._choose_devices(row, usable[best], job)
         return self._take(job, row, columns)
+
+    def _fitting(self, job: PendingJob, shape: _Shape, rows: Ints) -> tuple[Ints, Bools | None]:
+        """Those of `rows` that can take the job at this moment, and which of their devices it could have."""
+        capacity, request = self._capacity, job.request
+        rows = rows[
+            (capacity.cpu[rows] >= request.cpu_milli)
+            & (capacity.memory[rows] >= request.memory_bytes)
+            & (capacity.disk[rows] >= request.disk_bytes)
+        ]
+        if request.gpu is None or shape.eligible is None:
+            return rows, None
+        usable = usable_devices(capacity, rows, request.gpu, shape.eligible, self._team_number(job.team_id))
+        fits = has_count_of_one_model(usable, self._snapshot.device_model[rows], request.gpu.count_min)
+        return rows[fits], usable[fits]
+
+    def _least_fragmenting(self, job: PendingJob, shape: _Shape, index: FragmentationIndex) -> Placement | None:
+        known = shape.scores
+        if known is None:
+            known = shape.scores = ShapeScores(len(self._snapshot.machines))
+        stale = index.stale_rows(known, shape.candidates)
+        if len(stale):
+            rows, usable = self._fitting(job, shape, stale)
+            if len(rows):
+                index.rescore(known, job.request, rows, usable)
+        scores = known.scores
+        if job.avoided_machines:
+            avoided = [self._snapshot.index_of.get(machine_id, -1) for machine_id in job.avoided_machines]
+            others = scores.copy()
+            others[[row for row in avoided if row >= 0]] = np.inf
+            scores = others if np.isfinite(others).any() else scores
+        row = int(scores.argmin()) if len(scores) else 0
+        if not len(scores) or scores[row] == np.inf:
+            return None
+        column = int(known.columns[row])
+        return self._take(job, row, [column] if column >= 0 else self._whole_devices(row, shape, job))
+
+    def _whole_devices(self, row: int, shape: _Shape, job: PendingJob) -> list[int]:
+        if job.request.gpu is None or shape.eligible is None:
+            return []
+        rows = np.array([row])
+        usable = usable_devices(self._capacity, rows, job.request.gpu, shape.eligible, self._team_number(job.team_id))
+        return self._choose_devices(row, usable[0], job)
 
     def _team_number(self, team_id: TeamId) -> int:
         return self._teams.setdefault(team_id, len(self._teams))
@@ -223,10 +310,10 @@ class _Round:
         match self._policy.objective:
             case Objective.CHEAPEST:
                 keys = [price, gpus_free, cpu_free]
-            case Objective.FRAGMENTATION:
-                keys = [gpus_free, cpu_free, price]
             case Objective.SPREAD:
                 keys = [-gpus_free, -cpu_free, price]
+            case Objective.FRAGMENTATION:
+                raise AssertionError("ranked by its index")
         # lexsort takes the most important key last; the row number keeps ties deterministic.
         return int(np.lexsort((rows, *reversed(keys), np.isin(rows, avoided)))[0])
 
@@ -240,12 +327,7 @@ class _Round:
         if gpu.milli < MILLI_PER_UNIT:
             free = self._capacity.device[row]
             return [min(columns, key=lambda column: (int(free[column]), column))]
-        by_model: dict[int, list[int]] = {}
-        for column in columns:
-            by_model.setdefault(int(models[column]), []).append(column)
-        enough = [group for group in by_model.values() if len(group) >= gpu.count_min]
-        # The tightest group: a larger set of equal devices stays whole for somebody who needs it.
-        return min(enough, key=lambda group: (len(group), group))[: gpu.count_min]
+        return tightest_group(models, usable, gpu.count_min)
 
     def _take(self, job: PendingJob, row: int, columns: list[int]) -> Placement:
         capacity, request, machine = self._capacity, job.request, self._snapshot.machines[row]
@@ -257,6 +339,8 @@ class _Round:
         for column in columns:
             capacity.device[row, column] -= milli
             capacity.tenant[row, column] = team
+        if self._index is not None:
+            self._index.changed(row)
         gpu_milli = milli * len(columns)
         used = self._use.get(job.team_id, TeamUse())
         self._use[job.team_id] = used.plus(gpu_milli, request.cpu_milli, request.memory_bytes)
