@@ -289,7 +289,7 @@ class ProcessExecutor(Executor):
             spec.network, spec.devices,
         )  # fmt: skip
         if place.sandbox is SandboxKind.NONE or self._tools is None:
-            return unsandboxed(folder.work, folder.output, spec, self._python.search_path)
+            return unsandboxed(folder.work, folder.output, spec, self._python.host_search_path)
         layout = Layout(folder.work, folder.output, self._etc, self._python, self._filter)
         return sandboxed(self._tools, layout, spec, place.uid)
 

@@ -57,6 +57,8 @@ class PythonRuntime:
 
     mounts: tuple[tuple[str, str], ...]
     search_path: str
+    host_search_path: str
+    """PATH of a job without a sandbox, for which nothing is mounted elsewhere."""
     problem: str = ""
 
     @classmethod
@@ -68,12 +70,13 @@ class PythonRuntime:
             if _is_below(prefix, "/usr"):
                 continue
             if prefix in ("/", os.path.expanduser("~")) or _is_below(str(hidden), prefix):
-                return cls((), SEARCH_PATH, f"the daemon's Python ({prefix}) cannot be shown without private data")
+                return cls((), SEARCH_PATH, SEARCH_PATH, f"the daemon's Python ({prefix}) cannot be shown without private data")
             # A mount point below the job's own folder would have to be made inside that folder.
             inside = RELOCATED_PREFIX if _is_below(prefix, WORK) or _is_below(prefix, OUTPUT) else prefix
             mounts.append((prefix, inside))
             folders.append(f"{inside}/bin")
-        return cls(tuple(mounts), ":".join((*folders, SEARCH_PATH)))
+        on_host = [f"{prefix}/bin" for prefix, _ in mounts]
+        return cls(tuple(mounts), ":".join((*folders, SEARCH_PATH)), ":".join((*on_host, SEARCH_PATH)))
 
 
 def _is_below(path: str, folder: str) -> bool:
