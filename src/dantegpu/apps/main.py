@@ -44,6 +44,7 @@ EXPECTED = (
     "dantegpu.kit.migrate:NewerData",
     "dantegpu.kit.nats_jwt:TrustFileDamaged",
     "dantegpu.kit.settings:SettingsError",
+    "dantegpu.services.auth.secrets:SecretsUnusable",
 )
 """Errors of the platform's own parts that are told as they are, without a traceback."""
 

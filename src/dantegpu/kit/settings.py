@@ -80,7 +80,7 @@ def _with_flags[S: ServiceSettings](settings_class: type[S], flags: dict[str, An
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             return (InitSettingsSource(settings_cls, flags), env_settings, init_settings)
 
-    return Flagged
+    return cast(type[S], Flagged)
 
 
 def _read_tables(config_file: Path, service_name: str) -> dict[str, Any]:

@@ -101,7 +101,7 @@ class Machines:
         return self._credential(machine)
 
     async def renew(self, tx: Tx, machine_id: MachineId, signed_at_unix_seconds: int, signature: str) -> Credential:
-        """Raises InvalidProof, also for a machine that is not there: nobody shall try out ids. Raises MachineRevoked."""
+        """Raises MachineRevoked, InvalidProof; the latter also for an absent machine: nobody shall try out ids."""
         self._check_time(signed_at_unix_seconds)
         machine = await store.lock_machine(tx, machine_id.uuid)
         text = f"dante-renew\n{machine_id}\n{signed_at_unix_seconds}"
