@@ -70,7 +70,8 @@ class PythonRuntime:
             if _is_below(prefix, "/usr"):
                 continue
             if prefix in ("/", os.path.expanduser("~")) or _is_below(str(hidden), prefix):
-                return cls((), SEARCH_PATH, SEARCH_PATH, f"the daemon's Python ({prefix}) cannot be shown without private data")
+                problem = f"the daemon's Python ({prefix}) cannot be shown without private data"
+                return cls((), SEARCH_PATH, SEARCH_PATH, problem)
             # A mount point below the job's own folder would have to be made inside that folder.
             inside = RELOCATED_PREFIX if _is_below(prefix, WORK) or _is_below(prefix, OUTPUT) else prefix
             mounts.append((prefix, inside))
