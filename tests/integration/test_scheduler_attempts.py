@@ -3,7 +3,6 @@
 import asyncio
 from typing import Any
 
-import nats
 import psycopg
 import pytest
 
@@ -139,15 +138,7 @@ async def test_rubbish_from_one_machine_does_not_hold_up_the_reports_of_others(w
     job = await world.settled(job_id)
     assert len(job.message) <= 2000
     assert "\0" not in job.message
-    await until(lambda: no_report_left(world))
-
-
-async def no_report_left(world: World) -> bool:
-    """Nothing is handed out again and again."""
-    client = await nats.connect(world.nats.url, user_credentials=str(world.nats.services_creds))
-    info = await client.jetstream().stream_info(subjects.REPORTS.name)
-    await client.close()
-    return info.state.messages == 0
+    await until(lambda: world.has_emptied(subjects.REPORTS))
 
 
 async def until_given(job_id: str, *machines: Machine) -> Machine:

@@ -119,6 +119,15 @@ async def test_jobs_accepted_while_nats_is_down_start_when_it_is_back(world: Wor
     await until(empty)
 
 
+async def test_a_job_whose_message_was_lost_is_found_when_nats_is_back(world: World, nats_server: NatsForTests) -> None:
+    machine = await world.machine()
+    await nats_server.server.stop()
+    job_id = await world.submit_one()
+    await world.sql("DELETE FROM outbox")
+    await nats_server.server.start()
+    await machine.given(job_id)
+
+
 async def test_submissions_that_come_twice_by_the_queue_place_a_job_once(world: World) -> None:
     machine = await world.machine(3)
     job_id, attempt = await world.running(machine)
@@ -127,6 +136,7 @@ async def test_submissions_that_come_twice_by_the_queue_place_a_job_once(world: 
         await world.bus.publish_stream(subjects.JOB_SUBMITTED, payload, str(EventId.new()))
     other = await machine.given(await world.submit_one())
     assert {a.attempt_id for a in machine.desired} == {attempt.attempt_id, other.attempt_id}
+    await until(lambda: world.has_emptied(subjects.JOBS))
     assert (await world.get(job_id)).epoch == 1
     await world.check_sound()
 
