@@ -66,8 +66,8 @@ class RequestMix:
     def shapes(self) -> list[MixShape]:
         """The mix now, in an order that does not depend on the order of arrival.
 
-        A shape's weight is its count over the square root of its GPUs: by count alone the value of keeping machines
-        whole for large requests would be as large as all small requests together; see docs/performance.md.
+        A shape's weight is its count over the square root of its GPUs. As `copies` counts GPUs, a request for 8 still
+        weighs nearly three times as much as one for 1. Chosen by measurement: docs/performance.md.
         """
         self._due = self._total * REFRESH_GROWTH
         self._forget()

@@ -29,6 +29,9 @@ from dantegpu.domain.scheduling.policy import DEFAULT_POLICY, Objective, Policy
 from dantegpu.domain.scheduling.snapshot import Bools, Ints, Snapshot, TeamUse
 from dantegpu.domain.units import MILLI_PER_UNIT, MicroDgpu
 
+MAX_KNOWN_SHAPES = 4096
+"""Shapes whose candidates and scores are remembered; when there are more, all are looked at again."""
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceShare:
@@ -226,6 +229,8 @@ class _Round:
     def place(self, job: PendingJob) -> Placement | Unplaced:
         shape = self._shapes.get(job.shape)
         if shape is None:
+            if len(self._shapes) >= MAX_KNOWN_SHAPES:
+                self._shapes.clear()
             shape = self._shapes[job.shape] = self._look_at(job)
         if not shape.exhausted:
             placement = self._best(job, shape)
