@@ -130,12 +130,14 @@ def test_the_value_is_the_formula():
         MixShape(1000, 5 * GIB, parse_gpu_spec("0.3"), 0.25),
         MixShape(1000, GIB, parse_gpu_spec("2"), 0.125),
         MixShape(1000, GIB, parse_gpu_spec("A100"), 0.125),
+        MixShape(20_000, GIB, parse_gpu_spec("1"), 0.5),
     ]
     value = FragmentationValue(snapshot, np.zeros((1, 3), dtype=np.int64), 1, shapes)
     free = np.array([[1000, 1000, 650]])
     whole, copies = value.of(np.array([0]), np.array([10_000]), np.array([8 * GIB]), free)[0]
-    # Copies: two whole devices; 8 GiB / 5 GiB of 0.3; one pair. Reach: 2 GPUs, all 2.65, 2, and none of an A100.
-    assert copies == pytest.approx(0.5 * 2 + 0.25 * 0.3 * 1.6 + 0.125 * 2)
+    # Copies: two whole devices; 8 GiB / 5 GiB of 0.3; one pair; half of the one with 20 cores.
+    # Reach: 2 GPUs, all 2.65, 2, none of an A100, and none for 20 cores.
+    assert copies == pytest.approx(0.5 * 2 + 0.25 * 0.3 * 1.6 + 0.125 * 2 + 0.5 * 0.5)
     reach = 0.5 * 2 + 0.25 * 2.65 + 0.125 * 2
     assert whole == pytest.approx(ALPHA * reach + (1 - ALPHA) * copies)
 
