@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import re
 from collections.abc import Generator
 from typing import Any
 from urllib.parse import urlsplit
@@ -155,7 +156,7 @@ def test_an_impossible_request_waits_with_the_reason_and_why_explains_it(platfor
     said = platform.dante("why", job.id, env=environment)
     assert said.returncode == 0
     assert "No machine online has the requested GPUs" in said.stdout
-    assert "0 of 1 machines fit" in said.stdout
+    assert re.search(r"^0 of \d+ machines fit", said.stdout, re.MULTILINE)  # other tests may have brought machines
     person.client.jobs.stop(job.id)
 
 

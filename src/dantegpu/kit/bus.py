@@ -217,8 +217,20 @@ class Bus:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         if consumer.subscription is not None:
-            # Also while disconnected: the client would subscribe again, and nobody would read what it gets.
-            await unsubscribe(consumer.subscription)
+            await self._drained(consumer.subscription)
+            await consumer.give_back()
+
+    async def _drained(self, subscription: Subscription) -> None:
+        """End a subscription after what the server has sent on it was taken in."""
+        if self._client.is_connected:
+            try:
+                async with asyncio.timeout(CLOSE_TIMEOUT_SECONDS):
+                    await subscription.drain()
+                return
+            except (NatsError, TimeoutError) as error:
+                log.warning("subscription_not_drained", bus=self._name, error=repr(error))
+        # Also while disconnected: the client would subscribe again, and nobody would read what it gets.
+        await unsubscribe(subscription)
 
     async def _bind(self, consumer: "_Consumer") -> None:
         config = ConsumerConfig(
@@ -316,6 +328,10 @@ class _Consumer:
     async def receive(self, message: Msg) -> None:
         await self._queue.put(message)
 
+    async def give_back(self) -> None:
+        """Let the next reader of the stream have what this one took and did not come to."""
+        await _give_back([self._queue.get_nowait() for _ in range(self._queue.qsize())], delay_seconds=None)
+
     async def drain(self) -> None:
         batch = [await self._queue.get()]
         while len(batch) < self._max_batch and not self._queue.empty():
@@ -323,14 +339,18 @@ class _Consumer:
         try:
             await self._handler(batch)
         except BaseException:
-            # Not acknowledged: JetStream hands the batch out again, soon instead of after ack_wait. When it cannot be
-            # told, it does so later; a cancellation must get through all the same.
-            with contextlib.suppress(NatsError):
-                for message in batch:
-                    await message.nak(delay=1.0)
+            # A cancellation must get through all the same.
+            await _give_back(batch, delay_seconds=1.0)
             raise
         for message in batch:
             await message.ack()
+
+
+async def _give_back(messages: Sequence[Msg], delay_seconds: float | None) -> None:
+    """Have JetStream hand the messages out again soon; if it cannot be told, it does so after ack_wait."""
+    with contextlib.suppress(NatsError):
+        for message in messages:
+            await message.nak(delay=delay_seconds)
 
 
 def _jwt_callbacks(credentials: Callable[[], tuple[str, str]]) -> dict[str, Any]:
