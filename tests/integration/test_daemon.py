@@ -58,6 +58,22 @@ async def test_a_lost_push_is_repaired_by_the_next_sync(
     assert (await machine_platform.ended(attempt_id)).state == jobs_pb2.SUCCEEDED
 
 
+async def test_a_push_that_was_under_way_for_longer_than_its_lease_starts_nothing(
+    machine_platform: MachinePlatform, running_daemon: RunningDaemon
+):
+    known = await machine_platform.place("true")
+    await machine_platform.ended(known)
+    machine_platform.answers_syncs = False
+    machine_platform.push_delay_seconds = machine_platform.lease_ms / 1000
+    late = await machine_platform.place("sleep", "600")
+    del machine_platform.desired[late]
+    machine_platform.push_delay_seconds = 0.0
+    in_time = await machine_platform.place("sleep", "600")
+    await machine_platform.reached(in_time, jobs_pb2.RUNNING)
+    assert late not in machine_platform.states
+    assert late not in {folder.name for folder in attempts_left(running_daemon)}
+
+
 async def test_an_old_push_changes_nothing(machine_platform: MachinePlatform, running_daemon: RunningDaemon):
     attempt_id = await machine_platform.place("sh", "-c", "until [ -e go ]; do sleep 0.01; done")
     await machine_platform.reached(attempt_id, jobs_pb2.RUNNING)

@@ -11,7 +11,7 @@ from dantegpu.daemon.attempt import Attempt, Tools, boottime
 from dantegpu.daemon.executors.base import Adoption
 from dantegpu.daemon.executors.process import ProcessExecutor
 from dantegpu.daemon.journal import AttemptRow, JournalError
-from dantegpu.daemon.leases import LeaseFile, lease_until
+from dantegpu.daemon.leases import LeaseFile, ServerClock, lease_until
 from dantegpu.daemon.link import Link
 from dantegpu.daemon.probe.machine import Probe
 from dantegpu.daemon.settings import DaemonSettings
@@ -65,6 +65,7 @@ class Agent:
         self._dirty: dict[AttemptId, None] = {}
         self._beats_since_inventory = INVENTORY_EVERY_HEARTBEATS
         self._stopping = False
+        self._server_clock = ServerClock()
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
@@ -148,11 +149,15 @@ class Agent:
         self._sync_now.notify()
 
     async def desired_pushed(self, state: machine_pb2.DesiredState) -> None:
-        """A push may bring new attempts. It renews no lease, for nobody knows how long it was under way."""
+        """A push may bring new attempts, as long as their lease still holds. It renews none."""
         if state.machine_id != str(self._machine_id):
             log.warning("push_refused", machine_id=state.machine_id)
             return
-        await self._apply(state, sent_at=boottime(), renews=False, asked=set(self._attempts))
+        sent_at = self._server_clock.boot_time_of(state.server_time_us, boottime())
+        if sent_at is None:
+            self._sync_now.notify()
+            return
+        await self._apply(state, sent_at=sent_at, renews=False, asked=set(self._attempts))
 
     @property
     def _up(self) -> Link:
@@ -179,6 +184,8 @@ class Agent:
         except ServiceError as error:
             log.info("sync_failed", error=str(error))
             return
+        if not state.error:
+            self._server_clock.synced(sent_at, state.server_time_us)
         await self._apply(state, sent_at=sent_at, renews=True, asked=asked)
         await asyncio.sleep(MIN_SYNC_PAUSE_SECONDS)
 
@@ -270,7 +277,13 @@ class Agent:
     def _want(self, attempt_id: AttemptId, desired: machine_pb2.DesiredAttempt, sent_at: float, renews: bool) -> None:
         attempt = self._attempts.get(attempt_id)
         if attempt is None:
-            attempt = self._accept(attempt_id, desired, lease_until(sent_at, desired.lease_ms))
+            lease = lease_until(sent_at, desired.lease_ms)
+            if lease <= boottime():
+                # A push that was under way for so long that its attempt may be somebody else's by now (I6).
+                log.warning("late_push_ignored", attempt_id=str(attempt_id))
+                self._sync_now.notify()
+                return
+            attempt = self._accept(attempt_id, desired, lease)
         if attempt is None or attempt.ended:
             return
         attempt.desired = desired

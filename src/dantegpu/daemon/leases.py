@@ -20,6 +20,32 @@ def lease_until(sent_at: float, lease_ms: int) -> float:
     return sent_at + lease_seconds - min(MAX_MARGIN_SECONDS, lease_seconds * MARGIN_FRACTION)
 
 
+class ServerClock:
+    """Relates the server's clock to this machine's boot clock, by the last sync.
+
+    The server stamped its answer at some moment after the sync was sent, so counting from the sending can only make a
+    push look older than it is, never younger.
+    """
+
+    def __init__(self) -> None:
+        self._reference: tuple[float, int] | None = None
+
+    def synced(self, sent_at: float, server_time_us: int) -> None:
+        """Note the answer to a sync that was sent at `sent_at` (boot clock)."""
+        if server_time_us:
+            self._reference = (sent_at, server_time_us)
+
+    def boot_time_of(self, server_time_us: int, now: float) -> float | None:
+        """The earliest boot-clock second at which the server's clock can have shown this, at most `now`.
+
+        None: nobody can know, before the first sync.
+        """
+        if self._reference is None or not server_time_us:
+            return None
+        sent_at, known_us = self._reference
+        return min(now, sent_at + (server_time_us - known_us) / 1_000_000)
+
+
 class LeaseFile:
     """Attempt id -> boot-clock second. Unreadable, or of another boot: every lease is over."""
 
