@@ -15,7 +15,7 @@ from dantegpu.apps.embedded.postgres import EmbeddedPostgres
 from dantegpu.apps.settings_doc import render
 from dantegpu.apps.targets import TARGETS
 from dantegpu.kit.settings import ServiceSettings
-from tests.fixtures.cluster import free_ports, wait_until
+from tests.fixtures.cluster import free_port_block, free_ports, wait_until
 from tests.fixtures.platform import DANTE, run_dante
 
 NEEDED = ("auth-service", "billing-payment-service")
@@ -39,7 +39,7 @@ def test_the_files_of_init_start_services_and_make_the_operator(dante_home: Path
     folder, postgres = dante_home / "own", EmbeddedPostgres(dante_home / "pg", dante_home / "run")
     asyncio.run(postgres.start())
     try:
-        port, nats_port = free_ports(2)
+        port, nats_port = free_port_block(30), free_ports(1)[0]
         arguments = ["--port", str(port), "--nats-url", f"nats://127.0.0.1:{nats_port}"]
         arguments += ["--database-url", postgres.address.dsn()]
         assert run_dante("init", str(folder), *arguments, home=dante_home).returncode == 0
