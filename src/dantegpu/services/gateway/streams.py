@@ -1,6 +1,7 @@
 """Server-sent events: a stream reads on from its cursor when woken; a lost or doubled wake-up changes nothing."""
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing, asynccontextmanager
@@ -42,16 +43,16 @@ class Event:
         return f"id: {self.id}\nevent: {self.name}\ndata: {self.data.model_dump_json()}\n\n".encode()
 
 
-class Source:
+class Source(ABC):
     """Where a stream's events come from."""
 
+    @abstractmethod
     async def read(self) -> list[Event]:
         """What is there after the cursor, which moves on; empty: nothing more for now."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def finished(self) -> BaseModel | None:
         """Asked when read() gave nothing: the last word of the stream when nothing can come any more."""
-        raise NotImplementedError
 
 
 class Streams:
