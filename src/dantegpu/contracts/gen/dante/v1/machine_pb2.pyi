@@ -81,6 +81,7 @@ class Inventory(message.Message):
     DAEMON_VERSION_FIELD_NUMBER: builtins.int
     REGION_FIELD_NUMBER: builtins.int
     SIMULATED_FIELD_NUMBER: builtins.int
+    ADDRESS_FIELD_NUMBER: builtins.int
     hostname: builtins.str
     cpu_milli: builtins.int
     """what may be leased, 1000 = one core"""
@@ -96,6 +97,8 @@ class Inventory(message.Message):
     region: builtins.str
     simulated: builtins.bool
     """any device is simulated"""
+    address: builtins.str
+    """where the other nodes of a gang reach this machine"""
     @builtins.property
     def devices(self) -> containers.RepeatedCompositeFieldContainer[Device]: ...
     @builtins.property
@@ -124,10 +127,11 @@ class Inventory(message.Message):
         daemon_version: builtins.str = ...,
         region: builtins.str = ...,
         simulated: builtins.bool = ...,
+        address: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["cpu_milli", b"cpu_milli", "cuda_version", b"cuda_version", "daemon_version", b"daemon_version", "devices", b"devices", "disk_bytes", b"disk_bytes", "driver_version", b"driver_version", "executors", b"executors", "hostname", b"hostname", "kernel", b"kernel", "limits_missing", b"limits_missing", "memory_bytes", b"memory_bytes", "os", b"os", "region", b"region", "sandbox", b"sandbox", "simulated", b"simulated"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "cpu_milli", b"cpu_milli", "cuda_version", b"cuda_version", "daemon_version", b"daemon_version", "devices", b"devices", "disk_bytes", b"disk_bytes", "driver_version", b"driver_version", "executors", b"executors", "hostname", b"hostname", "kernel", b"kernel", "limits_missing", b"limits_missing", "memory_bytes", b"memory_bytes", "os", b"os", "region", b"region", "sandbox", b"sandbox", "simulated", b"simulated"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -362,6 +366,9 @@ class DesiredAttempt(message.Message):
     TRACEPARENT_FIELD_NUMBER: builtins.int
     LOG_LIMIT_BYTES_FIELD_NUMBER: builtins.int
     RESULTS_LIMIT_BYTES_FIELD_NUMBER: builtins.int
+    NODE_RANK_FIELD_NUMBER: builtins.int
+    NODE_ADDRESSES_FIELD_NUMBER: builtins.int
+    RENDEZVOUS_PORT_FIELD_NUMBER: builtins.int
     attempt_id: builtins.str
     job_id: builtins.str
     team_id: builtins.str
@@ -377,10 +384,17 @@ class DesiredAttempt(message.Message):
     """W3C trace context of the submission"""
     log_limit_bytes: builtins.int
     results_limit_bytes: builtins.int
+    node_rank: builtins.int
+    rendezvous_port: builtins.int
+    """on node 0; 0 = the job has one node"""
     @builtins.property
     def spec(self) -> jobs_pb2.JobSpec: ...
     @builtins.property
     def devices(self) -> containers.RepeatedCompositeFieldContainer[DeviceLease]: ...
+    @builtins.property
+    def node_addresses(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """of all nodes of a gang, by rank; empty = the job has one node"""
+
     def __init__(
         self,
         *,
@@ -397,10 +411,13 @@ class DesiredAttempt(message.Message):
         traceparent: builtins.str = ...,
         log_limit_bytes: builtins.int = ...,
         results_limit_bytes: builtins.int = ...,
+        node_rank: builtins.int = ...,
+        node_addresses: abc.Iterable[builtins.str] | None = ...,
+        rendezvous_port: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt_id", b"attempt_id", "devices", b"devices", "epoch", b"epoch", "job_id", b"job_id", "lease_ms", b"lease_ms", "log_limit_bytes", b"log_limit_bytes", "results_limit_bytes", b"results_limit_bytes", "spec", b"spec", "stop", b"stop", "stop_grace_ms", b"stop_grace_ms", "stop_reason", b"stop_reason", "team_id", b"team_id", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt_id", b"attempt_id", "devices", b"devices", "epoch", b"epoch", "job_id", b"job_id", "lease_ms", b"lease_ms", "log_limit_bytes", b"log_limit_bytes", "node_addresses", b"node_addresses", "node_rank", b"node_rank", "rendezvous_port", b"rendezvous_port", "results_limit_bytes", b"results_limit_bytes", "spec", b"spec", "stop", b"stop", "stop_grace_ms", b"stop_grace_ms", "stop_reason", b"stop_reason", "team_id", b"team_id", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
