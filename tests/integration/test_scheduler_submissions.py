@@ -89,7 +89,7 @@ async def test_the_gateway_sends_what_arrives_meanwhile_in_one_call(world: World
         SubmitJobs = world.jobs.SubmitJobs
 
         @staticmethod
-        def SubmitMany(request: jobs_pb2.SubmitManyRequest, **options: object) -> object:
+        def SubmitMany(request: jobs_pb2.SubmitManyRequest, **options: object) -> object:  # noqa: N802 - as gRPC does
             calls.append(len(request.submissions))
             return world.jobs.SubmitMany(request, **options)  # type: ignore[arg-type]
 

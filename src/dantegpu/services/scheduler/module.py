@@ -65,6 +65,7 @@ def build(deps: Deps, settings: SchedulerSettings) -> Service:
     wakeups.machines = dispatcher.notify
     wakeups.settlement = settlement.notify
     wakeups.placement = placement.notify
+    wakeups.submitted = placement.take
 
     async def lead(_epoch: int) -> None:
         async with asyncio.TaskGroup() as tasks:

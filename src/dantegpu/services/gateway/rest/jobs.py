@@ -13,8 +13,6 @@ from dantegpu.contracts.gen.dante.v1 import billing_pb2, jobs_pb2, monitoring_pb
 from dantegpu.contracts.rest import billing, jobs, storage
 from dantegpu.contracts.rest.convert import spec_to_proto
 from dantegpu.contracts.rest.spec import JobList, JobSpec
-from dantegpu.contracts.subjects import job_event, logs_appended
-from dantegpu.domain.ids import JobId
 from dantegpu.domain.job import JobState
 from dantegpu.kit import rpc
 from dantegpu.kit.actor import SERVICE
@@ -192,7 +190,7 @@ async def job_events(
     source = JobEventSource(platform.clients, actor, job, after_seq, until == "settled")
     team = str(actor.require_team())
     platform.streams.check_room(team)
-    return EventStream(platform.streams.follow(team, [job_event(JobId.parse(job_id))], source))
+    return EventStream(platform.streams.follow(team, job_id, source))
 
 
 @router.get(
@@ -229,8 +227,7 @@ async def job_logs(
     source = LogSource(platform.clients, actor, platform.clock, job, epoch, offset, one_attempt)
     team = str(actor.require_team())
     platform.streams.check_room(team)
-    parsed = JobId.parse(job_id)
-    return EventStream(platform.streams.follow(team, [logs_appended(parsed), job_event(parsed)], source))
+    return EventStream(platform.streams.follow(team, job_id, source, logs=True))
 
 
 async def _stored_log(platform: Platform, job_id: str, epoch: int, offset: int, limit_bytes: int) -> Response:

@@ -8,8 +8,7 @@ from uuid import UUID
 
 from google.protobuf.message import Message
 
-from dantegpu.contracts import subjects
-from dantegpu.contracts.gen.dante.v1 import common_pb2, events_pb2, jobs_pb2, storage_pb2, storage_pb2_grpc
+from dantegpu.contracts.gen.dante.v1 import common_pb2, jobs_pb2, storage_pb2, storage_pb2_grpc
 from dantegpu.domain import job as lifecycle
 from dantegpu.domain.clock import Clock
 from dantegpu.domain.ids import JobId, TeamId
@@ -27,7 +26,13 @@ from dantegpu.services.scheduler import store
 from dantegpu.services.scheduler.errors import InputNotUploaded, InvalidJob, JobNotFound, NoOfferFits
 from dantegpu.services.scheduler.service.inventory import Inventory
 from dantegpu.services.scheduler.service.placement import live_leases, pending_of, pending_of_spec, request_of
-from dantegpu.services.scheduler.service.transitions import JobBatch, Wakeups, event_message
+from dantegpu.services.scheduler.service.transitions import (
+    JobBatch,
+    Wakeups,
+    changed_messages,
+    job_changed,
+    submitted_messages,
+)
 from dantegpu.services.scheduler.settings import SchedulerSettings
 from dantegpu.services.scheduler.store import AttemptRow, JobRow, LeaseRow
 
@@ -157,6 +162,7 @@ class Intake:
             traceparent=current_traceparent(),
         )
         await self._outbox.add(tx, _submitted_messages(rows))
+        tx.after_commit.append(lambda: self._wakeups.submitted(rows))
         return rows
 
     async def get(self, tx: Tx, actor: Actor, job_ids: Sequence[JobId]) -> list[JobDetails]:
@@ -238,16 +244,13 @@ def _texts(spec: jobs_pb2.JobSpec) -> Iterator[str]:
 
 def _submitted_messages(rows: Sequence[JobRow]) -> list[tuple[str, Message]]:
     """Placement is told first: the job waits for nobody else."""
-    messages: list[tuple[str, Message]] = [
-        (subjects.JOB_SUBMITTED, events_pb2.JobSubmitted(job_id=str(JobId(row.id)))) for row in rows
-    ]
-    for row in rows:
-        event = store.EventRow(row.id, row.event_seq, row.state, "submitted", "", None, row.submitted_at)
-        changed = events_pb2.JobChanged(
-            job_id=str(JobId(row.id)), team_id=str(TeamId(row.team_id)), event=event_message(event)
+    changes = [
+        job_changed(
+            row.team_id, store.EventRow(row.id, row.event_seq, row.state, "submitted", "", None, row.submitted_at)
         )
-        messages.append((subjects.job_event(JobId(row.id)), changed))
-    return messages
+        for row in rows
+    ]
+    return [*submitted_messages([row.id for row in rows]), *changed_messages(changes)]
 
 
 def _team_of(actor: Actor) -> TeamId:

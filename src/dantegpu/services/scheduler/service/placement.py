@@ -43,6 +43,7 @@ log = structlog.get_logger(__name__)
 LOAD_PAGE = 1000
 MAX_PLACEMENTS_PER_ROUND = 1000
 MAX_REASONS_PER_ROUND = 1000
+MAX_TAKEN = 200_000
 NO_FUNDS_RETRY_SECONDS = 10.0
 IDLE_ROUND_SECONDS = 5.0
 """A round also runs this often while something waits: what woke nobody is found all the same."""
@@ -135,6 +136,9 @@ class PlacementLeader:
         self._settings = settings
         self._queue: dict[UUID, _Waiting] = {}
         self._paused_teams: dict[TeamId, float] = {}
+        self._taken: set[UUID] = set()
+        """Queued by take(); the message about them is still to come."""
+        self._leading = False
         self._again = Wakeup()
         self._sweep_now = Wakeup()
         # What NATS lost is still in PostgreSQL.
@@ -145,9 +149,26 @@ class PlacementLeader:
     def notify(self) -> None:
         self._again.notify()
 
+    def take(self, rows: Sequence[JobRow]) -> None:
+        """Queue jobs that were just committed: sooner than a message or a sweep would. Only a leader listens."""
+        if not self._leading:
+            return
+        if len(self._taken) > MAX_TAKEN:
+            self._taken.clear()  # their messages got lost; should they come after all, PostgreSQL is asked
+        self._taken.update(row.id for row in rows)
+        self._add(rows)
+
     async def lead(self) -> None:
         """Until cancelled: the queue from PostgreSQL, then rounds."""
+        self._leading = True
+        try:
+            await self._lead()
+        finally:
+            self._leading = False
+
+    async def _lead(self) -> None:
         self._queue.clear()
+        self._taken.clear()
         self._paused_teams.clear()
         await self._load()
         async with AsyncExitStack() as stack:
@@ -165,9 +186,15 @@ class PlacementLeader:
         ids: list[UUID] = []
         for message in messages:
             try:
-                ids.append(JobId.parse(unwrap(message.data, events_pb2.JobSubmitted)[1].job_id).uuid)
+                ids += [JobId.parse(text).uuid for text in unwrap(message.data, events_pb2.JobsSubmitted)[1].job_ids]
             except (InvalidId, UnexpectedEvent, DecodeError) as error:
                 log.error("submission_unreadable", error=str(error))
+        # Most were submitted in this process and taken at once; they may be running by now.
+        taken = {job_id for job_id in ids if job_id in self._taken}
+        self._taken -= taken
+        ids = [job_id for job_id in ids if job_id not in taken]
+        if not ids:
+            return
         async with self._db.transaction() as tx:
             rows = await store.jobs_by_id(tx, ids)
         self._add(rows.values())

@@ -10,8 +10,7 @@ from uuid import UUID
 
 import structlog
 
-from dantegpu.contracts import subjects
-from dantegpu.contracts.gen.dante.v1 import billing_pb2, billing_pb2_grpc, common_pb2, events_pb2
+from dantegpu.contracts.gen.dante.v1 import billing_pb2, billing_pb2_grpc, common_pb2
 from dantegpu.domain import job as lifecycle
 from dantegpu.domain.clock import Clock
 from dantegpu.domain.ids import AttemptId, JobId, TeamId
@@ -25,7 +24,7 @@ from dantegpu.kit.errors import ServiceError
 from dantegpu.kit.lifecycle import Wakeup
 from dantegpu.kit.outbox import Outbox
 from dantegpu.services.scheduler import store
-from dantegpu.services.scheduler.service.transitions import JobBatch, Wakeups, event_message
+from dantegpu.services.scheduler.service.transitions import JobBatch, Wakeups, changed_messages, job_changed
 from dantegpu.services.scheduler.settings import SchedulerSettings
 from dantegpu.services.scheduler.store import AttemptRow
 
@@ -216,15 +215,7 @@ class Settlement:
         await store.insert_events(tx, [_record(event) for event in events])
         await self._outbox.add(
             tx,
-            [
-                (
-                    subjects.job_event(JobId(row.id)),
-                    events_pb2.JobChanged(
-                        job_id=str(JobId(row.id)), team_id=str(TeamId(row.team_id)), event=event_message(event)
-                    ),
-                )
-                for row, event in zip(rows, events, strict=True)
-            ],
+            changed_messages([job_changed(row.team_id, event) for row, event in zip(rows, events, strict=True)]),
         )
 
 
