@@ -38,6 +38,8 @@ log = structlog.get_logger(__name__)
 MAX_ATTEMPTS_PER_SYNC = 10_000
 MAX_RESULT_FILES = 10_000
 MAX_PATH_LENGTH = 1024
+PUSH_PAUSE_SECONDS = 0.01
+"""Between two pushes of desired attempts."""
 _ENDED = frozenset({jobs_pb2.SUCCEEDED, jobs_pb2.FAILED, jobs_pb2.CANCELLED})
 
 
@@ -271,6 +273,7 @@ class Dispatcher:
         await self._tasks.stop()
 
     async def _push(self) -> None:
+        """The first change goes at once; what changes until the pause is over goes together."""
         await self._wakeup.wait()
         due, self._due = self._due, set()
         try:
@@ -284,6 +287,7 @@ class Dispatcher:
                 for machine_id, state in states.items()
             )
         )
+        await asyncio.sleep(PUSH_PAUSE_SECONDS)
 
 
 def decode_reports(messages: Sequence[Msg]) -> list[tuple[MachineId, machine_pb2.AttemptStatus]]:

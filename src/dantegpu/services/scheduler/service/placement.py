@@ -47,6 +47,7 @@ MAX_TAKEN = 200_000
 NO_FUNDS_RETRY_SECONDS = 10.0
 IDLE_ROUND_SECONDS = 5.0
 """A round also runs this often while something waits: what woke nobody is found all the same."""
+ROUND_PAUSE_SECONDS = 0.01
 TEAM_PAUSE_SECONDS = 1.0
 """A team that could not pay is left out of rounds for so long: its other jobs must not keep the rounds busy."""
 SWEEP_SECONDS = 15.0
@@ -151,8 +152,8 @@ class PlacementLeader:
 
     def take(self, rows: Sequence[JobRow]) -> None:
         """Queue jobs that were just committed: sooner than a message or a sweep would. Only a leader listens."""
-        if not self._leading:
-            return
+        if not self._leading or not self._bus.connected:
+            return  # without NATS no machine could be told either; the message comes when it is back
         if len(self._taken) > MAX_TAKEN:
             self._taken.clear()  # their messages got lost; should they come after all, PostgreSQL is asked
         self._taken.update(row.id for row in rows)
@@ -195,7 +196,7 @@ class PlacementLeader:
         ids = [job_id for job_id in ids if job_id not in taken]
         if not ids:
             return
-        async with self._db.transaction() as tx:
+        async with self._db.statement() as tx:
             rows = await store.jobs_by_id(tx, ids)
         self._add(rows.values())
 
@@ -261,6 +262,8 @@ class PlacementLeader:
                     # Somebody changed what the plan was made of. The constraint held; the next round sees the truth.
                     log.warning("plan_rejected", error=str(error))
             if not again:
+                # The first job is placed at once; those that come until the pause is over share a round.
+                await asyncio.sleep(ROUND_PAUSE_SECONDS)
                 await self._again.wait(self._pause_seconds())
 
     def _pause_seconds(self) -> float | None:
@@ -279,7 +282,7 @@ class PlacementLeader:
         if not ready:
             return False
         with span("placement round", jobs=str(len(ready))):
-            async with self._db.transaction() as tx:
+            async with self._db.statement() as tx:
                 leases = await live_leases(tx)
             snapshot = Snapshot.from_machines(self._inventory.machines(), leases)
             plan = schedule(snapshot, ready, DEFAULT_POLICY, now=now)
