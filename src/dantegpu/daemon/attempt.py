@@ -171,9 +171,9 @@ class Attempt:
         if desired is None:
             raise _Ended(jobs_pb2.OUTCOME_LOST, "the daemon was restarted before the attempt had started")
         spec = self._spec(desired)
-        if refusal := self._tools.watch.refusal(self.devices):
+        if refusal := self._tools.watch.refusal(desired.devices, desired.team_id):
             raise _Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, refusal)
-        self._tools.watch.held(desired.attempt_id, self.devices)
+        self._tools.watch.held(desired.attempt_id, desired.team_id, self.devices)
         with span("attempt.prepare"):
             await self._or_stopped(self._prepare(desired))
             self._handle = await self._tools.executor.prepare(spec)

@@ -145,6 +145,7 @@ def machine(proto: registry_pb2.Machine) -> machines.Machine:
         daemon_version=inventory.daemon_version,
         region=inventory.region,
         simulated=inventory.simulated,
+        shares_devices=inventory.shares_devices,
         running_attempts=proto.running_attempts,
         cpu_utilisation=proto.cpu_utilisation,
         memory_used_bytes=proto.memory_used_bytes,
@@ -207,6 +208,7 @@ def inventory_to_proto(report: machines.InventoryReport) -> machine_pb2.Inventor
         daemon_version=report.daemon_version,
         region=report.region,
         simulated=report.simulated,
+        shares_devices=report.shares_devices,
     )
 
 
