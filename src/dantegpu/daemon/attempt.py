@@ -22,6 +22,7 @@ from dantegpu.daemon.executors.base import (
     ExecutorError,
     ExitStatus,
     Handle,
+    Stats,
     StopReason,
 )
 from dantegpu.daemon.journal import AttemptRow, Journal
@@ -115,6 +116,15 @@ class Attempt:
     def devices(self) -> list[int]:
         """Indexes of the devices leased to it; unknown, so none, until a restarted daemon has heard of them again."""
         return [lease.index for lease in self.desired.devices] if self.desired is not None else []
+
+    @property
+    def ran_seconds(self) -> float:
+        """Since its start; 0 before."""
+        return self._ran_seconds()
+
+    async def stats(self) -> Stats | None:
+        """What it uses right now; None when nothing of it runs."""
+        return await self._tools.executor.stats(self._handle) if self._handle is not None and self.running else None
 
     async def processes(self) -> set[int] | None:
         """Pids of what runs of it; None where its executor cannot tell."""
