@@ -143,7 +143,8 @@ class FragmentationScorer:
             _, first, inverse = np.unique(self._states(pairs), return_index=True, return_inverse=True)
             losses, columns = self._loss(pairs.take(first))
             losses, columns = losses[inverse], columns[inverse]
-        return losses + self._prices.take(pairs.row), columns
+        losses += self._prices.take(pairs.row)
+        return losses, columns
 
     def _states(self, pairs: Pairs) -> Ints:
         capacity, weights, width = self._board.capacity, self._weights, pairs.free.shape[1]
@@ -160,7 +161,7 @@ class FragmentationScorer:
         """What V falls by, with its tie-breakers, and the device to take of a fraction's candidates (else -1)."""
         capacity, row, free = self._board.capacity, pairs.row, pairs.free
         cpu, memory = capacity.cpu.take(row), capacity.memory.take(row)
-        losses = free.sum(axis=1) * (_TIE_PER_FREE_GPU / MILLI_PER_UNIT)
+        losses: Floats = np.multiply(free.sum(axis=1), _TIE_PER_FREE_GPU / MILLI_PER_UNIT, dtype=np.float64)
         losses += cpu * (_TIE_PER_FREE_CORE / MILLI_PER_UNIT)
         cpu -= pairs.cpu_milli
         memory -= pairs.memory_bytes

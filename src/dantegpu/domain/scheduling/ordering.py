@@ -1,7 +1,7 @@
 """Who goes next: by priority, then fair between teams, then by age.
 
-A round draws jobs, and each that is drawn counts as placed for the fairness of what follows. What then finds no place is
-given back with all that was drawn after it, so the order is the same as if each job were drawn after the one before it
+A round draws jobs, and each that is drawn counts as placed for the fairness of what follows. What then finds no place
+is put back with all that was drawn after it, so the order is the same as if each job were drawn after the one before it
 had been placed.
 """
 
@@ -17,11 +17,11 @@ from dantegpu.domain.scheduling.snapshot import Lease, Snapshot, TeamUse
 
 
 class Draw(NamedTuple):
-    """One job that is to be placed now; `index` is its place in its group."""
+    """One job that is to be placed now; `place` is its index in its group."""
 
     group: JobGroup
     job: QueuedJob
-    index: int
+    place: int
 
 
 class Shares:
@@ -147,7 +147,7 @@ class Order:
             self._shares.add(group.shape.team_id, group.shape.request, -1)
             number = self._level_of[id(group)]
             level = self._levels[number]
-            level.next_of[id(group)] = draw.index
+            level.next_of[id(group)] = draw.place
             touched.setdefault(number, set()).add(group.team_id if level.fair else None)
         for number, teams in touched.items():
             level = self._levels[number]

@@ -20,6 +20,7 @@ from dantegpu.domain.scheduling.policy import DEFAULT_POLICY, Objective, Policy
 from dantegpu.domain.scheduling.queue import JobGroup, JobQueue, QueuedJob, Shape, ShapeBook
 from dantegpu.domain.scheduling.ranking import WINDOW, Refusal, ScoreTable
 from dantegpu.domain.scheduling.snapshot import Lease, Snapshot
+from dantegpu.domain.units import MILLI_PER_UNIT
 
 __all__ = ["Blocked", "DeviceShare", "Placement", "Plan", "SchedulerState", "Unplaced", "schedule"]
 
@@ -86,9 +87,9 @@ class SchedulerState:
 
     It holds the mix of requests that has arrived (a job counts when it is first listed), and for the snapshot of the
     last call what its plans have left free, with scores. Passing the same snapshot object again goes on from there:
-    every placement so far counts as made, and `give_back` tells what has ended since. Another snapshot (or policy) starts
-    from that snapshot's free capacity and keeps only the mix. So after a plan that was not applied as it is, give back
-    what came to nothing, or pass a new snapshot.
+    every placement so far counts as made, and `give_back` tells what has ended since. Another snapshot (or policy)
+    starts from that snapshot's free capacity and keeps only the mix. So after a plan that was not applied as it is,
+    give back what came to nothing, or pass a new snapshot.
     """
 
     def __init__(self) -> None:
@@ -140,7 +141,8 @@ def schedule(
 
     The same arguments give the same plan. A job that is listed twice counts once. A job whose `not_before` lies
     ahead waits as WAITING_FOR_RETRY. Raises nothing for what a job may ask. `state` is what earlier calls left and is
-    changed; without it the call stands alone. Not more than `limit` jobs are placed; those after them are not looked at.
+    changed; without it the call stands alone. Not more than `limit` jobs are placed, of a JobQueue: jobs after them are
+    in no part of the plan.
     """
     state = state or SchedulerState()
     if isinstance(pending, JobQueue):
@@ -218,5 +220,5 @@ class _Round:
             placements.append(board.take(draw.job.id, shape.team_id, shape.request, row, columns))
             table.hide(row)
             gpu = shape.request.gpu
-            if gpu is not None and gpu.milli < 1000:
+            if gpu is not None and gpu.milli < MILLI_PER_UNIT:
                 table.joined(board.team_number(shape.team_id), row)

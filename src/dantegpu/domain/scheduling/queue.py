@@ -1,4 +1,4 @@
-"""What waits, kept between rounds: priority -> team -> shape -> jobs by age. A round looks at the heads, never at all jobs.
+"""What waits, kept between rounds: by priority, team, shape and age. A round looks at heads, never at all jobs.
 
 A million waiting jobs are a few thousand groups. A job here is a small record; what it asks for is kept once per shape.
 """
@@ -120,7 +120,7 @@ class JobGroup:
 
 
 class JobQueue:
-    """The jobs that wait. `schedule` reads it and removes nothing: what was placed is discarded once that is certain."""
+    """The jobs that wait. `schedule` removes nothing from it: what was placed is discarded once that is certain."""
 
     def __init__(self, jobs: Iterable[PendingJob] = (), *, book: ShapeBook | None = None) -> None:
         self._book = book or ShapeBook()

@@ -1,9 +1,9 @@
 """Which machine is the best one for a shape: a table of scores, shapes against machines, kept between placements.
 
-A *line* of the table is what machines can tell apart of a shape: shapes of several teams share one. A job for a part of a
-GPU has two lines, one over devices that are free and one over devices that its team has parts of, as no other team may
-join those. A score says how bad a place is; NEVER means that the job does not fit there at this moment. A line knows up to
-which change of the board it is true, and only machines that changed since are looked at again, many lines in one go.
+A *line* of the table is what machines can tell apart of a shape: shapes of several teams share one. A job for a part
+of a GPU has two lines, one over free devices and one over devices that its team has parts of, as no other team may join
+those. A score says how bad a place is; NEVER means that the job does not fit there at this moment. A line knows up to
+which change of the board it is true. Only machines that changed since are looked at again, many lines in one go.
 """
 
 from collections.abc import Iterable, Sequence
@@ -37,6 +37,8 @@ MAX_CELLS = 24_000_000
 """Scores that are kept, some 11 bytes each; when there are more, all are looked at again."""
 WINDOW = 64
 """The most shapes that are prepared at once."""
+MAX_PLACES = 100_000
+"""Shapes whose lines are known, and the same holds for them."""
 _CHUNK = 1 << 14
 _SCAN = 1 << 22
 
@@ -174,7 +176,7 @@ class ScoreTable:
 
     def prepare(self, shapes: Iterable[Shape]) -> None:
         """Bring the lines of these shapes up to date; hide() works on them from now on."""
-        if self._size + 2 * WINDOW > self._limit:
+        if self._size + 2 * WINDOW > self._limit or len(self._places) > MAX_PLACES:
             self._forget_lines()
         lines = list(dict.fromkeys(line for shape in dict.fromkeys(shapes) for line in self._place(shape).lines))
         self._shown = np.array(lines, dtype=np.int64)
@@ -295,7 +297,7 @@ class ScoreTable:
         return line
 
     def _forget_lines(self) -> None:
-        for known in (self._places, self._numbers, self._lines_of_team):
+        for known in (self._places, self._numbers, self._lines_of_team, self._conditions):
             known.clear()
         self._size = 0
         self._scores.fill(NEVER)
