@@ -159,9 +159,9 @@ class Arrays:
             why = StopReason(row.stop_reason) if row.stop_reason else None
             now = self._clock.now()
             end = ending(row.size, counts, _stopped(row.id, why, row.stop_by, now).outcome if why else None)
-            because = (
-                f"; stopped: {why.value} ({row.stop_by})" if why in (StopReason.DEADLINE, StopReason.DEPENDENCY) else ""
-            )
+            # A user knows of a stop of his own; these came from elsewhere.
+            of_others = row.stop_reason in (StopReason.DEADLINE, StopReason.DEPENDENCY)
+            because = f"; stopped: {row.stop_reason} ({row.stop_by})" if of_others else ""
             event = await store_arrays.end_array(
                 tx, row.id, state=end.state.value, outcome=end.outcome.value, message=end.message + because,
                 stop_reason=row.stop_reason, stop_by=row.stop_by, now=now,
