@@ -37,6 +37,26 @@ class Attempt(Response):
     ended_at: Timestamp | None = None
 
 
+class ArrayProgress(Response):
+    """How far an array is: its tasks by state. Those not created yet wait without a row of their own."""
+
+    size: int
+    created: int = Field(description="Tasks are created as their turn comes")
+    waiting: int = Field(description="QUEUED, or not created yet")
+    placed: int
+    starting: int
+    running: int
+    stopping: int
+    succeeded: int
+    failed: int
+    cancelled: int
+    max_parallel: int | None = None
+
+    @property
+    def ended(self) -> int:
+        return self.succeeded + self.failed + self.cancelled
+
+
 class Job(Response):
     """What is to run, and how far it is."""
 
@@ -57,9 +77,34 @@ class Job(Response):
     results_epoch: int | None = Field(default=None, description="The attempt whose results are published")
     results: list[ResultFile] = Field(default_factory=list[ResultFile], description="Only when one job is asked for")
     attempts: list[Attempt] = Field(default_factory=list[Attempt], description="Only when one job is asked for")
+    array: ArrayProgress | None = Field(default=None, description="Only of an array")
+    array_id: str | None = Field(default=None, description="Of a task: its array")
+    array_index: int | None = Field(default=None, description="Of a task: its DANTE_ARRAY_INDEX")
+    schedule_id: str | None = Field(default=None, description="Of a job that a schedule submitted")
     created_at: Timestamp
     started_at: Timestamp | None = None
     ended_at: Timestamp | None = None
+
+
+class Schedule(Response):
+    """A job that is submitted again and again."""
+
+    id: str
+    team_id: str
+    user_id: str
+    name: str
+    spec: JobSpec
+    next_at: Timestamp | None = Field(default=None, description="null: it is stopped")
+    last_job_id: str | None = None
+    runs: int
+    created_at: Timestamp
+    stopped_at: Timestamp | None = None
+
+
+class SchedulePage(Page):
+    """Schedules, by page."""
+
+    schedules: list[Schedule]
 
 
 class JobPage(Page):
@@ -103,6 +148,41 @@ class LogChunk(Response):
     data_base64: str = Field(description="The bytes, standard base64: a log may hold anything")
     next_offset: int
     complete: bool = Field(description="The attempt's log ends here")
+
+
+class DeviceUse(Response):
+    """What one of the attempt's GPUs did."""
+
+    index: int = Field(description="On its machine")
+    gpu_utilisation: float = Field(description="0..1")
+    vram_used_bytes: int
+    memory_utilisation: float = Field(description="0..1, of the memory's bandwidth")
+    temperature_celsius: float
+    power_watts: float
+    throttle_reasons: list[str] = Field(default_factory=list, description="What slowed it down")
+
+
+class MetricsPoint(Response):
+    """What an attempt used on average over one interval; null: not measured on its machine."""
+
+    number: int = Field(description="1, 2, ...: of the intervals since it began, the one that ends here")
+    elapsed_seconds: float = Field(description="Since it began")
+    cpu_cores: float | None = None
+    memory_bytes: int | None = Field(default=None, description="With the files that the system keeps in memory for it")
+    read_bytes_per_second: float | None = Field(default=None, description="From disks")
+    written_bytes_per_second: float | None = Field(default=None, description="To disks")
+    processes: int
+    devices: list[DeviceUse]
+
+
+class Metrics(Response):
+    """What one attempt used over time. Jobs that run for less than an interval have none."""
+
+    job_id: str
+    epoch: int
+    interval_seconds: float
+    step: int = Field(description="Every step-th point is kept: a long series is thinned out")
+    points: list[MetricsPoint]
 
 
 class Constraint(Response):

@@ -22,6 +22,7 @@ from dantegpu.contracts.rest.jobs import (
     JobPage,
     Jobs,
     LogChunk,
+    Metrics,
     ResultDownload,
     Results,
 )
@@ -89,8 +90,18 @@ class AsyncJobsApi:
         params = {"state": [state.value for state in states], "cursor": cursor, "limit": limit}
         return await self._transport.call(JobPage, "GET", "/v1/jobs", params=params)
 
+    async def tasks(
+        self, job_id: str, *, states: Sequence[JobState] = (), cursor: str | None = None, limit: int = 50
+    ) -> JobPage:
+        """One page of an array's tasks, by index. Those not created yet wait, and are not listed.
+
+        A task has a job's id of its own, and is also `job_...:17`: wherever an id is asked for, either will do.
+        """
+        params = {"state": [state.value for state in states], "cursor": cursor, "limit": limit}
+        return await self._transport.call(JobPage, "GET", f"/v1/jobs/{job_id}/tasks", params=params)
+
     async def stop(self, job_id: str) -> Job:
-        """Ask for the job's end; one that has ended stays as it is."""
+        """Ask for the job's end, of an array for that of all its tasks; one that has ended stays as it is."""
         return await self._transport.call(Job, "POST", f"/v1/jobs/{job_id}/stop")
 
     async def why(self, job_id: str) -> Explanation:
@@ -151,6 +162,11 @@ class AsyncJobsApi:
             if not data or piece.next_offset >= log_size_bytes(headers):
                 return
             epoch, offset = piece.epoch, piece.next_offset
+
+    async def metrics(self, job_id: str, *, epoch: int = 0, after: int = 0, node: int = 0) -> Metrics:
+        """What one attempt (0: the latest that has any) used, a point every few seconds; those behind `after` only."""
+        params: Params = {"epoch": epoch, "after": after, "node": node}
+        return await self._transport.call(Metrics, "GET", f"/v1/jobs/{job_id}/metrics", params=params)
 
     async def results(self, job_id: str) -> Results:
         """The published result files, each with a URL that is valid for a few minutes."""

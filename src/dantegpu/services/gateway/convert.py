@@ -10,6 +10,7 @@ from dantegpu.contracts.gen.dante.v1 import (
     jobs_pb2,
     machine_pb2,
     marketplace_pb2,
+    monitoring_pb2,
     registry_pb2,
 )
 from dantegpu.contracts.rest import accounts, billing, jobs, machines
@@ -52,9 +53,45 @@ def job(proto: jobs_pb2.Job) -> jobs.Job:
         results_epoch=proto.results_epoch or None,
         results=[result_file(file) for file in proto.results],
         attempts=[attempt(each) for each in proto.attempts],
+        array=_progress(proto.array) if proto.HasField("array") else None,
+        array_id=proto.array_id or None,
+        array_index=proto.array_index if proto.array_id else None,
+        schedule_id=proto.schedule_id or None,
         created_at=when(proto.created_at),
         started_at=when_set(proto.started_at),
         ended_at=when_set(proto.ended_at),
+    )
+
+
+def schedule(proto: jobs_pb2.Schedule) -> jobs.Schedule:
+    return jobs.Schedule(
+        id=proto.id,
+        team_id=proto.team_id,
+        user_id=proto.user_id,
+        name=proto.spec.name,
+        spec=spec_from_proto(proto.spec),
+        next_at=when_set(proto.next_at),
+        last_job_id=proto.last_job_id or None,
+        runs=proto.runs,
+        created_at=when(proto.created_at),
+        stopped_at=when_set(proto.stopped_at),
+    )
+
+
+def _progress(proto: jobs_pb2.ArrayProgress) -> jobs.ArrayProgress:
+    ended = proto.succeeded + proto.failed + proto.cancelled
+    return jobs.ArrayProgress(
+        size=proto.size,
+        created=proto.created,
+        waiting=proto.size - ended - proto.placed - proto.starting - proto.running - proto.stopping,
+        placed=proto.placed,
+        starting=proto.starting,
+        running=proto.running,
+        stopping=proto.stopping,
+        succeeded=proto.succeeded,
+        failed=proto.failed,
+        cancelled=proto.cancelled,
+        max_parallel=proto.max_parallel or None,
     )
 
 
@@ -93,6 +130,37 @@ def job_event(proto: jobs_pb2.JobEvent) -> jobs.JobEvent:
         message=proto.message,
         attempt_id=proto.attempt_id or None,
         occurred_at=when(proto.occurred_at),
+    )
+
+
+def metrics(job_id: str, proto: monitoring_pb2.ReadMetricsResponse) -> jobs.Metrics:
+    points = [_metrics_point(point, proto.interval_seconds) for point in proto.points]
+    return jobs.Metrics(
+        job_id=job_id, epoch=proto.epoch, interval_seconds=proto.interval_seconds, step=proto.step, points=points
+    )
+
+
+def _metrics_point(proto: machine_pb2.MetricsPoint, interval_seconds: float) -> jobs.MetricsPoint:
+    return jobs.MetricsPoint(
+        number=proto.number,
+        elapsed_seconds=proto.number * interval_seconds,
+        cpu_cores=proto.cpu_cores if proto.HasField("cpu_cores") else None,
+        memory_bytes=proto.memory_bytes if proto.HasField("memory_bytes") else None,
+        read_bytes_per_second=proto.read_bytes_per_second if proto.HasField("read_bytes_per_second") else None,
+        written_bytes_per_second=proto.written_bytes_per_second if proto.HasField("written_bytes_per_second") else None,
+        processes=proto.processes,
+        devices=[
+            jobs.DeviceUse(
+                index=use.index,
+                gpu_utilisation=use.gpu_utilisation,
+                vram_used_bytes=use.vram_used_bytes,
+                memory_utilisation=use.memory_utilisation,
+                temperature_celsius=use.temperature_celsius,
+                power_watts=use.power_watts,
+                throttle_reasons=list(use.throttle_reasons),
+            )
+            for use in proto.devices
+        ],
     )
 
 
@@ -145,6 +213,7 @@ def machine(proto: registry_pb2.Machine) -> machines.Machine:
         daemon_version=inventory.daemon_version,
         region=inventory.region,
         simulated=inventory.simulated,
+        shares_devices=inventory.shares_devices,
         running_attempts=proto.running_attempts,
         cpu_utilisation=proto.cpu_utilisation,
         memory_used_bytes=proto.memory_used_bytes,
@@ -207,6 +276,7 @@ def inventory_to_proto(report: machines.InventoryReport) -> machine_pb2.Inventor
         daemon_version=report.daemon_version,
         region=report.region,
         simulated=report.simulated,
+        shares_devices=report.shares_devices,
     )
 
 

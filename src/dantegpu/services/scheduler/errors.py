@@ -1,6 +1,6 @@
 """What the scheduler refuses, and why."""
 
-from dantegpu.domain.ids import JobId
+from dantegpu.domain.ids import JobId, ScheduleId
 from dantegpu.kit.errors import ErrorStatus, ServiceError
 
 
@@ -12,6 +12,43 @@ class JobNotFound(ServiceError):
 
     def __init__(self, job_id: JobId) -> None:
         super().__init__(f"no job {job_id} in your team; `dante ps --all` lists what there is", job_id=str(job_id))
+
+
+class TaskNotFound(ServiceError):
+    """The array has no such task, or has not created it yet, or is another team's."""
+
+    type = "job-not-found"
+    status = ErrorStatus.NOT_FOUND
+
+    def __init__(self, array_id: JobId, index: int) -> None:
+        super().__init__(
+            f"no task {array_id}:{index} in your team; an array creates its tasks as their turn comes, "
+            f"`dante show {array_id} --tasks` lists them",
+            job_id=str(array_id),
+        )
+
+
+class ScheduleNotFound(ServiceError):
+    """No such schedule, or it is another team's: the answer is the same."""
+
+    type = "schedule-not-found"
+    status = ErrorStatus.NOT_FOUND
+
+    def __init__(self, schedule_id: ScheduleId) -> None:
+        super().__init__(
+            f"no schedule {schedule_id} in your team; `dante schedules` lists what there is",
+            schedule_id=str(schedule_id),
+        )
+
+
+class TooManySchedules(ServiceError):
+    """The team has as many schedules as it may have."""
+
+    type = "too-many-schedules"
+    status = ErrorStatus.PRECONDITION
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"your team has {limit} schedules, the most (MAX_SCHEDULES_PER_TEAM); stop one first")
 
 
 class InvalidJob(ServiceError):

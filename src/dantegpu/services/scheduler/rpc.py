@@ -7,15 +7,23 @@ from typing import Any
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from dantegpu.contracts.gen.dante.v1 import jobs_pb2, jobs_pb2_grpc, machine_pb2
-from dantegpu.domain.ids import AttemptId, DeviceId, JobId, MachineId, TeamId, UserId
-from dantegpu.domain.job import JobState
+from dantegpu.domain.ids import AttemptId, DeviceId, JobId, MachineId, ScheduleId, TeamId, UserId
+from dantegpu.domain.job import JobState, QueueReason
 from dantegpu.kit.actor import Actor, current_actor
 from dantegpu.kit.db import Database, Tx
 from dantegpu.kit.errors import InvalidArgument, ServiceError, status_of
 from dantegpu.kit.idempotency import once, recall
 from dantegpu.kit.rpc import error_detail
 from dantegpu.services.scheduler import store
-from dantegpu.services.scheduler.service.intake import Intake, JobDetails, JobExplanation, reason_text
+from dantegpu.services.scheduler.service.intake import (
+    Intake,
+    JobDetails,
+    JobExplanation,
+    JobRef,
+    progress_of,
+    reason_text,
+)
+from dantegpu.services.scheduler.service.schedules import Schedules
 from dantegpu.services.scheduler.service.submissions import (
     Answer,
     Submission,
@@ -26,14 +34,20 @@ from dantegpu.services.scheduler.service.submissions import (
 )
 from dantegpu.services.scheduler.service.transitions import event_message
 from dantegpu.services.scheduler.store import AttemptRow, JobRow, LeaseRow
+from dantegpu.services.scheduler.store_arrays import ProgressRow
+from dantegpu.services.scheduler.store_schedules import ScheduleRow
+
+LIVE_ARRAY = "ARRAY"
+"""The state of the row of an array that has not ended; what is shown is `shown_state`."""
 
 type Context = Any  # grpc.aio.ServicerContext; not used: actor and ids are in context variables
 
 
 class JobRpc(jobs_pb2_grpc.JobServiceServicer):
-    def __init__(self, db: Database, intake: Intake) -> None:
+    def __init__(self, db: Database, intake: Intake, schedules: Schedules) -> None:
         self._db = db
         self._intake = intake
+        self._schedules = schedules
 
     async def SubmitJobs(self, request: jobs_pb2.SubmitJobsRequest, context: Context) -> jobs_pb2.SubmitJobsResponse:
         actor = current_actor()
@@ -93,25 +107,31 @@ class JobRpc(jobs_pb2_grpc.JobServiceServicer):
 
     async def GetJobs(self, request: jobs_pb2.GetJobsRequest, context: Context) -> jobs_pb2.GetJobsResponse:
         async with self._db.transaction() as tx:
-            details = await self._intake.get(tx, current_actor(), _job_ids(request.job_ids))
+            refs = [JobRef.parse(text) for text in request.job_ids]
+            details = await self._intake.get(tx, current_actor(), refs)
         return jobs_pb2.GetJobsResponse(jobs=[_detailed(detail) for detail in details])
 
     async def ListJobs(self, request: jobs_pb2.ListJobsRequest, context: Context) -> jobs_pb2.ListJobsResponse:
         async with self._db.transaction() as tx:
-            rows, next_cursor = await self._intake.list_jobs(
-                tx,
-                current_actor(),
-                states=[_state(state) for state in request.states],
-                cursor=request.page.cursor,
-                limit=request.page.limit,
-                all_teams=request.all_teams,
-            )
-        return jobs_pb2.ListJobsResponse(jobs=[job_message(row) for row in rows], next_cursor=next_cursor)
+            actor, page = current_actor(), request.page
+            states = [_state(state) for state in request.states]
+            if request.array_id:
+                array_id = JobId.parse(request.array_id)
+                rows, next_cursor = await self._intake.list_tasks(
+                    tx, actor, array_id, states=states, cursor=page.cursor, limit=page.limit
+                )
+            else:
+                rows, next_cursor = await self._intake.list_jobs(
+                    tx, actor, states=states, cursor=page.cursor, limit=page.limit, all_teams=request.all_teams
+                )
+            jobs = await _messages(tx, rows)
+        return jobs_pb2.ListJobsResponse(jobs=jobs, next_cursor=next_cursor)
 
     async def StopJobs(self, request: jobs_pb2.StopJobsRequest, context: Context) -> jobs_pb2.StopJobsResponse:
         async with self._db.transaction() as tx:
             rows = await self._intake.stop(tx, current_actor(), _job_ids(request.job_ids))
-        return jobs_pb2.StopJobsResponse(jobs=[job_message(row) for row in rows])
+            jobs = await _messages(tx, rows)
+        return jobs_pb2.StopJobsResponse(jobs=jobs)
 
     async def ListJobEvents(
         self, request: jobs_pb2.ListJobEventsRequest, context: Context
@@ -121,6 +141,48 @@ class JobRpc(jobs_pb2_grpc.JobServiceServicer):
                 tx, current_actor(), JobId.parse(request.job_id), request.after_seq, request.limit
             )
         return jobs_pb2.ListJobEventsResponse(events=[event_message(row) for row in rows])
+
+    async def CreateSchedule(
+        self, request: jobs_pb2.CreateScheduleRequest, context: Context
+    ) -> jobs_pb2.CreateScheduleResponse:
+        actor = current_actor()
+        await self._schedules.check(actor, request.spec)
+        async with self._db.transaction() as tx:
+
+            async def create() -> jobs_pb2.CreateScheduleResponse:
+                row = await self._schedules.create(tx, actor, request.spec)
+                return jobs_pb2.CreateScheduleResponse(schedule=_schedule_message(row, spec=False))
+
+            response = await once(
+                tx,
+                scope=f"{actor.team_id}:CreateSchedule",
+                key=request.idempotency_key,
+                request=request,
+                response_type=jobs_pb2.CreateScheduleResponse,
+                do=create,
+            )
+        # As with jobs: what may hold secrets is not remembered with the answer.
+        response.schedule.spec.CopyFrom(request.spec)
+        return response
+
+    async def ListSchedules(
+        self, request: jobs_pb2.ListSchedulesRequest, context: Context
+    ) -> jobs_pb2.ListSchedulesResponse:
+        async with self._db.transaction() as tx:
+            rows, next_cursor = await self._schedules.list_schedules(
+                tx, current_actor(), cursor=request.page.cursor, limit=request.page.limit
+            )
+        return jobs_pb2.ListSchedulesResponse(
+            schedules=[_schedule_message(row) for row in rows], next_cursor=next_cursor
+        )
+
+    async def StopSchedules(
+        self, request: jobs_pb2.StopSchedulesRequest, context: Context
+    ) -> jobs_pb2.StopSchedulesResponse:
+        ids = [ScheduleId.parse(text) for text in request.schedule_ids]
+        async with self._db.transaction() as tx:
+            rows = await self._schedules.stop(tx, current_actor(), ids)
+        return jobs_pb2.StopSchedulesResponse(schedules=[_schedule_message(row) for row in rows])
 
     async def ExplainJobs(self, request: jobs_pb2.ExplainJobsRequest, context: Context) -> jobs_pb2.ExplainJobsResponse:
         async with self._db.transaction() as tx:
@@ -149,10 +211,26 @@ class JobRpc(jobs_pb2_grpc.JobServiceServicer):
         )
 
 
+def _schedule_message(row: ScheduleRow, *, spec: bool = True) -> jobs_pb2.Schedule:
+    return jobs_pb2.Schedule(
+        id=str(ScheduleId(row.id)),
+        team_id=str(TeamId(row.team_id)),
+        user_id=str(UserId(row.user_id)) if row.user_id else "",
+        spec=jobs_pb2.JobSpec.FromString(row.spec) if spec else None,
+        next_at=None if row.stopped_at else _timestamp(row.next_at),
+        last_job_id=str(JobId(row.last_job_id)) if row.last_job_id else "",
+        runs=row.runs,
+        created_at=_timestamp(row.created_at),
+        stopped_at=_timestamp(row.stopped_at),
+    )
+
+
 def _without_spec(row: JobRow) -> jobs_pb2.Job:
     """As it is remembered for a repeated request: environments may hold secrets and lie in the jobs table alone."""
     message = job_message(row)
     message.ClearField("spec")
+    if row.array_size:
+        message.array.size = row.array_size
     return message
 
 
@@ -181,13 +259,54 @@ def _job_ids(texts: Sequence[str]) -> list[JobId]:
     return [JobId.parse(text) for text in texts]
 
 
-def job_message(row: JobRow) -> jobs_pb2.Job:
+async def _messages(tx: Tx, rows: Sequence[JobRow]) -> list[jobs_pb2.Job]:
+    progress = await progress_of(tx, rows)
+    return [job_message(row, progress.get(row.id)) for row in rows]
+
+
+def job_message(row: JobRow, progress: ProgressRow | None = None) -> jobs_pb2.Job:
+    """`progress` is needed of an array that has not ended, whose state and cost are those of its tasks."""
+    message = _job_message(row)
+    if progress is None:
+        return message
+    message.array.CopyFrom(_progress_message(row, progress))
+    if row.state == LIVE_ARRAY:
+        message.state = jobs_pb2.JobState.Value(progress.shown_state)
+        if message.state == jobs_pb2.QUEUED:
+            held = QueueReason.WAITING_FOR_JOBS.value if row.held else ""
+            message.reason = held or progress.reason or QueueReason.NEW.value
+            message.reason_text = QueueReason(message.reason).text
+    if not row.settled:
+        message.cost_udgpu = progress.cost_udgpu
+    return message
+
+
+def _progress_message(row: JobRow, progress: ProgressRow) -> jobs_pb2.ArrayProgress:
+    missing = progress.size - progress.created
+    never = missing if row.ended_at is not None and not row.settled else 0
+    return jobs_pb2.ArrayProgress(
+        size=progress.size,
+        created=progress.created,
+        queued=progress.queued,
+        placed=progress.placed,
+        starting=progress.starting,
+        running=progress.running,
+        stopping=progress.stopping,
+        succeeded=progress.succeeded,
+        failed=progress.failed,
+        cancelled=progress.cancelled + never,
+        max_parallel=progress.max_parallel,
+    )
+
+
+def _job_message(row: JobRow) -> jobs_pb2.Job:
+    live_array = row.state == LIVE_ARRAY
     return jobs_pb2.Job(
         id=str(JobId(row.id)),
         team_id=str(TeamId(row.team_id)),
         user_id=str(UserId(row.user_id)) if row.user_id else "",
         spec=jobs_pb2.JobSpec.FromString(row.spec),
-        state=jobs_pb2.JobState.Value(row.state),
+        state=jobs_pb2.QUEUED if live_array else jobs_pb2.JobState.Value(row.state),
         reason=row.reason or "",
         reason_text=reason_text(row),
         epoch=row.epoch,
@@ -200,11 +319,14 @@ def job_message(row: JobRow) -> jobs_pb2.Job:
         started_at=_timestamp(row.first_running_at),
         ended_at=_timestamp(row.ended_at),
         settled=row.settled,
+        array_id=str(JobId(row.array_id)) if row.array_id else "",
+        array_index=row.array_index or 0,
+        schedule_id=str(ScheduleId(row.schedule_id)) if row.schedule_id else "",
     )
 
 
 def _detailed(details: JobDetails) -> jobs_pb2.Job:
-    message = job_message(details.job)
+    message = job_message(details.job, details.progress)
     for attempt in details.attempts:
         message.attempts.append(_attempt_message(attempt, details.leases.get(attempt.id, [])))
         if attempt.epoch == details.job.results_epoch:
@@ -235,7 +357,7 @@ def _attempt_message(row: AttemptRow, leases: Sequence[LeaseRow]) -> jobs_pb2.At
 
 
 def _explanation(found: JobExplanation) -> jobs_pb2.Explanation:
-    message = jobs_pb2.Explanation(job_id=str(JobId(found.job.id)))
+    message = jobs_pb2.Explanation(job_id=str(found.asked))
     if found.why is None:
         return message
     message.reason = found.job.reason or ""

@@ -49,6 +49,13 @@ class JobRow:
     cost_udgpu: int
     settled: bool
     event_seq: int
+    array_size: int | None
+    array_id: UUID | None
+    array_index: int | None
+    held: bool
+    deadline_at: datetime | None
+    schedule_id: UUID | None
+    due_at: datetime | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +90,7 @@ class AttemptRow:
     cost_udgpu: int
     settled: bool
     stop_requested_at: datetime | None
+    array_id: UUID | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,6 +109,10 @@ class _Waiting:
     """The reason and detail that the database has."""
     traceparent: str
     """Of the submission."""
+    array_id: UUID | None = None
+    """A task's array, under whose id its attempts are paid for."""
+    deadline_at: datetime | None = None
+    """Not placed from then on."""
     blocked_until_seconds: float = 0.0
     """Monotonic; no funds: billing is not asked again before, unless money came in."""
 
@@ -150,13 +154,21 @@ class PlacementLeader:
     def notify(self) -> None:
         self._again.notify()
 
-    def take(self, rows: Sequence[JobRow]) -> None:
-        """Queue jobs that were just committed: sooner than a message or a sweep would. Only a leader listens."""
+    def drop_ended(self) -> None:
+        """Compare the queue with PostgreSQL soon."""
+        self._sweep_now.notify()
+
+    def submitted(self, rows: Sequence[JobRow]) -> None:
+        """Queue jobs that were just submitted here; a message about them is under way. Only a leader listens."""
         if not self._leading or not self._bus.connected:
             return  # without NATS no machine could be told either; the message comes when it is back
         if len(self._taken) > MAX_TAKEN:
             self._taken.clear()  # their messages got lost; should they come after all, PostgreSQL is asked
-        self._taken.update(row.id for row in rows)
+        self._taken.update(row.id for row in rows if row.state == JobState.QUEUED.value)
+        self.take(rows)
+
+    def take(self, rows: Sequence[JobRow]) -> None:
+        """Queue jobs that were just written: sooner than a message or a sweep would."""
         self._add(rows)
 
     async def lead(self) -> None:
@@ -199,6 +211,8 @@ class PlacementLeader:
         async with self._db.statement() as tx:
             rows = await store.jobs_by_id(tx, ids)
         self._add(rows.values())
+        if any(row.array_size for row in rows.values()):
+            self._wakeups.arrays()
 
     def _add(self, rows: Iterable[JobRow]) -> None:
         for row in rows:
@@ -212,7 +226,7 @@ class PlacementLeader:
                     log.error("job_unreadable", job_id=str(JobId(row.id)), error=str(error))
                     continue
                 told = (row.reason or "", row.reason_detail)
-                self._queue[row.id] = _Waiting(pending, duration, told, row.traceparent)
+                self._queue[row.id] = _Waiting(pending, duration, told, row.traceparent, row.array_id, row.deadline_at)
         self._again.notify()
 
     async def _load(self) -> None:
@@ -278,7 +292,7 @@ class PlacementLeader:
         """One plan, applied. True when the next round should follow at once."""
         now = self._clock.now()
         monotonic = self._clock.monotonic()
-        ready = self._ready(monotonic)
+        ready = self._ready(monotonic, now)
         if not ready:
             return False
         with span("placement round", jobs=str(len(ready))):
@@ -298,14 +312,15 @@ class PlacementLeader:
                 raise
             if unused:
                 await self._void(unused)
-        return len(plan.placements) > len(chosen) or bool(refused and self._ready(monotonic))
+        return len(plan.placements) > len(chosen) or bool(refused and self._ready(monotonic, now))
 
-    def _ready(self, monotonic: float) -> list[PendingJob]:
+    def _ready(self, monotonic: float, now: datetime) -> list[PendingJob]:
         self._paused_teams = {team: until for team, until in self._paused_teams.items() if until > monotonic}
         return [
             waiting.job
             for waiting in self._queue.values()
             if waiting.blocked_until_seconds <= monotonic and waiting.job.team_id not in self._paused_teams
+            if waiting.deadline_at is None or waiting.deadline_at > now
         ]
 
     async def _open_holds(
@@ -317,7 +332,7 @@ class PlacementLeader:
         requests = [
             billing_pb2.HoldRequest(
                 attempt_id=str(attempts[placement.job_id.uuid]),
-                job_id=str(placement.job_id),
+                job_id=str(JobId(self._array_of(placement) or placement.job_id.uuid)),
                 window=0,
                 payer_team_id=str(placement.team_id),
                 provider_team_id=str(snapshot.machines[placement.machine_index].team_id),
@@ -340,6 +355,10 @@ class PlacementLeader:
             for placement, result in zip(chosen, answer.results, strict=True)
             if not result.opened
         }
+
+    def _array_of(self, placement: Placement) -> UUID | None:
+        waiting = self._queue.get(placement.job_id.uuid)
+        return waiting.array_id if waiting else None
 
     async def _apply(
         self,
@@ -430,6 +449,7 @@ class PlacementLeader:
         return Opening(
             attempt={
                 "job_id": placement.job_id.uuid,
+                "array_id": waiting.array_id if waiting else None,
                 "team_id": placement.team_id.uuid,
                 "machine_id": machine.id.uuid,
                 "provider_team_id": machine.team_id.uuid,

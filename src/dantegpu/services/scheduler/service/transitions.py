@@ -34,6 +34,9 @@ class Wakeups:
     placement: Callable[[], None] = field(default=lambda: None)
     submitted: Callable[[Sequence[JobRow]], None] = field(default=lambda rows: None)
     """Sooner than the message about them, when placement is led from this process."""
+    arrays: Callable[[], None] = field(default=lambda: None)
+    dropped: Callable[[], None] = field(default=lambda: None)
+    """Many waiting jobs ended at once: placement's queue holds what is over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +294,8 @@ class JobBatch:
             wakeups.placement()
         if self._closed or any(self._jobs[job_id].state.terminal for job_id in self._changed):
             wakeups.settlement()
+        if any(self._rows[job_id].array_id and self._jobs[job_id].state.terminal for job_id in self._changed):
+            wakeups.arrays()
 
     def _messages(self) -> list[tuple[str, Message]]:
         changes = [
