@@ -45,15 +45,15 @@ class Outbox:
         subjects: list[str] = []
         ids: list[str] = []
         payloads: list[bytes] = []
-        actor = current_actor().to_proto()
+        actor, traceparent, request_id = current_actor().to_proto(), current_traceparent(), current_request_id()
         for subject, event in events:
             envelope = wrap(
                 event,
                 event_id=EventId.new(),
                 occurred_at=self._clock.now(),
                 actor=actor,
-                traceparent=current_traceparent(),
-                request_id=current_request_id(),
+                traceparent=traceparent,
+                request_id=request_id,
             )
             subjects.append(subject)
             ids.append(envelope.id)
