@@ -1,5 +1,6 @@
 """An attempt's folder on this machine: where the job's files, results and log lie, and how they go away again."""
 
+import contextlib
 import os
 import shutil
 import stat
@@ -49,11 +50,22 @@ class AttemptFolder:
     def handle(self) -> Path:
         return self.root / "handle.json"
 
-    def create(self) -> None:
-        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.work.mkdir(mode=0o755, exist_ok=True)
-        self.output.mkdir(mode=0o755, exist_ok=True)
-        os.close(os.open(self.log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600))
+    def create(self) -> bool:
+        """Make what is missing of it; False when it was there already, perhaps in part."""
+        root = str(self.root)
+        try:
+            os.mkdir(root, 0o700)
+            fresh = True
+        except FileExistsError:
+            fresh = False
+        except FileNotFoundError:
+            os.makedirs(root, 0o700)
+            fresh = True
+        for name in ("work", "output"):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(f"{root}/{name}", 0o755)
+        os.close(os.open(f"{root}/output.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600))
+        return fresh
 
     def give_to(self, uid: int) -> None:
         """Make the job's two folders belong to `uid`. Only while nothing of the job runs."""
@@ -66,9 +78,23 @@ class AttemptFolder:
 
     def remove(self) -> None:
         """Remove everything; a job may have taken the permissions from its own folders."""
-        if not self.root.is_dir():
+        if self._removed_empty() or not self.root.is_dir():
             return
         shutil.rmtree(self.root, onexc=_unlock_and_retry)
+
+    def _removed_empty(self) -> bool:
+        """The short way for a job that left no files: no listing, a fixed number of calls."""
+        root = str(self.root)
+        try:
+            os.rmdir(f"{root}/work")
+            os.rmdir(f"{root}/output")
+            for name in ("output.log", "started", "exit", "stop", "handle.json"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(f"{root}/{name}")
+            os.rmdir(root)
+        except OSError:
+            return False
+        return True
 
 
 def _unlock_and_retry(function: object, path: str, error: BaseException) -> None:

@@ -248,7 +248,8 @@ class ProcessExecutor(Executor):
         )
         place = _Place(cell.slot, self._uid_base + cell.slot, boot_id(), capabilities.sandbox, cell.groups)
         handle = Handle(self.name, spec.attempt_id, place.dumps())
-        folder.create()
+        if not folder.root.is_dir():
+            folder.create()
         if self._as_another_user(place):
             await asyncio.to_thread(folder.give_to, place.uid)
         folder.handle.write_text(handle.dumps())

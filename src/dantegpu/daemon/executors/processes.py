@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 _STAT_STATE = 0
@@ -13,6 +14,7 @@ _STAT_STARTTIME = 19
 # The parked shim and the job's parent processes all live in the shim's session; whatever the job starts does not.
 
 
+@cache
 def boot_id() -> str:
     """Changes with each boot: pids and start times of an older boot mean nothing."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
