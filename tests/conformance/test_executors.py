@@ -22,10 +22,10 @@ from dantegpu.daemon.executors.base import (
     SandboxKind,
     StopReason,
 )
-from dantegpu.daemon.executors.cells import ParkedShim
+from dantegpu.daemon.executors.cells import Keeper, Launch
 from dantegpu.daemon.executors.process import ProcessExecutor
-from dantegpu.daemon.executors.processes import process_info, reap
-from dantegpu.daemon.executors.sandbox import Bubblewrap, Launch
+from dantegpu.daemon.executors.processes import process_info
+from dantegpu.daemon.executors.sandbox import Bubblewrap
 from dantegpu.daemon.workspace import Workspace
 from dantegpu.domain.ids import AttemptId
 
@@ -36,8 +36,9 @@ REQUIRE_ALL = os.environ.get("DANTE_TEST_REQUIRE_ALL") == "1"
 class Bench:
     """An executor with its folder, and the two steps that nearly every test makes."""
 
-    def __init__(self, executor: ProcessExecutor, workspace: Workspace) -> None:
+    def __init__(self, executor: ProcessExecutor, workspace: Workspace, kind: SandboxKind) -> None:
         self.executor = executor
+        self.kind = kind
         self.workspace = workspace
 
     async def start(self, spec: AttemptSpec) -> Handle:
@@ -89,7 +90,7 @@ async def a_bench(folder: Path, kind: SandboxKind) -> AsyncIterator[Bench]:
         if REQUIRE_ALL:
             pytest.fail(f"no bubblewrap sandbox here: {capabilities.missing}")
         pytest.skip(f"left out, no bubblewrap sandbox here: {capabilities.missing['sandbox']}")
-    yield Bench(executor, Workspace(folder))
+    yield Bench(executor, Workspace(folder), kind)
     await executor.sweep(set())
     await executor.close()
     assert not Workspace(folder).attempts()
@@ -553,24 +554,94 @@ async def test_starting_in_the_sandbox_is_fast(sandbox: Bench):
     assert sorted(samples)[3] < 0.1
 
 
-async def test_of_two_shims_for_one_attempt_only_one_starts_it(tmp_path: Path):
+async def test_of_two_cells_for_one_attempt_only_one_starts_it(tmp_path: Path):
     """The guard of the last resort, below every check that a daemon makes."""
-    launch = Launch(b"echo r >&9; exec 9>&-; echo started\n")
-    shims = [ParkedShim.spawn([]) for _ in range(8)]
-    results = await asyncio.gather(*(shim.start(tmp_path, launch) for shim in shims), return_exceptions=True)
+    launch = Launch(["sh", "-c", "echo started"], {"PATH": "/usr/bin:/bin"}, "/")
+    keeper = Keeper()
+    cells = [await keeper.cell([]) for _ in range(8)]
+    results = await asyncio.gather(*(cell.start(tmp_path, launch) for cell in cells), return_exceptions=True)
     assert sorted(type(result).__name__ for result in results) == [*["AlreadyStarted"] * 7, "NoneType"]
     await until((tmp_path / "exit").exists)
     assert (tmp_path / "output.log").read_text() == "started\n"
-    for shim in shims:
-        shim.close()
+    for cell in cells:
+        cell.close()
+    keeper.close()
 
 
-async def test_a_shim_whose_daemon_died_before_the_start_leaves():
-    shim = ParkedShim.spawn([])
-    shim.close()
+async def test_a_cell_whose_daemon_died_before_the_start_leaves():
+    keeper = Keeper()
+    cell = await keeper.cell([])
+    cell.close()
+    await until(lambda: process_info(cell.pid) is None)
+    keeper.close()
 
-    def gone() -> bool:
-        reap(shim.pid)
-        return process_info(shim.pid) is None
 
-    await until(gone)
+async def test_a_keeper_that_died_is_replaced():
+    keeper = Keeper()
+    (await keeper.cell([])).close()
+    os.kill(keeper._pid, signal.SIGKILL)  # pyright: ignore[reportPrivateUsage]
+    await until(lambda: (info := process_info(keeper._pid)) is None or info.zombie)  # pyright: ignore[reportPrivateUsage]
+    cell = await keeper.cell([])
+    assert cell.alive
+    cell.close()
+    keeper.close()
+
+
+async def test_attempts_one_after_the_other_share_a_cell_and_nothing_else(bench: Bench):
+    """A cell with its groups is worth keeping; limits, counters and files of one attempt must not reach the next."""
+    await needs(bench, "memory")
+    hog = a_python_job("x = bytearray(400 << 20)", memory_bytes=64 << 20)
+    first = await bench.executor.prepare(hog)
+    await bench.executor.start(first, hog)
+    assert (await bench.executor.wait(first)).oom_killed
+    spec = a_python_job("x = bytearray(100 << 20); raise SystemExit(3)")
+    second = await bench.executor.prepare(spec)
+    await bench.executor.start(second, spec)
+    assert json.loads(second.data)["slot"] == json.loads(first.data)["slot"]
+    assert await bench.executor.wait(second) == ExitStatus(3)
+    # What is over stays as it was, and its end touches nobody else.
+    third = await bench.start(a_shell_job("sleep 600"))
+    assert (await bench.executor.wait(first)).oom_killed
+    assert (await bench.executor.stats(first)).pids == 0
+    await bench.executor.destroy(first)
+    await bench.executor.destroy(first)
+    assert await bench.executor.adopt(third) is Adoption.RUNNING
+    assert (await bench.executor.stats(third)).pids >= 1
+
+
+async def test_a_daemon_that_restarts_keeps_what_runs_in_the_groups_of_what_is_over(bench: Bench, kind: SandboxKind):
+    over = await bench.start(a_shell_job("true"))
+    await bench.executor.wait(over)
+    running = await bench.start(a_shell_job("echo ready; sleep 600"))
+    assert json.loads(over.data)["slot"] == json.loads(running.data)["slot"]
+    await bench.until_logged(running, "ready")
+    await bench.executor.close()
+    other = make_executor(bench.workspace.root, kind)
+    assert await other.adopt(over) is Adoption.ENDED
+    assert await other.adopt(running) is Adoption.RUNNING
+    await other.sweep({over.attempt_id, running.attempt_id})
+    assert await other.wait(over) == ExitStatus(0)
+    await other.destroy(over)
+    assert (await other.stats(running)).pids >= 1
+    await other.stop(running, grace_seconds=0, reason=StopReason.REQUESTED)
+    assert (await other.wait(running)).exit_code == 137
+    await other.close()
+
+
+async def test_a_script_without_an_interpreter_and_a_folder_as_command(bench: Bench):
+    spec = a_job("/work/run.sh" if bench.kind is SandboxKind.BUBBLEWRAP else "./run.sh", "there")
+    folder = bench.workspace.attempt(spec.attempt_id)
+    folder.create()
+    (folder.work / "run.sh").write_text("echo hello $1\n")
+    (folder.work / "run.sh").chmod(0o755)
+    handle = await bench.start(spec)
+    assert (await bench.executor.wait(handle)).exit_code == 0
+    assert bench.log(handle) == "hello there\n"
+    status, _ = await bench.run(a_job("/usr"))
+    assert status.exit_code == 126
+
+
+async def test_signals_that_python_ignores_are_not_ignored_in_a_job(bench: Bench):
+    _, text = await bench.run(a_shell_job("grep -E 'Sig(Ign|Blk)' /proc/self/status"))
+    # Signals 32 and 33 are the C library's own.
+    assert [int(line.split()[1], 16) & 0x7FFFFFFF for line in text.splitlines()] == [0, 0]

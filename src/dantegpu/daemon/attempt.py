@@ -47,7 +47,7 @@ DISK_FACTOR = 4
 """A log this many times over its limit ends the attempt: the limit cuts what is sent, this protects the disk."""
 WATCH_SECONDS = 1.0
 ADOPTED_SEQ_STEP = 1000
-"""Not every change is in the journal: after a restart the numbers of reports go on above all that may have been told."""
+"""Not every change is in the journal: after a restart, reports are numbered above all that may have been told."""
 
 
 def boottime() -> float:
@@ -149,8 +149,8 @@ class Attempt:
         """After a restart of the daemon: what is there of it."""
         if self.row.handle is not None:
             self._handle = Handle.loads(self.row.handle)
-        elif self._folder.handle.is_file():
-            self._handle = Handle.loads(self._folder.handle.read_text())
+        elif (known := self._folder.read_handle()) is not None:
+            self._handle = Handle.loads(known)
         if self._handle is None:
             return Adoption.NOT_STARTED
         if not self.row.ended:
@@ -217,7 +217,7 @@ class Attempt:
         """The work folder with the job's input in it. Done again after a crash, from the start."""
         if not self._folder.create():
             # An earlier daemon left it: prepared already, or half of an input that is fetched again.
-            if self._folder.handle.is_file():
+            if self._folder.read_handle() is not None:
                 return
             await asyncio.to_thread(self._folder.remove)
             self._folder.create()
@@ -348,7 +348,7 @@ class Attempt:
         if self._handle is not None:
             await self._tools.executor.destroy(self._handle)
         else:
-            await asyncio.to_thread(self._folder.remove)
+            await self._folder.removed()
         self._tools.journal.remove(self.row.attempt_id)
 
     def resume_log(self) -> None:

@@ -106,9 +106,7 @@ class Journal:
             for older in range(version, SCHEMA_VERSION):
                 statements = _UPGRADES.get(older, _SCHEMA)
                 database.executescript(f"BEGIN IMMEDIATE; {statements} PRAGMA user_version={older + 1}; COMMIT;")
-            self._known = {
-                AttemptId.parse(text) for (text,) in database.execute("SELECT attempt_id FROM attempts")
-            }
+            self._known = {AttemptId.parse(text) for (text,) in database.execute("SELECT attempt_id FROM attempts")}
         except sqlite3.DatabaseError as error:
             raise JournalError(
                 f"{self.path} is not usable: {error}; move it away to start with an empty one"
@@ -203,9 +201,7 @@ class Journal:
         writing = asyncio.get_running_loop().run_in_executor(self._thread, self._write, changes)
         writing.add_done_callback(lambda done: self._written(done, changes, waiting))
 
-    def _written(
-        self, done: asyncio.Future[None], changes: list[_Change], waiting: list[asyncio.Future[None]]
-    ) -> None:
+    def _written(self, done: asyncio.Future[None], changes: list[_Change], waiting: list[asyncio.Future[None]]) -> None:
         self._writing = False
         problem = None if done.cancelled() else done.exception()
         if problem is not None:
