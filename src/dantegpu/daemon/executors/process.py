@@ -495,6 +495,10 @@ class ProcessExecutor(Executor):
             return run.place.groups.stats({run.cell_pid})
         return Stats(None, None, None, len(self._processes(handle, run)))
 
+    async def processes(self, handle: Handle) -> set[int]:
+        run = self._run(handle)
+        return set() if run.status is not None else self._processes(handle, run)
+
     async def sweep(self, known: set[AttemptId]) -> None:
         """Kill and remove what no attempt in `known` accounts for: rests of a daemon that died in between."""
         await self.probe()

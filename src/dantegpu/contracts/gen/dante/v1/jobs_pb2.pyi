@@ -136,6 +136,38 @@ class RetryPolicy(message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 @typing.final
+class Checkpoint(message.Message):
+    """Where a job saves its progress, and how it is told to."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: builtins.int
+    INTERVAL_SECONDS_FIELD_NUMBER: builtins.int
+    SIGNAL_FIELD_NUMBER: builtins.int
+    GRACE_SECONDS_FIELD_NUMBER: builtins.int
+    path: builtins.str
+    """relative to the work folder; uploaded at notice, restored for the next attempt"""
+    interval_seconds: builtins.int
+    """also uploaded so often while the job runs; 0 = only at notice"""
+    signal: builtins.str
+    """SIGTERM, SIGUSR1, ...: the notice; empty = SIGTERM"""
+    grace_seconds: builtins.int
+    """between the notice and the end; 0 = the platform's"""
+    def __init__(
+        self,
+        *,
+        path: builtins.str = ...,
+        interval_seconds: builtins.int = ...,
+        signal: builtins.str = ...,
+        grace_seconds: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["grace_seconds", b"grace_seconds", "interval_seconds", b"interval_seconds", "path", b"path", "signal", b"signal"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
 class JobSpec(message.Message):
     """What to run. The validated, canonical form of a job file."""
 
@@ -195,6 +227,9 @@ class JobSpec(message.Message):
     INPUT_SIZE_BYTES_FIELD_NUMBER: builtins.int
     NETWORK_FIELD_NUMBER: builtins.int
     LABELS_FIELD_NUMBER: builtins.int
+    NODES_FIELD_NUMBER: builtins.int
+    SPOT_POLICY_FIELD_NUMBER: builtins.int
+    CHECKPOINT_FIELD_NUMBER: builtins.int
     name: builtins.str
     image: builtins.str
     """empty = the machine's sandbox"""
@@ -208,6 +243,10 @@ class JobSpec(message.Message):
     input_size_bytes: builtins.int
     network: builtins.bool
     """outbound network asked for"""
+    nodes: builtins.int
+    """machines that run it at once, all or none; 0 = 1"""
+    spot_policy: builtins.str
+    """spot (may be preempted) | on-demand | auto; empty = on-demand"""
     @builtins.property
     def argv(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
         """either argv ..."""
@@ -224,6 +263,8 @@ class JobSpec(message.Message):
     def retry(self) -> RetryPolicy: ...
     @builtins.property
     def labels(self) -> containers.ScalarMap[builtins.str, builtins.str]: ...
+    @builtins.property
+    def checkpoint(self) -> Checkpoint: ...
     def __init__(
         self,
         *,
@@ -241,10 +282,13 @@ class JobSpec(message.Message):
         input_size_bytes: builtins.int = ...,
         network: builtins.bool = ...,
         labels: abc.Mapping[builtins.str, builtins.str] | None = ...,
+        nodes: builtins.int = ...,
+        spot_policy: builtins.str = ...,
+        checkpoint: Checkpoint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["_max_price_udgpu_per_gpu_hour", b"_max_price_udgpu_per_gpu_hour", "max_price_udgpu_per_gpu_hour", b"max_price_udgpu_per_gpu_hour", "resources", b"resources", "retry", b"retry"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["_max_price_udgpu_per_gpu_hour", b"_max_price_udgpu_per_gpu_hour", "checkpoint", b"checkpoint", "max_price_udgpu_per_gpu_hour", b"max_price_udgpu_per_gpu_hour", "resources", b"resources", "retry", b"retry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_max_price_udgpu_per_gpu_hour", b"_max_price_udgpu_per_gpu_hour", "argv", b"argv", "commands", b"commands", "env", b"env", "image", b"image", "input_sha256", b"input_sha256", "input_size_bytes", b"input_size_bytes", "labels", b"labels", "max_duration_seconds", b"max_duration_seconds", "max_price_udgpu_per_gpu_hour", b"max_price_udgpu_per_gpu_hour", "name", b"name", "network", b"network", "priority", b"priority", "resources", b"resources", "retry", b"retry"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_max_price_udgpu_per_gpu_hour", b"_max_price_udgpu_per_gpu_hour", "argv", b"argv", "checkpoint", b"checkpoint", "commands", b"commands", "env", b"env", "image", b"image", "input_sha256", b"input_sha256", "input_size_bytes", b"input_size_bytes", "labels", b"labels", "max_duration_seconds", b"max_duration_seconds", "max_price_udgpu_per_gpu_hour", b"max_price_udgpu_per_gpu_hour", "name", b"name", "network", b"network", "nodes", b"nodes", "priority", b"priority", "resources", b"resources", "retry", b"retry", "spot_policy", b"spot_policy"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_price_udgpu_per_gpu_hour: _TypeAlias = typing.Literal["max_price_udgpu_per_gpu_hour"]  # noqa: Y015
     _WhichOneofArgType__max_price_udgpu_per_gpu_hour: _TypeAlias = typing.Literal["_max_price_udgpu_per_gpu_hour", b"_max_price_udgpu_per_gpu_hour"]  # noqa: Y015
@@ -296,6 +340,7 @@ class Attempt(message.Message):
     ENDED_AT_FIELD_NUMBER: builtins.int
     SIMULATED_FIELD_NUMBER: builtins.int
     SANDBOX_FIELD_NUMBER: builtins.int
+    NODE_RANK_FIELD_NUMBER: builtins.int
     id: builtins.str
     job_id: builtins.str
     epoch: builtins.int
@@ -313,6 +358,8 @@ class Attempt(message.Message):
     """ran on simulated devices"""
     sandbox: builtins.str
     """bubblewrap | none"""
+    node_rank: builtins.int
+    """0, 1, ...: which of the job's nodes; all nodes of a gang share an epoch"""
     @builtins.property
     def device_ids(self) -> containers.RepeatedScalarFieldContainer[builtins.str]: ...
     @builtins.property
@@ -341,10 +388,11 @@ class Attempt(message.Message):
         ended_at: timestamp_pb2.Timestamp | None = ...,
         simulated: builtins.bool = ...,
         sandbox: builtins.str = ...,
+        node_rank: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["_exit_code", b"_exit_code", "created_at", b"created_at", "ended_at", b"ended_at", "exit_code", b"exit_code", "started_at", b"started_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_exit_code", b"_exit_code", "billed_seconds", b"billed_seconds", "cost_udgpu", b"cost_udgpu", "created_at", b"created_at", "device_ids", b"device_ids", "ended_at", b"ended_at", "epoch", b"epoch", "exit_code", b"exit_code", "id", b"id", "job_id", b"job_id", "machine_id", b"machine_id", "message", b"message", "outcome", b"outcome", "rate_udgpu_per_hour", b"rate_udgpu_per_hour", "sandbox", b"sandbox", "simulated", b"simulated", "started_at", b"started_at", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_exit_code", b"_exit_code", "billed_seconds", b"billed_seconds", "cost_udgpu", b"cost_udgpu", "created_at", b"created_at", "device_ids", b"device_ids", "ended_at", b"ended_at", "epoch", b"epoch", "exit_code", b"exit_code", "id", b"id", "job_id", b"job_id", "machine_id", b"machine_id", "message", b"message", "node_rank", b"node_rank", "outcome", b"outcome", "rate_udgpu_per_hour", b"rate_udgpu_per_hour", "sandbox", b"sandbox", "simulated", b"simulated", "started_at", b"started_at", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exit_code: _TypeAlias = typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015
@@ -529,16 +577,22 @@ class GetJobsRequest(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 
     JOB_IDS_FIELD_NUMBER: builtins.int
+    NODE_RANK_FIELD_NUMBER: builtins.int
+    node_rank: builtins.int
+    """whose files `results` lists"""
     @builtins.property
-    def job_ids(self) -> containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    def job_ids(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """any unknown or foreign id: NOT_FOUND "job-not-found" """
+
     def __init__(
         self,
         *,
         job_ids: abc.Iterable[builtins.str] | None = ...,
+        node_rank: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["job_ids", b"job_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["job_ids", b"job_ids", "node_rank", b"node_rank"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -843,12 +897,14 @@ class ResolvedAttempt(message.Message):
     MACHINE_ID_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
     LIVE_FIELD_NUMBER: builtins.int
+    NODE_RANK_FIELD_NUMBER: builtins.int
     attempt_id: builtins.str
     job_id: builtins.str
     team_id: builtins.str
     machine_id: builtins.str
     epoch: builtins.int
     live: builtins.bool
+    node_rank: builtins.int
     def __init__(
         self,
         *,
@@ -858,10 +914,11 @@ class ResolvedAttempt(message.Message):
         machine_id: builtins.str = ...,
         epoch: builtins.int = ...,
         live: builtins.bool = ...,
+        node_rank: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt_id", b"attempt_id", "epoch", b"epoch", "job_id", b"job_id", "live", b"live", "machine_id", b"machine_id", "team_id", b"team_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt_id", b"attempt_id", "epoch", b"epoch", "job_id", b"job_id", "live", b"live", "machine_id", b"machine_id", "node_rank", b"node_rank", "team_id", b"team_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
