@@ -75,6 +75,8 @@ def test_version_2_groups_get_their_limits_and_tell_of_kills(tmp_path: Path):
     assert limits == {
         "memory.max": str(1 << 30), "memory.swap.max": "0", "cpu.max": "150000 100000", "pids.max": "10",
     }  # fmt: skip
+    for name in limits:
+        (folder / name).write_text("")
     group.set_limits(Limits(pids_max=5))
     assert [(folder / name).read_text() for name in limits] == ["max", "max", "max 100000", "5"]
     (folder / "memory.events").write_text("low 0\noom 1\noom_kill 2\n")
