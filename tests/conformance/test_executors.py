@@ -22,9 +22,7 @@ from dantegpu.daemon.executors.base import (
     SandboxKind,
     StopReason,
 )
-from dantegpu.daemon.executors.cells import Keeper, Launch
 from dantegpu.daemon.executors.process import ProcessExecutor
-from dantegpu.daemon.executors.processes import process_info
 from dantegpu.daemon.executors.sandbox import Bubblewrap
 from dantegpu.daemon.workspace import Workspace
 from dantegpu.domain.ids import AttemptId
@@ -555,39 +553,6 @@ async def test_starting_in_the_sandbox_is_fast(sandbox: Bench):
     assert sorted(samples)[3] < 0.1
 
 
-async def test_of_two_cells_for_one_attempt_only_one_starts_it(tmp_path: Path):
-    """The guard of the last resort, below every check that a daemon makes."""
-    launch = Launch(["sh", "-c", "echo started"], {"PATH": "/usr/bin:/bin"}, "/")
-    keeper = Keeper()
-    cells = [await keeper.cell([]) for _ in range(8)]
-    results = await asyncio.gather(*(cell.start(tmp_path, launch) for cell in cells), return_exceptions=True)
-    assert sorted(type(result).__name__ for result in results) == [*["AlreadyStarted"] * 7, "NoneType"]
-    await until((tmp_path / "exit").exists)
-    assert (tmp_path / "output.log").read_text() == "started\n"
-    for cell in cells:
-        cell.close()
-    keeper.close()
-
-
-async def test_a_cell_whose_daemon_died_before_the_start_leaves():
-    keeper = Keeper()
-    cell = await keeper.cell([])
-    cell.close()
-    await until(lambda: process_info(cell.pid) is None)
-    keeper.close()
-
-
-async def test_a_keeper_that_died_is_replaced():
-    keeper = Keeper()
-    (await keeper.cell([])).close()
-    os.kill(keeper._pid, signal.SIGKILL)  # pyright: ignore[reportPrivateUsage]
-    await until(lambda: (info := process_info(keeper._pid)) is None or info.zombie)  # pyright: ignore[reportPrivateUsage]
-    cell = await keeper.cell([])
-    assert cell.alive
-    cell.close()
-    keeper.close()
-
-
 async def test_attempts_one_after_the_other_share_a_cell_and_nothing_else(bench: Bench):
     """A cell with its groups is worth keeping; limits, counters and files of one attempt must not reach the next."""
     await needs(bench, "memory")
@@ -608,25 +573,6 @@ async def test_attempts_one_after_the_other_share_a_cell_and_nothing_else(bench:
     await bench.executor.destroy(first)
     assert await bench.executor.adopt(third) is Adoption.RUNNING
     assert (await bench.executor.stats(third)).pids >= 1
-
-
-async def test_a_daemon_that_restarts_keeps_what_runs_in_the_groups_of_what_is_over(bench: Bench, kind: SandboxKind):
-    over = await bench.start(a_shell_job("true"))
-    await bench.executor.wait(over)
-    running = await bench.start(a_shell_job("echo ready; sleep 600"))
-    assert json.loads(over.data)["slot"] == json.loads(running.data)["slot"]
-    await bench.until_logged(running, "ready")
-    await bench.executor.close()
-    other = make_executor(bench.workspace.root, kind)
-    assert await other.adopt(over) is Adoption.ENDED
-    assert await other.adopt(running) is Adoption.RUNNING
-    await other.sweep({over.attempt_id, running.attempt_id})
-    assert await other.wait(over) == ExitStatus(0)
-    await other.destroy(over)
-    assert (await other.stats(running)).pids >= 1
-    await other.stop(running, grace_seconds=0, reason=StopReason.REQUESTED)
-    assert (await other.wait(running)).exit_code == 137
-    await other.close()
 
 
 async def test_a_script_without_an_interpreter_and_a_folder_as_command(bench: Bench):

@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import zlib
-from collections import deque
 from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from dantegpu.daemon.executors.base import (
     StopReason,
     UnknownHandle,
 )
-from dantegpu.daemon.executors.cells import Cell, Keeper, Launch
+from dantegpu.daemon.executors.cells import Cell, Launch
 from dantegpu.daemon.executors.processes import (
     boot_id,
     descendants,
@@ -51,26 +50,19 @@ from dantegpu.daemon.executors.sandbox import (
     unsandboxed,
     write_etc,
 )
+from dantegpu.daemon.executors.slots import SLOTS_MAX, Slot, Slots
 from dantegpu.daemon.workspace import AttemptFolder, Workspace
 from dantegpu.domain.ids import AttemptId
-from dantegpu.kit.lifecycle import Tasks
 
 log = structlog.get_logger(__name__)
 
 # Between the ranges that systemd and shadow-utils hand out (systemd.io/UIDS-GIDS), so nobody's files are in reach.
 FIRST_UID = 1_879_100_000
 UID_BLOCKS = 4096
-UIDS_PER_BLOCK = 4096
 SANDBOX_PIDS = 8
 """Processes of the cell and of the sandbox itself, on top of what the job may have."""
 CELL_MEMORY_BYTES = 4 << 20
 """What the cell may use of its groups' memory, on top of what the job may have."""
-SPARE_CELLS = 2
-"""Kept ready when nothing runs."""
-SPARE_AFTER_SECONDS = 0.2
-"""Not at once: the attempt that has just started needs the processor more."""
-IDLE_CELL_SECONDS = 30.0
-"""Cells that a busy time has left are kept this long for the next one."""
 KILL_TIMEOUT_SECONDS = 5.0
 STARTED_TIMEOUT_SECONDS = 1.0
 SELF_TEST_BYTES = 64 << 20
@@ -115,23 +107,11 @@ class _Place:
 
 
 @dataclass(slots=True)
-class _Slot:
-    """Groups and a user, and the cell that lives there: for one attempt after the other."""
-
-    number: int
-    groups: cgroup.Cgroup
-    cell: Cell
-    limits: cgroup.Limits | None = None
-    oom_kills: int = 0
-    idle_since: float = 0.0
-
-
-@dataclass(slots=True)
 class _Run:
     """An attempt of this daemon, or one that it took over."""
 
     place: _Place
-    slot: _Slot | None = None
+    slot: Slot | None = None
     cell: Cell | None = None
     """The cell that runs it; not the slot's own when an earlier daemon had prepared it."""
     pidfd: int = -1
@@ -167,15 +147,10 @@ class ProcessExecutor(Executor):
         self._python = PythonRuntime.of_this_process(workspace.root)
         self._filter: Path | None = None
         self._capabilities: Capabilities | None = None
-        self._keeper = Keeper()
-        self._idle: deque[_Slot] = deque()
-        self._trimming: asyncio.TimerHandle | None = None
-        self._sparing: asyncio.TimerHandle | None = None
-        self._tasks = Tasks("cells")
+        self._slots = Slots()
         self._runs: dict[AttemptId, _Run] = {}
-        self._slots: set[int] = set()
         block = zlib.crc32(os.fsencode(workspace.root.absolute())) % UID_BLOCKS
-        self._uid_base = FIRST_UID + block * UIDS_PER_BLOCK
+        self._uid_base = FIRST_UID + block * SLOTS_MAX
         self._group_name = f"dante-{zlib.crc32(os.fsencode(workspace.root.absolute())):08x}"
 
     # --- what works here ----------------------------------------------------------------------------------------------
@@ -188,6 +163,7 @@ class ProcessExecutor(Executor):
             # Not below the feet of jobs that run: they see this folder.
             await asyncio.to_thread(write_etc, self._etc)
         self._tree = await asyncio.to_thread(cgroup.detect, self._group_name)
+        self._slots.open(self._tree)
         missing = dict(self._tree.missing)
         if self._python.problem:
             missing["python"] = self._python.problem
@@ -219,8 +195,8 @@ class ProcessExecutor(Executor):
         for line in Path("/proc/self/uid_map").read_text().splitlines():
             inside, _, count = map(int, line.split())
             last = max(last, inside + count - 1)
-        if last < self._uid_base + UIDS_PER_BLOCK:
-            self._uid_base = max(1, min(last, 65_533) - UIDS_PER_BLOCK)
+        if last < self._uid_base + SLOTS_MAX:
+            self._uid_base = max(1, min(last, 65_533) - SLOTS_MAX)
 
     async def _self_test(self) -> str:
         """Run `true` in the sandbox; what went wrong, or nothing. Whether user namespaces work shows only by trying."""
@@ -240,75 +216,17 @@ class ProcessExecutor(Executor):
             if (known := folder.read_handle()) is not None:
                 place = _Place.loads(Handle.loads(known).data)
                 if not _over(place, folder):
-                    self._slots.add(place.slot)
+                    self._slots.taken.add(place.slot)
 
     @property
     def _etc(self) -> Path:
         return self._workspace.root / "sandbox-etc"
 
-    # --- cells --------------------------------------------------------------------------------------------------------
-
-    async def _new_slot(self) -> _Slot:
-        for number in range(UIDS_PER_BLOCK):
-            groups = self._tree.group(f"slot-{number}")
-            # A group that is there may still hold what a daemon before this one started.
-            if number in self._slots or groups.exists():
-                continue
-            self._slots.add(number)
-            try:
-                groups.create()
-                return _Slot(number, groups, await self._keeper.cell(groups.procs_files))
-            except BaseException:
-                self._slots.discard(number)
-                raise
-        raise AttemptRefused(f"all {UIDS_PER_BLOCK} places for attempts are taken")
-
-    async def _take_slot(self) -> _Slot:
-        """The one that was used last: its pages are the warmest."""
-        while self._idle:
-            slot = self._idle.pop()
-            if slot.cell.alive:
-                return slot
-            await self._remove_slot(slot)
-        return await self._new_slot()
-
     def _release(self, run: _Run) -> None:
         """Nothing of the attempt runs any more: its cell is free for the next one."""
-        if run.slot is None:
-            return
-        slot, run.slot, run.cell, run.released = run.slot, None, None, True
-        slot.idle_since = asyncio.get_running_loop().time()
-        self._idle.append(slot)
-        if self._trimming is None:
-            self._trimming = asyncio.get_running_loop().call_later(IDLE_CELL_SECONDS, self._trim)
-
-    def _trim(self) -> None:
-        self._trimming = None
-        loop = asyncio.get_running_loop()
-        while len(self._idle) > SPARE_CELLS and self._idle[0].idle_since + IDLE_CELL_SECONDS <= loop.time():
-            self._tasks.spawn(self._remove_slot(self._idle.popleft()), "trim")
-        if len(self._idle) > SPARE_CELLS:
-            self._trimming = loop.call_at(self._idle[0].idle_since + IDLE_CELL_SECONDS, self._trim)
-
-    async def _remove_slot(self, slot: _Slot) -> None:
-        slot.cell.close()
-        await slot.groups.remove()
-        self._slots.discard(slot.number)
-
-    def _spare_soon(self) -> None:
-        if self._sparing is None and len(self._idle) < SPARE_CELLS:
-            self._sparing = asyncio.get_running_loop().call_later(SPARE_AFTER_SECONDS, self._spare)
-
-    def _spare(self) -> None:
-        self._sparing = None
-        if len(self._idle) < SPARE_CELLS:
-            self._tasks.spawn(self._make_spares(), "spare")
-
-    async def _make_spares(self) -> None:
-        while len(self._idle) < SPARE_CELLS and self._capabilities is not None:
-            slot = await self._new_slot()
-            slot.idle_since = asyncio.get_running_loop().time()
-            self._idle.appendleft(slot)
+        if run.slot is not None:
+            slot, run.slot, run.cell, run.released = run.slot, None, None, True
+            self._slots.release(slot)
 
     # --- Executor -----------------------------------------------------------------------------------------------------
 
@@ -324,7 +242,7 @@ class ProcessExecutor(Executor):
         for path in (path for device in spec.devices for path in device.paths):
             if not Path(path).exists():
                 raise AttemptRefused(f"the device node {path} is not there")
-        slot = await self._take_slot()
+        slot = await self._slots.take()
         limits = cgroup.Limits(
             spec.cpu_milli,
             spec.memory_bytes + CELL_MEMORY_BYTES if spec.memory_bytes else 0,
@@ -357,7 +275,7 @@ class ProcessExecutor(Executor):
             # A daemon before this one prepared it: its cell left with it.
             run = self._runs[handle.attempt_id] = _Run(self._place(handle))
             run.place.groups.create()
-            run.cell = await self._keeper.cell(run.place.groups.procs_files)
+            run.cell = await self._slots.cell(run.place.groups)
             run.cell_pid = run.cell.pid
         run.asked = True
         try:
@@ -370,7 +288,7 @@ class ProcessExecutor(Executor):
         except SandboxFailed as error:
             raise SandboxFailed(error.detail or _tail(folder.log)) from error
         run.started = True
-        self._spare_soon()
+        self._slots.spare_soon()
 
     def _launch(self, place: _Place, folder: AttemptFolder, spec: AttemptSpec) -> Launch:
         if place.sandbox is SandboxKind.NONE or self._tools is None:
@@ -387,7 +305,7 @@ class ProcessExecutor(Executor):
             return Adoption.RUNNING
         if _over(place, folder):
             return Adoption.ENDED
-        self._slots.add(place.slot)
+        self._slots.taken.add(place.slot)
         if place.boot != boot_id():
             return Adoption.ENDED if folder.started.exists() else Adoption.NOT_STARTED
         if not folder.started.exists():
@@ -485,7 +403,7 @@ class ProcessExecutor(Executor):
             os.close(run.pidfd)
         if run.cell is not None:
             run.cell.close()
-        self._slots.discard(run.place.slot)
+        self._slots.taken.discard(run.place.slot)
 
     async def stats(self, handle: Handle) -> Stats:
         run = self._run(handle)
@@ -509,18 +427,13 @@ class ProcessExecutor(Executor):
                 await self.destroy(Handle.loads(written))
             else:
                 await asyncio.to_thread(folder.remove)
-        used = {f"slot-{slot}" for slot in self._slots}
+        used = {f"slot-{slot}" for slot in self._slots.taken}
         for name in self._tree.groups() - used:
             await self._tree.group(name).remove()
 
     async def close(self) -> None:
-        for timer in (self._trimming, self._sparing):
-            if timer is not None:
-                timer.cancel()
-        self._trimming = self._sparing = self._capabilities = None
-        await self._tasks.stop()
-        while self._idle:
-            await self._remove_slot(self._idle.pop())
+        self._capabilities = None
+        await self._slots.close()
         self._tree.remove_if_empty()
         for run in self._runs.values():
             if run.cell is not None:
@@ -528,7 +441,6 @@ class ProcessExecutor(Executor):
             if run.pidfd >= 0:
                 os.close(run.pidfd)
         self._runs.clear()
-        self._keeper.close()
 
     # --- processes ----------------------------------------------------------------------------------------------------
 
