@@ -567,6 +567,9 @@ async def test_attempts_one_after_the_other_share_a_cell_and_nothing_else(bench:
     assert await bench.executor.wait(second) == ExitStatus(3)
     # What is over stays as it was, and its end touches nobody else.
     third = await bench.start(a_shell_job("sleep 600"))
+    used = await bench.executor.stats(third)
+    assert (used.cpu_seconds or 0) < 0.2
+    assert (used.memory_peak_bytes or 0) < 60 << 20
     assert (await bench.executor.wait(first)).oom_killed
     assert (await bench.executor.stats(first)).pids == 0
     await bench.executor.destroy(first)

@@ -154,14 +154,24 @@ class Cgroup:
         for folder in self.distinct:
             await _remove_folder(folder)
 
-    def stats(self, spare: Set[int] = frozenset()) -> Stats:
-        """Without counting `spare`."""
+    def count_anew(self) -> float:
+        """For the next attempt in the same groups: the highest use of memory counts from now; CPU seconds until now."""
+        memory = self.folders.get("memory")
+        if memory is not None:
+            _write_optional(memory / self._memory_file("peak", "max_usage_in_bytes"), "0")
+        return self._cpu_seconds() or 0.0
+
+    def _memory_file(self, name: str, older_name: str) -> str:
+        return f"memory.{name if self.version['memory'] == 2 else older_name}"
+
+    def stats(self, cpu_seconds_before: float = 0.0) -> Stats:
         memory = self.folders.get("memory")
         current, peak = None, None
         if memory is not None:
-            names = ("current", "peak") if self.version["memory"] == 2 else ("usage_in_bytes", "max_usage_in_bytes")
-            current, peak = (_read_number(memory / f"memory.{name}") for name in names)
-        return Stats(self._cpu_seconds(), current, peak, len(self.members() - spare))
+            current = _read_number(memory / self._memory_file("current", "usage_in_bytes"))
+            peak = _read_number(memory / self._memory_file("peak", "max_usage_in_bytes"))
+        used = self._cpu_seconds()
+        return Stats(None if used is None else used - cpu_seconds_before, current, peak, len(self.members()))
 
     def _cpu_seconds(self) -> float | None:
         if "cpuacct" in self.folders:

@@ -10,7 +10,7 @@ import os
 import signal
 import zlib
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
@@ -35,6 +35,7 @@ from dantegpu.daemon.executors.cells import Cell, Launch
 from dantegpu.daemon.executors.processes import (
     boot_id,
     descendants,
+    disk_bytes,
     open_process,
     process_ended,
     process_info,
@@ -80,7 +81,8 @@ class _Place:
     sandbox: SandboxKind
     groups: cgroup.Cgroup
     oom_kills: int = 0
-    """What the group had counted before."""
+    cpu_seconds: float = 0.0
+    """What the groups had counted before, for others."""
     version: int = HANDLE_VERSIONS[-1]
 
     def dumps(self) -> str:
@@ -93,6 +95,7 @@ class _Place:
                 "sandbox": self.sandbox.value,
                 "groups": self.groups.to_json(),
                 "oom_kills": self.oom_kills,
+                "cpu_seconds": self.cpu_seconds,
             }
         )
 
@@ -103,7 +106,8 @@ class _Place:
             raise UnknownHandle(f"handle version {raw.get('version')!r} is not of this daemon's version")
         groups = cgroup.Cgroup.from_json(raw["groups"])
         kind = SandboxKind(raw["sandbox"])
-        return cls(raw["slot"], raw["uid"], raw["boot"], kind, groups, raw.get("oom_kills", 0), raw["version"])
+        counted = (raw.get("oom_kills", 0), raw.get("cpu_seconds", 0.0))
+        return cls(raw["slot"], raw["uid"], raw["boot"], kind, groups, *counted, raw["version"])
 
 
 @dataclass(slots=True)
@@ -252,7 +256,8 @@ class ProcessExecutor(Executor):
             slot.groups.set_limits(limits)
             slot.limits = limits
         uid = self._uid_base + slot.number
-        place = _Place(slot.number, uid, boot_id(), capabilities.sandbox, slot.groups, slot.oom_kills)
+        counted = (slot.oom_kills, slot.groups.count_anew() if slot.idle_since else 0.0)
+        place = _Place(slot.number, uid, boot_id(), capabilities.sandbox, slot.groups, *counted)
         self._runs[spec.attempt_id] = _Run(place, slot, slot.cell, cell_pid=slot.cell.pid)
         if not folder.root.is_dir():
             folder.create()
@@ -409,9 +414,10 @@ class ProcessExecutor(Executor):
         run = self._run(handle)
         if run.status is not None:
             return Stats(None, None, None, 0)
-        if run.place.groups.folders:
-            return run.place.groups.stats({run.cell_pid})
-        return Stats(None, None, None, len(self._processes(handle, run)))
+        pids = self._processes(handle, run)
+        known = run.place.groups.stats(run.place.cpu_seconds)
+        read_bytes, written_bytes = disk_bytes(pids)
+        return replace(known, pids=len(pids), read_bytes=read_bytes, written_bytes=written_bytes)
 
     async def processes(self, handle: Handle) -> set[int]:
         run = self._run(handle)
