@@ -21,12 +21,15 @@ from dantegpu.daemon.executors.base import (
     ExecutorError,
     ExitStatus,
     Handle,
+    ImageRequest,
+    JobAtFault,
     StopReason,
 )
 from dantegpu.daemon.journal import AttemptRow, Journal
 from dantegpu.daemon.logs import LogShipper, Tail
 from dantegpu.daemon.transfer import HashedFile, TransferFailed, Transfers, hash_files
 from dantegpu.daemon.workspace import AttemptFolder, ResultsTooLarge, Workspace, output_files
+from dantegpu.domain.images import ImageReference, InvalidImage
 from dantegpu.domain.units import format_bytes
 from dantegpu.kit.errors import ServiceError
 from dantegpu.kit.lifecycle import Wakeup
@@ -70,6 +73,9 @@ class Tools:
     transfers: Transfers
     platform: Platform
     sandbox: str
+    """What jobs without an image run in: bubblewrap | none."""
+    engine: str
+    """What jobs with an image run in: docker | podman; empty: no such job may come here."""
     devices: "Sequence[DeviceGrant]"
     changed: "Callable[[Attempt], None]"
     """Called after each change of `row.status` was written to the journal."""
@@ -150,6 +156,8 @@ class Attempt:
                 ending, exit_status = await self._watch()
             except _Ended as error:
                 ending, exit_status = error, None
+            except JobAtFault as error:
+                ending, exit_status = _Ended(jobs_pb2.OUTCOME_FAILED, str(error)), None
             except (ExecutorError, OSError, TimeoutError) as error:
                 log.exception("attempt_failed_here", attempt_id=str(self.row.attempt_id))
                 ending, exit_status = _Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, f"the machine failed: {error}"), None
@@ -161,15 +169,14 @@ class Attempt:
             raise _Ended(jobs_pb2.OUTCOME_LOST, "the daemon was restarted before the attempt had started")
         spec = self._spec(desired)
         with span("attempt.prepare"):
-            await self._or_stopped(self._prepare(desired))
-            self._handle = await self._tools.executor.prepare(spec)
+            await self._or_stopped(self._prepare(desired, spec))
         self._tools.shipper.add(self._tail)
         self._raise_if_stopped()
         with span("attempt.start"):
             try:
-                await self._tools.executor.start(self._handle, spec)
+                await self._tools.executor.start(self._started, spec)
             except AlreadyStarted:
-                await self._tools.executor.adopt(self._handle)
+                await self._tools.executor.adopt(self._started)
         self._started_at = time.monotonic()
 
     def _spec(self, desired: machine_pb2.DesiredAttempt) -> AttemptSpec:
@@ -178,8 +185,10 @@ class Attempt:
         by_index = {device.index: device for device in self._tools.devices}
         if missing := [lease.index for lease in desired.devices if lease.index not in by_index]:
             raise _Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, f"this machine has no device {missing[0]}")
-        if job.image:
+        if job.image and not self._tools.engine:
             raise _Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, "this machine runs no container images")
+        if job.image and not (job.argv or job.commands):
+            command = ()
         try:
             return AttemptSpec(
                 self.row.attempt_id,
@@ -189,11 +198,19 @@ class Attempt:
                 memory_bytes=job.resources.memory_bytes,
                 network=job.network,
                 devices=tuple(by_index[lease.index] for lease in desired.devices),
+                image=image_request(job),
+                entrypoint=tuple(job.entrypoint),
+                working_dir=job.working_dir,
+                shm_bytes=job.resources.shm_bytes,
             )
-        except AttemptRefused as error:
+        except (AttemptRefused, InvalidImage) as error:
             raise _Ended(jobs_pb2.OUTCOME_FAILED, str(error)) from error
 
-    async def _prepare(self, desired: machine_pb2.DesiredAttempt) -> None:
+    async def _prepare(self, desired: machine_pb2.DesiredAttempt, spec: AttemptSpec) -> None:
+        await self._fetch(desired)
+        self._handle = await self._tools.executor.prepare(spec, self._tell)
+
+    async def _fetch(self, desired: machine_pb2.DesiredAttempt) -> None:
         """The work folder with the job's input in it. Done again after a crash, from the start."""
         if self._folder.handle.is_file():
             return
@@ -223,6 +240,7 @@ class Attempt:
         self._tools.shipper.add(self._tail)
         self.row.handle = handle.dumps()
         if self.row.status.state != jobs_pb2.RUNNING:
+            self.row.status.message = ""
             self._change(jobs_pb2.RUNNING)
         waiting = asyncio.create_task(self._tools.executor.wait(handle))
         reason: _Ended | None = None
@@ -317,6 +335,10 @@ class Attempt:
         if self._handle is not None and not self._fenced:
             await _within(self._tail.complete.wait(), LOG_GIVE_UP_SECONDS)
         self._tools.shipper.remove(self.row.attempt_id)
+        prepared = self._folder.read_handle()
+        if self._handle is None and prepared is not None:
+            # It was stopped in the middle of its preparation.
+            self._handle = Handle.loads(prepared)
         if self._handle is not None:
             await self._tools.executor.destroy(self._handle)
         else:
@@ -351,7 +373,8 @@ class Attempt:
     def _change(self, state: "jobs_pb2.JobState.ValueType") -> None:
         self.row.status.state = state
         self.row.status.seq += 1
-        self.row.status.sandbox = self._tools.sandbox
+        if self.desired is not None:
+            self.row.status.sandbox = sandbox_of(self._tools, self.desired)
         self._tools.journal.save(self.row)
         log.info(
             "attempt_changed",
@@ -361,6 +384,11 @@ class Attempt:
             message=self.row.status.message,
         )
         self._tools.changed(self)
+
+    def _tell(self, what: str) -> None:
+        """Say what takes so long, while nothing runs yet."""
+        self.row.status.message = what
+        self._change(jobs_pb2.STARTING)
 
     def _stopped(self) -> _Ended:
         reason = self._stop[1] if self._stop is not None else ""
@@ -428,6 +456,19 @@ class Attempt:
             except TransferFailed as error:
                 raise _Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, str(error)) from error
         return hashed
+
+
+def sandbox_of(tools: Tools, desired: machine_pb2.DesiredAttempt) -> str:
+    """What this attempt runs in on this machine."""
+    return tools.engine if desired.spec.image else tools.sandbox
+
+
+def image_request(job: jobs_pb2.JobSpec) -> ImageRequest | None:
+    """Raises InvalidImage."""
+    if not job.image:
+        return None
+    auth = job.registry_auth
+    return ImageRequest(ImageReference.parse(job.image), auth.username, auth.password)
 
 
 def _judge(

@@ -49,6 +49,18 @@ class AttemptFolder:
     def handle(self) -> Path:
         return self.root / "handle.json"
 
+    @property
+    def once(self) -> Path:
+        """A container's own mark that it was started lies in here. The job may write to it: nobody reads it."""
+        return self.root / "once"
+
+    def read_handle(self) -> str | None:
+        """None while nothing was prepared."""
+        try:
+            return self.handle.read_text()
+        except FileNotFoundError:
+            return None
+
     def create(self) -> None:
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.work.mkdir(mode=0o755, exist_ok=True)

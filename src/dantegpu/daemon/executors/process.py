@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from dantegpu.daemon.executors.base import (
     Stats,
     StopReason,
     UnknownHandle,
+    untold,
 )
 from dantegpu.daemon.executors.cells import ParkedShim
 from dantegpu.daemon.executors.processes import (
@@ -197,7 +198,8 @@ class ProcessExecutor(Executor):
         for folder in self._workspace.attempts():
             if folder.handle.is_file():
                 handle = Handle.loads(folder.handle.read_text())
-                self._slots.add(_Place.loads(handle.data).slot)
+                if handle.executor == self.name:
+                    self._slots.add(_Place.loads(handle.data).slot)
 
     @property
     def _etc(self) -> Path:
@@ -228,7 +230,8 @@ class ProcessExecutor(Executor):
 
     # --- Executor -----------------------------------------------------------------------------------------------------
 
-    async def prepare(self, spec: AttemptSpec) -> Handle:
+    async def prepare(self, spec: AttemptSpec, progress: Callable[[str], None] = untold) -> Handle:
+        del progress  # nothing here takes long
         folder = self._workspace.attempt(spec.attempt_id)
         if folder.handle.is_file():
             return Handle.loads(folder.handle.read_text())
@@ -371,13 +374,16 @@ class ProcessExecutor(Executor):
         return Stats(None, None, None, len(self._processes(handle, place)))
 
     async def sweep(self, known: set[AttemptId]) -> None:
-        """Kill and remove what no attempt in `known` accounts for: rests of a daemon that died in between."""
         await self.probe()
+        wanted = {str(attempt_id) for attempt_id in known}
         for folder in self._workspace.attempts():
-            if folder.root.name in {str(attempt_id) for attempt_id in known}:
+            if folder.root.name in wanted:
                 continue
-            if folder.handle.is_file():
-                await self.destroy(Handle.loads(folder.handle.read_text()))
+            text = folder.read_handle()
+            if text is not None:
+                handle = Handle.loads(text)
+                if handle.executor == self.name:
+                    await self.destroy(handle)
             else:
                 await asyncio.to_thread(folder.remove)
         used = {f"slot-{slot}" for slot in self._slots}
