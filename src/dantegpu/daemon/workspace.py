@@ -51,7 +51,7 @@ class AttemptFolder:
 
     @property
     def once(self) -> Path:
-        """A container's own mark that it was started lies in here. The job may write to it: nobody reads it."""
+        """A container's own marks lie in here. The job may write to it, so nobody opens anything in it."""
         return self.root / "once"
 
     def read_handle(self) -> str | None:

@@ -26,6 +26,7 @@ CONFLICT = 409
 REMOVE_TRIES = 20
 REMOVE_PAUSE_SECONDS = 0.1
 _UNAVAILABLE_STATUS = 500
+_NOT_RUNNING = "can only kill running containers"  # Podman's word for CONFLICT
 
 
 class EngineError(ExecutorError):
@@ -141,7 +142,7 @@ class Engine:
         try:
             await self.call("POST", f"{self._prefix}/containers/{name}/kill", query={"signal": signal})
         except EngineError as error:
-            if error.status not in (NOT_FOUND, CONFLICT) and "not running" not in error.message:
+            if error.status not in (NOT_FOUND, CONFLICT) and _NOT_RUNNING not in error.message:
                 raise
 
     async def wait(self, name: str) -> None:

@@ -22,4 +22,16 @@ shift
     cd "$folder" || exit 126
     exec "$@"
 )
-exit "$?"
+status=$?
+# Not every engine tells why a container ended; the kernel's own count is gone with it.
+if [ "$status" -ne 0 ]; then
+    for counts in /sys/fs/cgroup/memory.events /sys/fs/cgroup/memory/memory.oom_control; do
+        [ -r "$counts" ] || continue
+        while read -r name count; do
+            if [ "$name" = oom_kill ] && [ "$count" -gt 0 ]; then
+                echo >/dante/once/oom
+            fi
+        done <"$counts"
+    done
+fi
+exit "$status"

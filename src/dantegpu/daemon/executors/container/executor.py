@@ -329,7 +329,9 @@ class ContainerExecutor(Executor):
         reason = StopReason(folder.stop.read_text()) if folder.stop.is_file() else None
         if state is None or state.never_started:
             return ExitStatus(None if reason is None else 128 + signal.SIGKILL, stop_reason=reason)
-        return ExitStatus(state.exit_code, state.oom_killed and state.exit_code != 0, reason)
+        # A job may write this mark itself: it would only blame itself.
+        out_of_memory = state.oom_killed or os.path.lexists(folder.once / "oom")
+        return ExitStatus(state.exit_code, out_of_memory and state.exit_code != 0, reason)
 
     async def stop(self, handle: Handle, *, grace_seconds: float, reason: StopReason) -> None:
         place, folder = self._open(handle)

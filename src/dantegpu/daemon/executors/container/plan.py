@@ -17,6 +17,7 @@ from dantegpu.daemon.workspace import AttemptFolder
 type Json = dict[str, Any]
 
 ENTRY = Path(__file__).with_name("entry.sh").read_text()
+ATTEMPT_VARIABLE = "DANTE_ATTEMPT_ID"
 LOG = "/dante/log"
 ONCE = "/dante/once"
 EXIT_ALREADY_STARTED = 75
@@ -118,6 +119,7 @@ class Plan:
     @property
     def _variables(self) -> dict[str, str]:
         variables = environment(self.spec, work=WORK, output=OUTPUT, search_path="")
+        variables[ATTEMPT_VARIABLE] = str(self.spec.attempt_id)
         if not variables["PATH"]:
             del variables["PATH"]
         return variables
