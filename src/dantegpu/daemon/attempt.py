@@ -11,6 +11,8 @@ import structlog
 
 from dantegpu.contracts.gen.dante.v1 import jobs_pb2, machine_pb2
 from dantegpu.daemon.archive import ArchiveRefused, unpack
+from dantegpu.daemon.devices import DeviceWatch
+from dantegpu.daemon.disk import DiskWatch
 from dantegpu.daemon.executors.base import (
     Adoption,
     AlreadyStarted,
@@ -77,6 +79,7 @@ class Tools:
     engine: str
     """What jobs with an image run in: docker | podman; empty: no such job may come here."""
     devices: "Sequence[DeviceGrant]"
+    watch: DeviceWatch
     changed: "Callable[[Attempt], None]"
     """Called after each change of `row.status` was written to the journal."""
 
@@ -106,6 +109,13 @@ class Attempt:
         self._stopping = Wakeup()
         self._started_at: float | None = None
         self._tail = Tail(row.attempt_id, self._folder.log, row.log_limit, row.log_acked)
+        self._disk = DiskWatch(
+            (self._folder.work, self._folder.output),
+            lambda: self.desired.spec.resources.disk_bytes if self.desired is not None else 0,
+            self._folder.log,
+            DISK_FACTOR * row.log_limit,
+            self._stopping.notify,
+        )
 
     @property
     def ended(self) -> bool:
@@ -114,6 +124,15 @@ class Attempt:
     @property
     def running(self) -> bool:
         return not self.row.ended and self.row.status.state in (jobs_pb2.RUNNING, jobs_pb2.STOPPING)
+
+    @property
+    def devices(self) -> list[int]:
+        """Indexes of the devices leased to it; unknown, so none, until a restarted daemon has heard of them again."""
+        return [lease.index for lease in self.desired.devices] if self.desired is not None else []
+
+    async def processes(self) -> set[int] | None:
+        """Pids of what runs of it; None where its executor cannot tell."""
+        return await self._tools.executor.processes(self._handle) if self._handle is not None else set()
 
     def status(self) -> machine_pb2.AttemptStatus:
         """What the platform is told now."""
@@ -168,6 +187,9 @@ class Attempt:
         if desired is None:
             raise _Ended(jobs_pb2.OUTCOME_LOST, "the daemon was restarted before the attempt had started")
         spec = self._spec(desired)
+        if refusal := self._tools.watch.refusal(self.devices):
+            raise _Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, refusal)
+        self._tools.watch.held(desired.attempt_id, self.devices)
         with span("attempt.prepare"):
             await self._or_stopped(self._prepare(desired, spec))
         self._tools.shipper.add(self._tail)
@@ -243,6 +265,7 @@ class Attempt:
             self.row.status.message = ""
             self._change(jobs_pb2.RUNNING)
         waiting = asyncio.create_task(self._tools.executor.wait(handle))
+        watching = asyncio.create_task(self._disk.run())
         reason: _Ended | None = None
         try:
             while not waiting.done():
@@ -256,6 +279,7 @@ class Attempt:
             status = await waiting
         finally:
             waiting.cancel()
+            watching.cancel()
         # It may have ended by itself in the very moment in which it was stopped: then its own end counts.
         return (reason if status.stop_reason is not None or status.lost else None), status
 
@@ -267,12 +291,7 @@ class Attempt:
         limit = self.desired.spec.max_duration_seconds if self.desired is not None else 0
         if limit and self._ran_seconds() > limit:
             return _Ended(jobs_pb2.OUTCOME_TIMED_OUT, f"ended after its maximum duration of {limit} s")
-        if self.row.log_limit and self._tail.size > DISK_FACTOR * self.row.log_limit:
-            return _Ended(
-                jobs_pb2.OUTCOME_FAILED,
-                f"ended: it printed more than {format_bytes(DISK_FACTOR * self.row.log_limit)}; write files instead",
-            )
-        return None
+        return _Ended(jobs_pb2.OUTCOME_FAILED, self._disk.full) if self._disk.full else None
 
     async def _end(self, reason: _Ended) -> None:
         if reason.outcome == jobs_pb2.OUTCOME_LOST:
@@ -283,6 +302,9 @@ class Attempt:
             why = StopReason.TIMED_OUT if reason.outcome == jobs_pb2.OUTCOME_TIMED_OUT else StopReason.REQUESTED
             if self._stop is not None:
                 grace_seconds = self._stop[0]
+            if self._disk.full:
+                # It would go on filling it all the while.
+                grace_seconds, why = 0.0, StopReason.DISK_LIMIT
         stopping = asyncio.create_task(
             self._tools.executor.stop(self._started, grace_seconds=grace_seconds, reason=why)
         )
@@ -308,6 +330,8 @@ class Attempt:
                 ending = ending or error
         if not self._fenced and self._handle is not None:
             await _within(self._tail.complete.wait(), LOG_COMPLETE_SECONDS)
+        if self.devices:
+            await self._tools.watch.released(str(self.row.attempt_id), self.devices)
         self._report_end(ending, exit_status, results, ran_ms)
 
     def _report_end(

@@ -57,7 +57,7 @@ class StopReason(enum.StrEnum):
     REQUESTED = "requested"
     TIMED_OUT = "timed_out"
     LEASE_LOST = "lease_lost"
-    LOG_LIMIT = "log_limit"
+    DISK_LIMIT = "disk_limit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,7 @@ class DeviceGrant:
     index: int
     paths: tuple[str, ...] = ()
     simulated: bool = False
+    vendor: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +229,11 @@ class Executor(ABC):
     @abstractmethod
     async def stats(self, handle: Handle) -> Stats:
         """A sample of what the attempt uses right now."""
+
+    async def processes(self, handle: Handle) -> "set[int] | None":
+        """Pids of the attempt as this machine numbers them; None where that cannot be told."""
+        del handle
+        return None
 
     @abstractmethod
     async def sweep(self, known: set[AttemptId]) -> None:

@@ -373,6 +373,10 @@ class ProcessExecutor(Executor):
             return place.groups.stats()
         return Stats(None, None, None, len(self._processes(handle, place)))
 
+    async def processes(self, handle: Handle) -> set[int]:
+        place, _ = self._open(handle)
+        return self._processes(handle, place)
+
     async def sweep(self, known: set[AttemptId]) -> None:
         await self.probe()
         wanted = {str(attempt_id) for attempt_id in known}

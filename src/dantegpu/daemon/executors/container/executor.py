@@ -171,9 +171,9 @@ class ContainerExecutor(Executor):
             self._known = await self._look()
         return self._known.capabilities
 
-    @property
-    def images(self) -> Images:
-        return self._images
+    async def has_image(self, name: str) -> bool:
+        """Whether it lies on this machine already."""
+        return await self._engine.image(name) is not None
 
     @property
     def accepted_escapes(self) -> Mapping[str, str]:
