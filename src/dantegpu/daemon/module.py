@@ -73,7 +73,7 @@ class Daemon:
         containers = await choose_containers(self.settings, Workspace(state / "work"))
         executor = RoutedExecutor(plain, containers.executor)
         found = await asyncio.to_thread(probe.probe_machine)
-        inventory = inventory_message(found, capabilities, self.settings.region, containers)
+        inventory = inventory_message(found, capabilities, self.settings, containers)
         journal = Journal(state / "journal.db")
         transfers = Transfers()
         try:
@@ -111,7 +111,11 @@ class Daemon:
             sandbox=inventory.sandbox,
             engine=engine,
             devices=[_grant(gpu) for gpu in found.gpus.devices],
-            watch=DeviceWatch(lambda: asyncio.to_thread(probe.sample_gpus), [gpu.index for gpu in found.gpus.devices]),
+            watch=DeviceWatch(
+                lambda: asyncio.to_thread(probe.sample_gpus),
+                [gpu.index for gpu in found.gpus.devices],
+                shares=inventory.shares_devices or found.simulated,
+            ),
             changed=_nobody_listens,
         )
         leases = LeaseFile(self.settings.state / "leases.json")
@@ -175,7 +179,7 @@ async def choose_executor(settings: DaemonSettings) -> tuple[ProcessExecutor, Ca
 
 
 def inventory_message(
-    found: Inventory, capabilities: Capabilities, region: str, containers: Containers
+    found: Inventory, capabilities: Capabilities, settings: DaemonSettings, containers: Containers
 ) -> machine_pb2.Inventory:
     """What the platform is told about this machine."""
     problems = [*describe_limits(capabilities.missing), *(note[:MAX_NOTE_LENGTH] for note in containers.notes)]
@@ -213,8 +217,9 @@ def inventory_message(
         executors=[ProcessExecutor.name, *([ContainerExecutor.name] if containers.engine else [])],
         limits_missing=problems,
         daemon_version=_own_version(),
-        region=region,
+        region=settings.region,
         simulated=found.simulated,
+        shares_devices=settings.share_gpus,
     )
 
 
