@@ -48,7 +48,8 @@ async def test_the_job_sees_its_variables_and_none_of_the_daemon(bench: Bench, m
     assert seen["CUDA_VISIBLE_DEVICES"] == ""
     allowed = {"PATH", "HOME", "USER", "LOGNAME", "LANG", "TMPDIR", "PYTHONUNBUFFERED", "WORD", "DANTE_OUTPUT"}
     allowed |= bench.kind.variables
-    assert set(seen) - allowed <= {"DANTE_ATTEMPT_ID", "CUDA_VISIBLE_DEVICES", "PWD", "OLDPWD", "LC_CTYPE"}
+    devices = {"CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"}
+    assert set(seen) - allowed - devices <= {"DANTE_ATTEMPT_ID", "PWD", "OLDPWD", "LC_CTYPE"}
 
 
 async def test_only_the_three_standard_descriptors_are_open(bench: Bench):
@@ -301,3 +302,16 @@ async def test_a_running_job_is_measured(bench: Bench):
 async def test_network_is_refused_where_the_provider_gives_none(bench: Bench):
     with pytest.raises(AttemptRefused, match="no network"):
         await bench.prepare(a_job("true", network=True))
+
+
+async def test_signals_that_python_ignores_are_not_ignored_in_a_job(bench: Bench):
+    _, text = await bench.run(a_shell_job("grep -E 'Sig(Ign|Blk)' /proc/self/status"))
+    # Signals 32 and 33 are the C library's own.
+    assert [int(line.split()[1], 16) & 0x7FFFFFFF for line in text.splitlines()] == [0, 0]
+
+
+async def test_the_log_is_the_jobs_bytes_as_they_were(bench: Bench):
+    """Carriage returns of a progress bar, bytes that are no text, and an end without a newline."""
+    handle = await bench.start(a_shell_job(r"printf '\0\377\r 50%%\r100%%\n\033[1mend'"))
+    assert (await bench.executor.wait(handle)).exit_code == 0
+    assert bench.workspace.attempt(handle.attempt_id).log.read_bytes() == b"\0\xff\r 50%\r100%\n\x1b[1mend"

@@ -9,13 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from dantegpu.daemon.executors.base import AttemptRefused, SandboxKind
-from dantegpu.daemon.executors.cells import ParkedShim
+from dantegpu.daemon.executors.base import Adoption, AttemptRefused, ExitStatus, SandboxKind
 from dantegpu.daemon.executors.process import ProcessExecutor
-from dantegpu.daemon.executors.processes import process_info, reap
-from dantegpu.daemon.executors.sandbox import Bubblewrap, Launch
+from dantegpu.daemon.executors.sandbox import Bubblewrap
 from dantegpu.daemon.workspace import Workspace
-from tests.fixtures.executors import TIMEOUT_SECONDS, Bench, a_job, a_shell_job, read_bytes, until
+from tests.fixtures.executors import TIMEOUT_SECONDS, Bench, a_job, a_python_job, a_shell_job, needs, read_bytes
 
 
 async def test_numpy_can_be_imported(bubblewrap: Bench):
@@ -176,24 +174,39 @@ async def test_starting_in_the_sandbox_is_fast(bubblewrap: Bench):
     assert sorted(samples)[3] < 0.1
 
 
-async def test_of_two_shims_for_one_attempt_only_one_starts_it(tmp_path: Path):
-    """The guard of the last resort, below every check that a daemon makes."""
-    launch = Launch(b"echo r >&9; exec 9>&-; echo started\n")
-    shims = [ParkedShim.spawn([]) for _ in range(8)]
-    results = await asyncio.gather(*(shim.start(tmp_path, launch) for shim in shims), return_exceptions=True)
-    assert sorted(type(result).__name__ for result in results) == [*["AlreadyStarted"] * 7, "NoneType"]
-    await until((tmp_path / "exit").exists)
-    assert (tmp_path / "output.log").read_text() == "started\n"
-    for shim in shims:
-        shim.close()
+async def test_attempts_one_after_the_other_share_a_cell_and_nothing_else(processes: Bench):
+    """A cell with its groups is worth keeping; limits, counters and files of one attempt must not reach the next."""
+    await needs(processes, "memory")
+    hog = a_python_job("x = bytearray(400 << 20)", memory_bytes=64 << 20)
+    first = await processes.executor.prepare(hog)
+    await processes.executor.start(first, hog)
+    assert (await processes.executor.wait(first)).oom_killed
+    spec = a_python_job("x = bytearray(100 << 20); raise SystemExit(3)")
+    second = await processes.executor.prepare(spec)
+    await processes.executor.start(second, spec)
+    assert json.loads(second.data)["slot"] == json.loads(first.data)["slot"]
+    assert await processes.executor.wait(second) == ExitStatus(3)
+    # What is over stays as it was, and its end touches nobody else.
+    third = await processes.start(a_shell_job("sleep 600"))
+    used = await processes.executor.stats(third)
+    assert (used.cpu_seconds or 0) < 0.2
+    assert (used.memory_peak_bytes or 0) < 60 << 20
+    assert (await processes.executor.wait(first)).oom_killed
+    assert (await processes.executor.stats(first)).pids == 0
+    await processes.executor.destroy(first)
+    await processes.executor.destroy(first)
+    assert await processes.executor.adopt(third) is Adoption.RUNNING
+    assert (await processes.executor.stats(third)).pids >= 1
 
 
-async def test_a_shim_whose_daemon_died_before_the_start_leaves():
-    shim = ParkedShim.spawn([])
-    shim.close()
-
-    def gone() -> bool:
-        reap(shim.pid)
-        return process_info(shim.pid) is None
-
-    await until(gone)
+async def test_a_script_without_an_interpreter_and_a_folder_as_command(processes: Bench):
+    spec = a_job("/work/run.sh" if processes.kind.isolates else "./run.sh", "there")
+    folder = processes.workspace.attempt(spec.attempt_id)
+    folder.create()
+    (folder.work / "run.sh").write_text("echo hello $1\n")
+    (folder.work / "run.sh").chmod(0o755)
+    handle = await processes.start(spec)
+    assert (await processes.executor.wait(handle)).exit_code == 0
+    assert processes.log(handle) == "hello there\n"
+    status, _ = await processes.run(a_job("/usr"))
+    assert status.exit_code == 126

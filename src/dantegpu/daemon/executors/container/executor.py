@@ -259,20 +259,20 @@ class ContainerExecutor(Executor):
         async with self._images.ready(spec.image, progress) as image:
             if not Plan("", image, spec, folder, place.user, {}).command:
                 raise JobAtFault(f"the job names no command and the image {spec.image.reference} has none of its own")
-            await asyncio.to_thread(self._make_folder, folder, place.user)
+            await self._make_folder(folder, place.user)
             # Before the container: what a crash leaves behind must be findable.
-            folder.handle.write_text(handle.dumps())
+            folder.write_handle(handle.dumps())
             labels = {LABEL_WORKSPACE: self._label, LABEL_ATTEMPT: str(spec.attempt_id)}
             plan = Plan(place.container, image, spec, folder, place.user, labels, gpus=devices)
             await self._create(plan, facts)
         return handle
 
     @staticmethod
-    def _make_folder(folder: AttemptFolder, user: User) -> None:
+    async def _make_folder(folder: AttemptFolder, user: User) -> None:
         folder.create()
         folder.once.mkdir(mode=0o700, exist_ok=True)
         if os.geteuid() == 0:
-            folder.give_to(user.host)
+            await folder.give_to(user.host)
             for path in (folder.log, folder.once):
                 os.chown(path, user.host, user.host, follow_symlinks=False)
 
