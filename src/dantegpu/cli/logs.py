@@ -16,11 +16,16 @@ if TYPE_CHECKING:
     from dantegpu.sdk import LogBytes
 
 
+_NODE = click.option("--node", type=click.IntRange(0), default=0, metavar="N",
+                     help="Which node of a job with several; default: node 0.")  # fmt: skip
+
+
 @command("logs")
 @JOB
 @click.option("-f", "--follow", is_flag=True, help="Go on live until the job has ended.")
 @click.option("--attempt", type=click.IntRange(0), default=0, help="Which attempt (1, 2, ...); default: the latest.")
-def logs(cli: Cli, job: str, follow: bool, attempt: int) -> None:
+@_NODE
+def logs(cli: Cli, job: str, follow: bool, attempt: int, node: int) -> None:
     """Print what a job wrote to stdout and stderr, byte by byte as it came.
 
     With --json: one object per piece, `{"log": {...}}`, a line each.
@@ -28,7 +33,7 @@ def logs(cli: Cli, job: str, follow: bool, attempt: int) -> None:
     written = False
     with cli.client(retry_seconds=FOLLOW_RETRY_SECONDS if follow else 60.0) as client:
         job_id = refs.job_id(client, job)
-        for piece in client.jobs.logs(job_id, follow=follow, epoch=attempt):
+        for piece in client.jobs.logs(job_id, follow=follow, epoch=attempt, node=node):
             written = True
             if cli.as_json:
                 output.print_json({"log": piece_as_plain(job_id, piece)})
@@ -62,20 +67,21 @@ def write_raw(data: bytes) -> None:
 @JOB
 @click.option("-o", "--output", "folder", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
               help="Fetch them into this folder.")  # fmt: skip
-def results(cli: Cli, job: str, folder: Path | None) -> None:
+@_NODE
+def results(cli: Cli, job: str, folder: Path | None, node: int) -> None:
     """List the files that a job left in $DANTE_OUTPUT, or fetch them with -o DIR.
 
     Each file's SHA-256 is checked; a file appears under its name only when it is whole.
     """
     with cli.client() as client:
         job_id = refs.job_id(client, job)
-        listing = client.jobs.results(job_id)
+        listing = client.jobs.results(job_id, node=node)
         if folder is not None and listing.files:
             with output.progress("fetching", quiet=cli.as_json) as on_progress:
-                client.jobs.download(job_id, folder, on_progress=on_progress)
+                client.jobs.download(job_id, folder, node=node, on_progress=on_progress)
     files = [{"path": file.path, "size_bytes": file.size_bytes, "sha256": file.sha256} for file in listing.files]
     document: dict[str, object] = {
-        "job_id": job_id, "epoch": listing.epoch, "complete": listing.complete, "files": files,
+        "job_id": job_id, "epoch": listing.epoch, "node_rank": node, "complete": listing.complete, "files": files,
         "folder": str(folder) if folder is not None else None,
     }  # fmt: skip
 

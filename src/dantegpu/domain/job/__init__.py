@@ -15,6 +15,7 @@ from dantegpu.domain.job.events import (
     EndJob,
     Event,
     LeaseExpired,
+    OnNode,
     OpenAttempt,
     Placed,
     PlacementRevoked,
@@ -25,9 +26,11 @@ from dantegpu.domain.job.events import (
     StopAttempt,
     StopRequested,
 )
+from dantegpu.domain.job.gang import rank_of
 from dantegpu.domain.job.model import (
     DEFAULT_MAX_ATTEMPTS,
     DEFAULT_RETRY,
+    GangNode,
     JobSnapshot,
     JobState,
     Outcome,
@@ -54,10 +57,12 @@ __all__ = [
     "EndJob",
     "Event",
     "Folded",
+    "GangNode",
     "IllegalTransition",
     "JobSnapshot",
     "JobState",
     "LeaseExpired",
+    "OnNode",
     "OpenAttempt",
     "Outcome",
     "Placed",
@@ -75,5 +80,6 @@ __all__ = [
     "StopReason",
     "StopRequested",
     "fold_report",
+    "rank_of",
     "transition",
 ]

@@ -104,6 +104,7 @@ class StopReason(StrEnum):
     NO_FUNDS = "no_funds"
     PREEMPTED = "preempted"
     MACHINE_DRAINED = "machine_drained"
+    NODE_FAILED = "node_failed"
 
 
 ENDS_JOB = frozenset({StopReason.USER, StopReason.OPERATOR, StopReason.MAX_DURATION, StopReason.BUDGET})
@@ -139,11 +140,36 @@ DEFAULT_RETRY = RetryPolicy()
 
 
 @dataclass(frozen=True, slots=True)
+class GangNode:
+    """One node of a gang in its live epoch: an attempt of its own, with its own machine, reports and end.
+
+    `state` is PLACED to STOPPING while the attempt lives, and terminal once it has ended.
+    """
+
+    attempt_id: AttemptId
+    machine_id: MachineId
+    state: JobState = JobState.PLACED
+    report_seq: int = 0
+    running_at: datetime | None = None
+    ended_at: datetime | None = None
+    outcome: Outcome | None = None
+    exit_code: int | None = None
+    message: str = ""
+
+    @property
+    def ended(self) -> bool:
+        return self.ended_at is not None
+
+
+@dataclass(frozen=True, slots=True)
 class JobSnapshot:
     """All that a transition needs to know of a job. Times are the server's, aware UTC.
 
     `epoch` is the fencing token: it rises with each attempt and never falls. `report_seq` is the last report folded
     for the live attempt. `attempt_id`, `machine_id`, `placed_at` and `running_at` are of the live attempt, else None.
+
+    A job with several `nodes` is a gang: while it lives, `gang` has one entry per node rank, `attempt_id` and
+    `machine_id` are those of node 0, and `running_at` is when the last of its nodes began to run.
     """
 
     id: JobId
@@ -169,3 +195,5 @@ class JobSnapshot:
     outcome: Outcome | None = None
     exit_code: int | None = None
     message: str = ""
+    nodes: int = 1
+    gang: tuple[GangNode, ...] = ()

@@ -34,6 +34,7 @@ from dantegpu.services.scheduler.store import AttemptRow, JobRow, LeaseRow
 MAX_JOBS_PER_CALL = 10_000
 MAX_SPEC_BYTES = 64 << 10
 """A machine hears of all its attempts in one NATS message, whose payload is bounded (2 MiB embedded)."""
+MAX_NODES = 64
 MAX_NAME_LENGTH = 100
 MAX_EVENTS_PAGE = 1000
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -94,6 +95,8 @@ class Intake:
             raise InvalidJob(f"{where}give either a command or `commands`: what shall run?", field="commands")
         if spec.ByteSize() > MAX_SPEC_BYTES:
             raise InvalidJob(f"{where}the job is {spec.ByteSize()} bytes long, at most {MAX_SPEC_BYTES} are accepted")
+        if not 0 <= spec.nodes <= MAX_NODES:
+            raise InvalidJob(f"{where}nodes {spec.nodes}: expected 1 to {MAX_NODES}", field="nodes")
         if not 0 <= spec.priority <= 100:
             raise InvalidJob(f"{where}priority {spec.priority}: expected 0 to 100", field="priority")
         if any("\x00" in text for text in _texts(spec)):
