@@ -88,6 +88,7 @@ specs: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         "retry": st.sampled_from([True, False, {"on_events": ["error"], "duration": "5m"}]),
         "priority": st.integers(0, 100),
         "network": st.booleans(),
+        "nodes": st.integers(1, 64),
         "labels": st.dictionaries(st.sampled_from(["a", "b/c"]), st.text(max_size=5)),
     },
 )
@@ -110,7 +111,7 @@ def test_an_unknown_field_is_named_with_its_path_and_the_nearest_known_one():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("nodes", 2), ("budget", 25), ("spot_policy", "auto"), ("checkpoint", {}), ("regions", ["eu"]),
+        ("volumes", []), ("budget", 25), ("spot_policy", "auto"), ("checkpoint", {}), ("regions", ["eu"]),
         ("schedule", {}), ("array", 100), ("files", ["data:/data"]), ("type", "service"), ("type", "dev-environment"),
     ],
 )  # fmt: skip

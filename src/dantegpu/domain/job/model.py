@@ -68,7 +68,10 @@ class QueueReason(StrEnum):
     NO_MATCHING_MACHINE = "no_matching_machine"
     RESTRICTED = "restricted"
     PRICE_ABOVE_MAX = "price_above_max"
+    TOO_FEW_MACHINES = "too_few_machines"
     NO_CAPACITY = "no_capacity"
+    RESERVED = "reserved"
+    BEHIND_RESERVATION = "behind_reservation"
     WAITING_FOR_RETRY = "waiting_for_retry"
     PLACEMENT_REVOKED = "placement_revoked"
     PAUSED = "paused"
@@ -87,7 +90,10 @@ _QUEUE_REASON_TEXTS: Mapping[QueueReason, str] = MappingProxyType({
     QueueReason.NO_MATCHING_MACHINE: "Machines with such GPUs are online, but none is large enough otherwise.",
     QueueReason.RESTRICTED: "The machines that fit take only jobs of their own team (simulated GPUs or no sandbox).",
     QueueReason.PRICE_ABOVE_MAX: "Every machine that fits costs more than the job's max_price.",
+    QueueReason.TOO_FEW_MACHINES: "Fewer machines fit than the job has nodes.",
     QueueReason.NO_CAPACITY: "Machines that fit are online, but busy.",
+    QueueReason.RESERVED: "Machines that fit are busy; it has a reservation, and smaller jobs do not delay it.",
+    QueueReason.BEHIND_RESERVATION: "What is free is kept for a larger job that was there before it.",
     QueueReason.WAITING_FOR_RETRY: "An attempt ended early; the next one starts after a short wait.",
     QueueReason.PLACEMENT_REVOKED: "The chosen machine could not take the job; another is being looked for.",
     QueueReason.PAUSED: "It is paused and waits to be resumed.",

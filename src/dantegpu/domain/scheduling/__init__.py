@@ -3,6 +3,7 @@
 `explain(snapshot, job, now)` answers why one job waits and what the smallest change would open.
 """
 
+from dantegpu.domain.scheduling.backfill import MARGIN_SECONDS, Decision, RoundPlan, Running, is_large, plan_round
 from dantegpu.domain.scheduling.constraints import Constraint, ConstraintCount, PendingJob
 from dantegpu.domain.scheduling.explain import Relaxation, Why, explain
 from dantegpu.domain.scheduling.plan import DeviceShare, Placement, Plan, SchedulerState, Unplaced, schedule
@@ -11,8 +12,10 @@ from dantegpu.domain.scheduling.snapshot import Lease, Snapshot, SnapshotBuilder
 
 __all__ = [
     "DEFAULT_POLICY",
+    "MARGIN_SECONDS",
     "Constraint",
     "ConstraintCount",
+    "Decision",
     "DeviceShare",
     "Lease",
     "Objective",
@@ -21,6 +24,8 @@ __all__ = [
     "Plan",
     "Policy",
     "Relaxation",
+    "RoundPlan",
+    "Running",
     "SchedulerState",
     "Snapshot",
     "SnapshotBuilder",
@@ -28,5 +33,7 @@ __all__ = [
     "Unplaced",
     "Why",
     "explain",
+    "is_large",
+    "plan_round",
     "schedule",
 ]

@@ -37,6 +37,7 @@ class PendingJob:
     avoided_machines: frozenset[MachineId] = frozenset()
     not_before: datetime | None = None
     nodes: int = 1
+    max_duration_seconds: int | None = None
 
     @property
     def shape(self) -> tuple[object, ...]:

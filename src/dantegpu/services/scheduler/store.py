@@ -131,6 +131,8 @@ class LiveLeaseRow:
     cpu_milli: int
     memory_bytes: int
     disk_bytes: int
+    running_at: datetime | None
+    max_duration_seconds: int
     device_ids: list[UUID]
     millis: list[int]
 

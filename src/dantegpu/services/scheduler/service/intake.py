@@ -15,7 +15,7 @@ from dantegpu.domain.clock import Clock
 from dantegpu.domain.ids import JobId, TeamId
 from dantegpu.domain.job import JobState, QueueReason, StopReason
 from dantegpu.domain.resources import InvalidGpuSpec
-from dantegpu.domain.scheduling import DEFAULT_POLICY, Snapshot, Why, explain, schedule
+from dantegpu.domain.scheduling import Snapshot, Why, explain
 from dantegpu.kit import rpc
 from dantegpu.kit.actor import SERVICE, Actor
 from dantegpu.kit.db import Database, Tx
@@ -26,7 +26,7 @@ from dantegpu.kit.telemetry import current_traceparent
 from dantegpu.services.scheduler import store
 from dantegpu.services.scheduler.errors import InputNotUploaded, InvalidJob, JobNotFound, NoOfferFits
 from dantegpu.services.scheduler.service.inventory import Inventory
-from dantegpu.services.scheduler.service.placement import live_leases, pending_of, pending_of_spec, request_of
+from dantegpu.services.scheduler.service.placement import live_leases, pending_of, pending_of_spec, plan_of, request_of
 from dantegpu.services.scheduler.service.transitions import JobBatch, Wakeups, event_message
 from dantegpu.services.scheduler.settings import SchedulerSettings
 from dantegpu.services.scheduler.store import AttemptRow, JobRow, LeaseRow
@@ -135,8 +135,8 @@ class Intake:
         now = self._clock.now()
         pending = [pending_of_spec(JobId.new(), team_id, now, spec) for spec in specs]
         async with self._db.transaction() as tx:
-            leases = await live_leases(tx)
-        plan = schedule(Snapshot.from_machines(self._inventory.machines(), leases), pending, DEFAULT_POLICY, now=now)
+            live = await store.live_leases(tx)
+        _, plan = plan_of(self._inventory.machines(), live, pending, now)
         if plan.unplaced:
             first = plan.unplaced[0]
             detail = f" ({first.detail})" if first.detail else ""

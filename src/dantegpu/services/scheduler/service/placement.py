@@ -1,10 +1,11 @@
 """The leader's rounds: what waits, what is free, one plan, holds for it, one transaction that applies it."""
 
 import asyncio
+import heapq
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -21,7 +22,21 @@ from dantegpu.domain.ids import AttemptId, DeviceId, InvalidId, JobId, MachineId
 from dantegpu.domain.job import JobState, QueueReason
 from dantegpu.domain.pricing import WINDOW_SECONDS
 from dantegpu.domain.resources import MachineInfo, ResourceRequest, parse_gpu_spec
-from dantegpu.domain.scheduling import DEFAULT_POLICY, Lease, PendingJob, Placement, Snapshot, Unplaced, schedule
+from dantegpu.domain.scheduling import (
+    DEFAULT_POLICY,
+    MARGIN_SECONDS,
+    Decision,
+    Lease,
+    PendingJob,
+    Placement,
+    Plan,
+    RoundPlan,
+    Running,
+    Snapshot,
+    is_large,
+    plan_round,
+    schedule,
+)
 from dantegpu.domain.units import format_dgpu
 from dantegpu.kit import rpc
 from dantegpu.kit.actor import SERVICE
@@ -37,13 +52,16 @@ from dantegpu.services.scheduler.errors import PlanConflict
 from dantegpu.services.scheduler.service.inventory import Inventory
 from dantegpu.services.scheduler.service.transitions import JobBatch, Opening, Wakeups
 from dantegpu.services.scheduler.settings import SchedulerSettings
-from dantegpu.services.scheduler.store import JobRow
+from dantegpu.services.scheduler.store import JobRow, LiveLeaseRow
 
 log = structlog.get_logger(__name__)
 
 LOAD_PAGE = 1000
 MAX_PLACEMENTS_PER_ROUND = 1000
 MAX_REASONS_PER_ROUND = 1000
+MAX_BACKFILL_JOBS = 2000
+MAX_LARGE_JOBS = 100
+"""While a large job waits, a round looks at so many of the first small and large ones; the others wait their turn."""
 NO_FUNDS_RETRY_SECONDS = 10.0
 IDLE_ROUND_SECONDS = 5.0
 """A round also runs this often while something waits: what woke nobody is found all the same."""
@@ -88,17 +106,40 @@ def request_of(spec: jobs_pb2.JobSpec) -> ResourceRequest:
 
 
 async def live_leases(tx: Tx) -> list[Lease]:
-    return [
-        Lease(
-            machine_id=MachineId(row.machine_id),
-            team_id=TeamId(row.team_id),
-            cpu_milli=row.cpu_milli,
-            memory_bytes=row.memory_bytes,
-            disk_bytes=row.disk_bytes,
-            devices=tuple((DeviceId(device), milli) for device, milli in zip(row.device_ids, row.millis, strict=True)),
-        )
-        for row in await store.live_leases(tx)
+    return [_lease(row) for row in await store.live_leases(tx)]
+
+
+def _lease(row: LiveLeaseRow) -> Lease:
+    return Lease(
+        machine_id=MachineId(row.machine_id),
+        team_id=TeamId(row.team_id),
+        cpu_milli=row.cpu_milli,
+        memory_bytes=row.memory_bytes,
+        disk_bytes=row.disk_bytes,
+        devices=tuple((DeviceId(device), milli) for device, milli in zip(row.device_ids, row.millis, strict=True)),
+    )
+
+
+def plan_of(
+    machines: Iterable[MachineInfo], live: Sequence[LiveLeaseRow], pending: Sequence[PendingJob], now: datetime
+) -> tuple[Snapshot, Plan | RoundPlan]:
+    """What is there, and who gets it. Only where something large waits does a round cost what reservations cost."""
+    leases = [_lease(row) for row in live]
+    snapshot = Snapshot.from_machines(machines, leases)
+    large = [job for job in pending if is_large(job)]
+    if not large:
+        return snapshot, schedule(snapshot, pending, DEFAULT_POLICY, now=now)
+    small = [job for job in pending if not is_large(job)]
+    first = heapq.nsmallest(MAX_BACKFILL_JOBS, small, key=_rank) + heapq.nsmallest(MAX_LARGE_JOBS, large, key=_rank)
+    running = [
+        Running(lease, (row.running_at or now) + timedelta(seconds=row.max_duration_seconds + MARGIN_SECONDS))
+        for lease, row in zip(leases, live, strict=True)
     ]
+    return snapshot, plan_round(snapshot, running, first, DEFAULT_POLICY, now=now)
+
+
+def _rank(job: PendingJob) -> tuple[int, datetime]:
+    return -job.priority, job.submitted_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +248,7 @@ class PlacementLeader:
                     # It passed the intake's check once; it must not keep the others from being placed now.
                     log.error("job_unreadable", job_id=str(JobId(row.id)), error=str(error))
                     continue
+                pending = replace(pending, max_duration_seconds=duration)
                 told = (row.reason or "", row.reason_detail)
                 self._queue[row.id] = _Waiting(pending, duration, told, row.traceparent)
         self._again.notify()
@@ -277,9 +319,8 @@ class PlacementLeader:
             return False
         with span("placement round", jobs=str(len(ready))):
             async with self._db.transaction() as tx:
-                leases = await live_leases(tx)
-            snapshot = Snapshot.from_machines(self._inventory.machines(), leases)
-            plan = schedule(snapshot, ready, DEFAULT_POLICY, now=now)
+                live = await store.live_leases(tx)
+            snapshot, plan = plan_of(self._inventory.machines(), live, ready, now)
             chosen = _Chosen.of(plan.placements, MAX_PLACEMENTS_PER_ROUND)
             refused = await self._open_holds(chosen, snapshot)
             try:
@@ -336,7 +377,7 @@ class PlacementLeader:
         self,
         chosen: Sequence[_Chosen],
         refused: dict[UUID, billing_pb2.HoldResult],
-        unplaced: Sequence[Unplaced],
+        unplaced: Sequence[Decision],
         snapshot: Snapshot,
         now: datetime,
     ) -> list[AttemptId]:
@@ -388,7 +429,7 @@ class PlacementLeader:
         )
 
     def _news(
-        self, unplaced: Sequence[Unplaced], refused: dict[UUID, billing_pb2.HoldResult]
+        self, unplaced: Sequence[Decision], refused: dict[UUID, billing_pb2.HoldResult]
     ) -> dict[UUID, tuple[str, str]]:
         """Jobs whose reason is another one than the database has."""
         news: dict[UUID, tuple[str, str]] = {}

@@ -163,7 +163,7 @@ ON CONFLICT (machine_id) DO UPDATE SET desired_revision = m.desired_revision + 1
 SELECT machine_id, desired_revision FROM machines WHERE machine_id = ANY(%(machine_ids)s);
 
 -- name: live_leases
-SELECT a.machine_id, a.team_id, a.cpu_milli, a.memory_bytes, a.disk_bytes,
+SELECT a.machine_id, a.team_id, a.cpu_milli, a.memory_bytes, a.disk_bytes, a.running_at, a.max_duration_seconds,
     coalesce(array_agg(l.device_id ORDER BY l.device_index) FILTER (WHERE l.device_id IS NOT NULL), '{}') AS device_ids,
     coalesce(array_agg(l.milli ORDER BY l.device_index) FILTER (WHERE l.device_id IS NOT NULL), '{}') AS millis
 FROM attempts a LEFT JOIN device_leases l ON l.attempt_id = a.id
