@@ -163,10 +163,20 @@ def _device(proto: machine_pb2.Device, use: machine_pb2.DeviceUtilisation | None
         vram_bytes=proto.vram_bytes,
         compute_capability=proto.compute_capability,
         simulated=proto.simulated,
+        problem=proto.problem,
+        vendor=proto.vendor,
+        mig_profile=proto.mig_profile,
+        pcie_generation=proto.pcie_generation,
+        pcie_width=proto.pcie_width,
+        power_limit_watts=proto.power_limit_watts,
+        ecc=proto.ecc,
         gpu_utilisation=use.gpu_utilisation if use else None,
         vram_used_bytes=use.vram_used_bytes if use else None,
         temperature_celsius=use.temperature_celsius if use else None,
         power_watts=use.power_watts if use else None,
+        memory_utilisation=use.memory_utilisation if use else None,
+        throttle_reasons=list(use.throttle_reasons) if use else [],
+        processes=use.processes if use else None,
     )
 
 

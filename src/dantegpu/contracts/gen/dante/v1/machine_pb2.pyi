@@ -31,6 +31,14 @@ class Device(message.Message):
     COMPUTE_CAPABILITY_FIELD_NUMBER: builtins.int
     PCIE_BUS_ID_FIELD_NUMBER: builtins.int
     SIMULATED_FIELD_NUMBER: builtins.int
+    PROBLEM_FIELD_NUMBER: builtins.int
+    VENDOR_FIELD_NUMBER: builtins.int
+    MIG_PROFILE_FIELD_NUMBER: builtins.int
+    PARENT_UUID_FIELD_NUMBER: builtins.int
+    PCIE_GENERATION_FIELD_NUMBER: builtins.int
+    PCIE_WIDTH_FIELD_NUMBER: builtins.int
+    POWER_LIMIT_WATTS_FIELD_NUMBER: builtins.int
+    ECC_FIELD_NUMBER: builtins.int
     id: builtins.str
     """dev_...; given by the registry"""
     index: builtins.int
@@ -44,6 +52,18 @@ class Device(message.Message):
     """"8.9" """
     pcie_bus_id: builtins.str
     simulated: builtins.bool
+    problem: builtins.str
+    """why nothing is placed on it now; empty: it is well"""
+    vendor: builtins.str
+    """nvidia | amd"""
+    mig_profile: builtins.str
+    """"1g.10gb": a part of a card, leased as a device of its own"""
+    parent_uuid: builtins.str
+    """of the card that it is a part of"""
+    pcie_generation: builtins.int
+    pcie_width: builtins.int
+    power_limit_watts: builtins.float
+    ecc: builtins.bool
     def __init__(
         self,
         *,
@@ -55,10 +75,18 @@ class Device(message.Message):
         compute_capability: builtins.str = ...,
         pcie_bus_id: builtins.str = ...,
         simulated: builtins.bool = ...,
+        problem: builtins.str = ...,
+        vendor: builtins.str = ...,
+        mig_profile: builtins.str = ...,
+        parent_uuid: builtins.str = ...,
+        pcie_generation: builtins.int = ...,
+        pcie_width: builtins.int = ...,
+        power_limit_watts: builtins.float = ...,
+        ecc: builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["compute_capability", b"compute_capability", "id", b"id", "index", b"index", "model", b"model", "pcie_bus_id", b"pcie_bus_id", "simulated", b"simulated", "uuid", b"uuid", "vram_bytes", b"vram_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["compute_capability", b"compute_capability", "ecc", b"ecc", "id", b"id", "index", b"index", "mig_profile", b"mig_profile", "model", b"model", "parent_uuid", b"parent_uuid", "pcie_bus_id", b"pcie_bus_id", "pcie_generation", b"pcie_generation", "pcie_width", b"pcie_width", "power_limit_watts", b"power_limit_watts", "problem", b"problem", "simulated", b"simulated", "uuid", b"uuid", "vendor", b"vendor", "vram_bytes", b"vram_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -191,12 +219,23 @@ class DeviceUtilisation(message.Message):
     VRAM_USED_BYTES_FIELD_NUMBER: builtins.int
     TEMPERATURE_CELSIUS_FIELD_NUMBER: builtins.int
     POWER_WATTS_FIELD_NUMBER: builtins.int
+    MEMORY_UTILISATION_FIELD_NUMBER: builtins.int
+    THROTTLE_REASONS_FIELD_NUMBER: builtins.int
+    PROCESSES_FIELD_NUMBER: builtins.int
     index: builtins.int
     gpu_utilisation: builtins.float
     """0..1"""
     vram_used_bytes: builtins.int
     temperature_celsius: builtins.float
     power_watts: builtins.float
+    memory_utilisation: builtins.float
+    """0..1, of the memory's bandwidth"""
+    processes: builtins.int
+    """that compute on it"""
+    @builtins.property
+    def throttle_reasons(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """"temperature (hardware)": what slows it down"""
+
     def __init__(
         self,
         *,
@@ -205,10 +244,13 @@ class DeviceUtilisation(message.Message):
         vram_used_bytes: builtins.int = ...,
         temperature_celsius: builtins.float = ...,
         power_watts: builtins.float = ...,
+        memory_utilisation: builtins.float = ...,
+        throttle_reasons: abc.Iterable[builtins.str] | None = ...,
+        processes: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["gpu_utilisation", b"gpu_utilisation", "index", b"index", "power_watts", b"power_watts", "temperature_celsius", b"temperature_celsius", "vram_used_bytes", b"vram_used_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["gpu_utilisation", b"gpu_utilisation", "index", b"index", "memory_utilisation", b"memory_utilisation", "power_watts", b"power_watts", "processes", b"processes", "temperature_celsius", b"temperature_celsius", "throttle_reasons", b"throttle_reasons", "vram_used_bytes", b"vram_used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
