@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
+from typing import Any
 
 from dantegpu.domain.job import QueueReason
 from dantegpu.domain.resources import MachineInfo
@@ -19,11 +20,11 @@ from dantegpu.domain.scheduling import (
 from tests.unit.test_domain_scheduling import T0, THEM, a_job, a_lease, a_machine
 
 
-def a_gang(nodes: int, gpu: str | None = "1", *, seconds: int | None = None, **fields: int) -> PendingJob:
+def a_gang(nodes: int, gpu: str | None = "1", *, seconds: int | None = None, **fields: Any) -> PendingJob:
     return replace(a_job(gpu, **fields), nodes=nodes, max_duration_seconds=seconds)
 
 
-def a_small(gpu: str | None = "1", *, seconds: int | None = None, **fields: int) -> PendingJob:
+def a_small(gpu: str | None = "1", *, seconds: int | None = None, **fields: Any) -> PendingJob:
     return replace(a_job(gpu, **fields), max_duration_seconds=seconds)
 
 
