@@ -89,6 +89,7 @@ specs: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         "priority": st.integers(0, 100),
         "network": st.booleans(),
         "nodes": st.integers(1, 64),
+        "array": st.sampled_from([3, {"lr": [0.1, "a"], "seed": "-1..9"}]),
         "labels": st.dictionaries(st.sampled_from(["a", "b/c"]), st.text(max_size=5)),
     },
 )
@@ -112,7 +113,7 @@ def test_an_unknown_field_is_named_with_its_path_and_the_nearest_known_one():
     ("field", "value"),
     [
         ("volumes", []), ("budget", 25), ("spot_policy", "auto"), ("checkpoint", {}), ("regions", ["eu"]),
-        ("schedule", {}), ("array", 100), ("files", ["data:/data"]), ("type", "service"), ("type", "dev-environment"),
+        ("schedule", {}), ("files", ["data:/data"]), ("type", "service"), ("type", "dev-environment"),
     ],
 )  # fmt: skip
 def test_a_field_of_the_peers_that_does_not_work_yet_is_refused_by_name(field: str, value: Any):

@@ -30,6 +30,7 @@ from dantegpu.domain.job.gang import rank_of
 from dantegpu.domain.job.model import (
     DEFAULT_MAX_ATTEMPTS,
     DEFAULT_RETRY,
+    ENDS_JOB,
     GangNode,
     JobSnapshot,
     JobState,
@@ -45,6 +46,7 @@ from dantegpu.domain.job.transitions import TRANSITIONS, IllegalTransition, Step
 __all__ = [
     "DEFAULT_MAX_ATTEMPTS",
     "DEFAULT_RETRY",
+    "ENDS_JOB",
     "TRANSITIONS",
     "AttemptEnded",
     "AttemptReport",

@@ -6,23 +6,30 @@
 from dantegpu.domain.scheduling.backfill import MARGIN_SECONDS, Decision, RoundPlan, Running, is_large, plan_round
 from dantegpu.domain.scheduling.constraints import Constraint, ConstraintCount, PendingJob
 from dantegpu.domain.scheduling.explain import Relaxation, Why, explain
-from dantegpu.domain.scheduling.plan import DeviceShare, Placement, Plan, SchedulerState, Unplaced, schedule
+from dantegpu.domain.scheduling.plan import Blocked, DeviceShare, Placement, Plan, SchedulerState, Unplaced, schedule
 from dantegpu.domain.scheduling.policy import DEFAULT_POLICY, Objective, Policy
+from dantegpu.domain.scheduling.queue import JobGroup, JobQueue, QueuedJob
+from dantegpu.domain.scheduling.ranking import Refusal
 from dantegpu.domain.scheduling.snapshot import Lease, Snapshot, SnapshotBuilder, TeamUse
 
 __all__ = [
     "DEFAULT_POLICY",
     "MARGIN_SECONDS",
+    "Blocked",
     "Constraint",
     "ConstraintCount",
     "Decision",
     "DeviceShare",
+    "JobGroup",
+    "JobQueue",
     "Lease",
     "Objective",
     "PendingJob",
     "Placement",
     "Plan",
     "Policy",
+    "QueuedJob",
+    "Refusal",
     "Relaxation",
     "RoundPlan",
     "Running",

@@ -49,6 +49,9 @@ class JobRow:
     cost_udgpu: int
     settled: bool
     event_seq: int
+    array_size: int | None
+    array_id: UUID | None
+    array_index: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,7 @@ class AttemptRow:
     node_rank: int
     nodes: int
     report_seq: int
+    array_id: UUID | None
 
 
 @dataclass(frozen=True, slots=True)
