@@ -141,13 +141,13 @@ class PointRow:
     point: bytes
 
 
-async def lock_series(tx: Tx, attempts: Sequence[tuple[AttemptRow, int]], now: datetime) -> dict[UUID, SeriesRow]:
-    """Series of the attempts (each with its node's rank), made where missing, locked in id order."""
-    attempt_ids = [attempt.attempt_id for attempt, _ in attempts]
+async def lock_series(tx: Tx, attempts: Sequence[AttemptRow], now: datetime) -> dict[UUID, SeriesRow]:
+    """Series of the attempts, made where missing, locked in id order."""
+    attempt_ids = [attempt.attempt_id for attempt in attempts]
     await tx.run(
-        QUERIES["make_metric_heads"], attempt_ids=attempt_ids, job_ids=[attempt.job_id for attempt, _ in attempts],
-        team_ids=[attempt.team_id for attempt, _ in attempts], epochs=[attempt.epoch for attempt, _ in attempts],
-        ranks=[rank for _, rank in attempts], now=now,
+        QUERIES["make_metric_heads"], attempt_ids=attempt_ids, job_ids=[attempt.job_id for attempt in attempts],
+        team_ids=[attempt.team_id for attempt in attempts], epochs=[attempt.epoch for attempt in attempts],
+        ranks=[attempt.node_rank for attempt in attempts], now=now,
     )  # fmt: skip
     rows = await tx.all(SeriesRow, QUERIES["lock_metric_heads"], attempt_ids=attempt_ids)
     return {row.attempt_id: row for row in rows}
