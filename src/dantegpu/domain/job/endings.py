@@ -49,11 +49,11 @@ def effective_outcome(job: JobSnapshot, reported: Outcome) -> Outcome:
 
 def stop_outcome(why: StopReason | None) -> Outcome:
     match why:
-        case StopReason.MAX_DURATION | StopReason.BUDGET:
+        case StopReason.MAX_DURATION | StopReason.BUDGET | StopReason.DEADLINE:
             return Outcome.TIMED_OUT
         case StopReason.NO_FUNDS | StopReason.PREEMPTED | StopReason.MACHINE_DRAINED:
             return Outcome.PREEMPTED
-        case StopReason.USER | StopReason.OPERATOR | StopReason.NODE_FAILED | None:
+        case StopReason.USER | StopReason.OPERATOR | StopReason.DEPENDENCY | StopReason.NODE_FAILED | None:
             return Outcome.CANCELLED
 
 

@@ -83,7 +83,8 @@ def _placed(job: JobSnapshot, event: Placed, now: datetime) -> Step:
 def _cancel_queued(job: JobSnapshot, event: StopRequested, now: datetime) -> Step:
     if event.why not in ENDS_JOB:
         return job, ()
-    return end(replace(job, stop_reason=event.why, stop_by=event.by), stop_outcome(event.why), now)
+    asked = replace(job, stop_reason=event.why, stop_by=event.by, message=event.message or job.message)
+    return end(asked, stop_outcome(event.why), now)
 
 
 def _stop_live(job: JobSnapshot, event: StopRequested, now: datetime) -> Step:

@@ -174,6 +174,8 @@ class _Waiting:
     """Of the submission."""
     array_id: UUID | None = None
     """A task's array, under whose id its attempts are paid for."""
+    deadline_at: datetime | None = None
+    """Not placed from then on."""
     blocked_until_seconds: float = 0.0
     """Monotonic; no funds: billing is not asked again before, unless money came in."""
 
@@ -262,7 +264,7 @@ class PlacementLeader:
                     continue
                 pending = replace(pending, max_duration_seconds=duration)
                 told = (row.reason or "", row.reason_detail)
-                self._queue[row.id] = _Waiting(pending, duration, told, row.traceparent, row.array_id)
+                self._queue[row.id] = _Waiting(pending, duration, told, row.traceparent, row.array_id, row.deadline_at)
         self._again.notify()
 
     async def _load(self) -> None:
@@ -326,7 +328,7 @@ class PlacementLeader:
         """One plan, applied. True when the next round should follow at once."""
         now = self._clock.now()
         monotonic = self._clock.monotonic()
-        ready = self._ready(monotonic)
+        ready = self._ready(monotonic, now)
         if not ready:
             return False
         with span("placement round", jobs=str(len(ready))):
@@ -346,14 +348,15 @@ class PlacementLeader:
             partly = [job for job in chosen if job.job_id in refused and len(job.attempts) > 1]
             await self._void([*unused, *_attempts_of(partly)])
         more = len(plan.placements) > sum(len(job.placements) for job in chosen)
-        return more or bool(refused and self._ready(monotonic))
+        return more or bool(refused and self._ready(monotonic, now))
 
-    def _ready(self, monotonic: float) -> list[PendingJob]:
+    def _ready(self, monotonic: float, now: datetime) -> list[PendingJob]:
         self._paused_teams = {team: until for team, until in self._paused_teams.items() if until > monotonic}
         return [
             waiting.job
             for waiting in self._queue.values()
             if waiting.blocked_until_seconds <= monotonic and waiting.job.team_id not in self._paused_teams
+            if waiting.deadline_at is None or waiting.deadline_at > now
         ]
 
     async def _open_holds(self, chosen: Sequence[_Chosen], snapshot: Snapshot) -> dict[UUID, billing_pb2.HoldResult]:
