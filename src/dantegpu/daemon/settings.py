@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, IPvAnyAddress, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from dantegpu.daemon.executors.container.escapes import ALL_NAMES
@@ -46,6 +46,9 @@ class DaemonSettings(BaseSettings):
         default="", description="CVE numbers, by commas: run containers although runc or NVIDIA's toolkit has them"
     )
     region: str = ""
+    address: IPvAnyAddress | None = Field(
+        default=None, description="where the other nodes of a gang reach this machine; default: its way to the platform"
+    )
     sync_interval_seconds: float = Field(default=5.0, ge=0.2, le=60)
     heartbeat_interval_seconds: float = Field(default=5.0, ge=0.2, le=60)
     keep_attempts_on_stop: bool = Field(
