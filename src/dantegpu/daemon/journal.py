@@ -15,7 +15,7 @@ from dantegpu.domain.ids import AttemptId, JobId
 
 SCHEMA_VERSION = 1
 MAX_ATTEMPTS = 10_000
-_SCHEMA = """
+SCHEMA = """
 CREATE TABLE attempts (
     attempt_id     TEXT PRIMARY KEY,
     job_id         TEXT NOT NULL,
@@ -70,7 +70,7 @@ class Journal:
                     f"{SCHEMA_VERSION}): run that version, or move the folder away"
                 )
             if version == 0:
-                database.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;")
+                database.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;")
         except sqlite3.DatabaseError as error:
             raise JournalError(
                 f"{self.path} is not usable: {error}; move it away to start with an empty one"
