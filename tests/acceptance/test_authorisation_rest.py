@@ -151,6 +151,7 @@ TABLE: Mapping[tuple[str, str], Rule] = {
     ("POST", "/v1/jobs"): own_writing(201, "jobs:write", lambda _: SPEC),
     ("GET", "/v1/jobs"): own(200, "jobs:read"),
     ("GET", "/v1/jobs/{job_id}"): of("owner", 200, "jobs:read"),
+    ("GET", "/v1/jobs/{job_id}/tasks"): of("owner", 200, "jobs:read"),
     ("POST", "/v1/jobs/{job_id}/stop"): of_writing("owner", 200, "jobs:write"),
     ("GET", "/v1/jobs/{job_id}/why"): of("owner", 200, "jobs:read"),
     ("GET", "/v1/jobs/{job_id}/events"): of("owner", 200, "jobs:read"),

@@ -293,9 +293,8 @@ def test_teams_can_be_made_used_and_shared(platform: UpPlatform, ann: Typist, tm
     assert carl.json("whoami")["team_id"] == team["id"]
     assert carl.json("wallet")["wallet"]["team_id"] == team["id"]
     assert carl.dante("teams", "add", ann.email, "--role", "viewer").returncode == 0
-    assert [(m["email"], m["role"]) for m in carl.json("teams", "members")["members"]] == [
-        (carl.email, "owner"), (ann.email, "viewer"),
-    ]  # fmt: skip
+    members = [(m["email"], m["role"]) for m in carl.json("teams", "members")["members"]]
+    assert members == sorted([(carl.email, "owner"), (ann.email, "viewer")])
     assert carl.dante("teams", "remove", ann.email).returncode == 0
     assert len(carl.json("teams", "members")["members"]) == 1
 

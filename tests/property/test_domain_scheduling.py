@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 from random import Random
 from uuid import UUID
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dantegpu.domain.gpus import KNOWN_GPUS
@@ -96,6 +96,8 @@ def leases_of(plan: Plan) -> list[Lease]:
     ]
 
 
+# A deadline would measure the machine's other work.
+@settings(deadline=None)
 @given(rounds())
 def test_no_plan_is_over_capacity(given_round: tuple[list[MachineInfo], list[PendingJob], Policy]):
     fleet, pending, policy = given_round
@@ -114,6 +116,7 @@ def test_no_plan_is_over_capacity(given_round: tuple[list[MachineInfo], list[Pen
     assert all(milli <= 1000 for milli in devices.values())
 
 
+@settings(deadline=None)
 @given(rounds())
 def test_each_job_is_placed_or_told_why_not_exactly_once(
     given_round: tuple[list[MachineInfo], list[PendingJob], Policy],
@@ -124,6 +127,7 @@ def test_each_job_is_placed_or_told_why_not_exactly_once(
     assert sorted(answered) == sorted(job.id for job in pending)
 
 
+@settings(deadline=None)
 @given(rounds())
 def test_every_placement_keeps_the_jobs_and_the_machines_conditions(
     given_round: tuple[list[MachineInfo], list[PendingJob], Policy],
@@ -145,6 +149,7 @@ def test_every_placement_keeps_the_jobs_and_the_machines_conditions(
         assert gpu is None or gpu.milli == 1000 or machine.allows_fractions
 
 
+@settings(deadline=None)
 @given(rounds())
 def test_no_device_is_ever_shared_by_two_teams(given_round: tuple[list[MachineInfo], list[PendingJob], Policy]):
     fleet, pending, policy = given_round
@@ -155,6 +160,7 @@ def test_no_device_is_ever_shared_by_two_teams(given_round: tuple[list[MachineIn
             assert teams.setdefault(share.device_id, placement.team_id) == placement.team_id
 
 
+@settings(deadline=None)
 @given(rounds(), st.randoms(use_true_random=False))
 def test_the_same_question_has_the_same_answer_in_whatever_order_it_is_asked(
     given_round: tuple[list[MachineInfo], list[PendingJob], Policy], random: Random
@@ -166,6 +172,7 @@ def test_the_same_question_has_the_same_answer_in_whatever_order_it_is_asked(
     assert schedule(Snapshot.from_machines(fleet), pending, policy, now=T0) == first
 
 
+@settings(deadline=None)
 @given(rounds())
 def test_what_was_not_placed_does_not_fit_into_what_is_left(
     given_round: tuple[list[MachineInfo], list[PendingJob], Policy],
@@ -181,6 +188,7 @@ def test_what_was_not_placed_does_not_fit_into_what_is_left(
             assert why.machines_free == 0
 
 
+@settings(deadline=None)
 @given(rounds())
 def test_every_relaxation_opens_what_it_promises(given_round: tuple[list[MachineInfo], list[PendingJob], Policy]):
     fleet, pending, _ = given_round

@@ -3,7 +3,6 @@
 import struct
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -11,8 +10,7 @@ from dantegpu.daemon.executors import seccomp
 from dantegpu.daemon.executors.base import AttemptRefused, AttemptSpec, DeviceGrant
 from dantegpu.daemon.executors.cgroup import Cgroup, detect
 from dantegpu.daemon.executors.sandbox import PythonRuntime, environment
-from dantegpu.daemon.probe import devices as devices_module
-from dantegpu.daemon.probe.devices import InvalidSimulation, Nvml, simulated_gpus
+from dantegpu.daemon.probe.devices import InvalidSimulation, simulated_gpus
 from dantegpu.daemon.probe.machine import Probe
 from dantegpu.domain.ids import AttemptId
 
@@ -42,70 +40,6 @@ def test_a_machine_without_gpus_is_a_cpu_machine(tmp_path: Path):
     assert 0 <= probe.utilisation().cpu <= 1
     assert not inventory.simulated
     assert Probe(tmp_path, simulate="L4").probe_machine().simulated
-
-
-class NvmlError(Exception):
-    pass
-
-
-class NvmlNotSupported(NvmlError):
-    pass
-
-
-def an_nvml(*, fails: bool = False) -> ModuleType:
-    """NVIDIA's library as one card would make it answer."""
-
-    def init() -> None:
-        if fails:
-            raise NvmlError("Driver Not Loaded")
-
-    def refuse(*_: object) -> int:
-        raise NvmlNotSupported("Not Supported")
-
-    answers: dict[str, object] = {
-        "nvmlInit": init,
-        "nvmlShutdown": lambda: None,
-        "nvmlDeviceGetCount": lambda: 1,
-        "nvmlDeviceGetHandleByIndex": lambda index: f"card {index}",  # pyright: ignore[reportUnknownLambdaType]
-        "nvmlSystemGetCudaDriverVersion_v2": lambda: 12080,
-        "nvmlSystemGetDriverVersion": lambda: b"570.86",
-        "nvmlDeviceGetCudaComputeCapability": lambda _: (9, 0),  # pyright: ignore[reportUnknownLambdaType]
-        "nvmlDeviceGetMinorNumber": lambda _: 0,  # pyright: ignore[reportUnknownLambdaType]
-        "nvmlDeviceGetName": lambda _: "NVIDIA H200",  # pyright: ignore[reportUnknownLambdaType]
-        "nvmlDeviceGetUUID": lambda _: "GPU-1",  # pyright: ignore[reportUnknownLambdaType]
-        "nvmlDeviceGetMemoryInfo": lambda _: SimpleNamespace(total=100, used=7),  # pyright: ignore[reportUnknownLambdaType]
-        "nvmlDeviceGetPciInfo": lambda _: SimpleNamespace(busId="0000:01:00.0"),  # pyright: ignore[reportUnknownLambdaType]
-        "nvmlDeviceGetUtilizationRates": lambda _: SimpleNamespace(gpu=50),  # pyright: ignore[reportUnknownLambdaType]
-        "nvmlDeviceGetTemperature": lambda *_: 40,  # pyright: ignore[reportUnknownLambdaType]
-        "NVML_TEMPERATURE_GPU": 0,
-        "nvmlDeviceGetPowerUsage": refuse,
-        "NVMLError": NvmlError,
-        "NVMLError_NotSupported": NvmlNotSupported,
-    }
-    module = ModuleType("pynvml")
-    module.__dict__.update(answers)
-    return module
-
-
-def test_an_nvidia_card_is_described_and_measured(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(devices_module, "DRIVER_SIGNS", ("/",))
-    monkeypatch.setitem(sys.modules, "pynvml", an_nvml())
-    nvml = Nvml()
-    found = nvml.open()
-    assert (found.driver_version, found.cuda_version) == ("570.86", "12.8")
-    card = found.devices[0]
-    assert (card.model, card.uuid, card.vram_bytes, card.compute_capability) == ("NVIDIA H200", "GPU-1", 100, "9.0")
-    sample = nvml.sample()[0]
-    assert (sample.utilisation, sample.vram_used_bytes, sample.temperature_celsius) == (0.5, 7, 40)
-    assert sample.power_watts == 0
-
-
-def test_a_driver_that_does_not_answer_leaves_a_cpu_machine_and_says_so(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(devices_module, "DRIVER_SIGNS", ("/",))
-    monkeypatch.setitem(sys.modules, "pynvml", an_nvml(fails=True))
-    found = Nvml().open()
-    assert found.devices == ()
-    assert "Driver Not Loaded" in found.problem
 
 
 def a_cgroup_host(folder: Path, *, kind: str, own: str) -> Path:
@@ -183,10 +117,16 @@ def test_an_unknown_processor_has_no_filter():
 
 
 def test_a_job_sees_its_devices_and_no_others():
-    devices = (DeviceGrant("GPU-1", "A100", 0), DeviceGrant("", "RTX 4090", 1, simulated=True))
-    spec = AttemptSpec(AttemptId.new(), ("true",), {"CUDA_VISIBLE_DEVICES": "0,1,2"}, devices=devices)
+    devices = (
+        DeviceGrant("GPU-1", "A100", 0, vendor="nvidia"),
+        DeviceGrant("MIG-a", "A100", 1, vendor="nvidia"),
+        DeviceGrant("", "RTX 4090", 2, simulated=True),
+    )
+    asked = {"CUDA_VISIBLE_DEVICES": "0,1,2", "ROCR_VISIBLE_DEVICES": "0"}
+    spec = AttemptSpec(AttemptId.new(), ("true",), asked, devices=devices)
     seen = environment(spec, work="/work", output="/output", search_path="/bin")
-    assert (seen["CUDA_VISIBLE_DEVICES"], seen["DANTE_SIMULATED_GPUS"]) == ("GPU-1", "RTX 4090")
+    assert (seen["CUDA_VISIBLE_DEVICES"], seen["DANTE_SIMULATED_GPUS"]) == ("GPU-1,MIG-a", "RTX 4090")
+    assert seen["ROCR_VISIBLE_DEVICES"] == ""
 
 
 @pytest.mark.parametrize("name", ["", "A B", "1A", "A=B", "É"])

@@ -105,6 +105,14 @@ def test_a_job_takes_the_device_that_is_free():
     assert [share.device_id for share in placement.devices] == [machine.devices[1].id]
 
 
+def test_nothing_is_placed_on_a_withheld_device_and_the_job_waits_for_it():
+    machine = a_machine(gpus=2)
+    ill = replace(machine, devices=(replace(machine.devices[0], withheld=True), machine.devices[1]))
+    made = plan([ill], [a_job("RTX4090"), a_job("RTX4090")])
+    assert [share.device_id for it in made.placements for share in it.devices] == [ill.devices[1].id]
+    assert [it.reason for it in made.unplaced] == [QueueReason.NO_CAPACITY]
+
+
 def test_the_cheapest_machine_is_taken_and_its_rate_locked():
     cheap = a_machine(gpus=2, price=900_000)
     (placement,) = plan([a_machine(gpus=2), cheap, a_machine(gpus=2)], [a_job("2")]).placements

@@ -8,8 +8,7 @@ from dantegpu.domain.gpus import KNOWN_GPUS
 from dantegpu.domain.ids import DeviceId, JobId, MachineId, TeamId
 from dantegpu.domain.resources import DeviceInfo, MachineInfo, ResourceRequest, parse_gpu_spec
 from dantegpu.domain.scheduling import Lease, Objective, PendingJob, Plan, Policy, SchedulerState, Snapshot, schedule
-from dantegpu.domain.scheduling.constraints import Capacity
-from dantegpu.domain.scheduling.fragmentation import ALPHA, FragmentationIndex, FragmentationValue, ShapeScores
+from dantegpu.domain.scheduling.fragmentation import ALPHA, FragmentationValue
 from dantegpu.domain.scheduling.mix import MAX_SHAPES, MEMORY_ARRIVALS, MixShape, RequestMix
 from dantegpu.domain.units import GIB
 
@@ -142,18 +141,6 @@ def test_the_value_is_the_formula():
     assert whole == pytest.approx(ALPHA * reach + (1 - ALPHA) * copies)
 
 
-def test_an_index_rescores_only_machines_that_changed():
-    snapshot = Snapshot.from_machines([a_machine(gpus=1) for _ in range(5)])
-    index = FragmentationIndex(snapshot, Capacity.of(snapshot))
-    index.use([MixShape(1000, GIB, parse_gpu_spec("1"), 1.0)])
-    scores, candidates = ShapeScores(5), np.array([0, 2, 4])
-    assert index.stale_rows(scores, candidates).tolist() == [0, 2, 4]
-    index.changed(1)
-    index.changed(2)
-    assert index.stale_rows(scores, candidates).tolist() == [2]
-    assert index.stale_rows(scores, candidates).tolist() == []
-
-
 def test_a_waiting_job_counts_once_in_the_mix():
     snapshot, state, waiting = Snapshot.from_machines([a_machine(gpus=1)]), SchedulerState(), a_job("4")
     for _ in range(5):
@@ -167,18 +154,22 @@ def test_a_waiting_job_counts_once_in_the_mix():
 def test_a_mix_is_bounded_and_fades():
     mix = RequestMix()
     old, new = (a_job(gpu).request for gpu in ("1", "2"))
-    mix.count([old] * MEMORY_ARRIVALS)
+    mix.count(old, MEMORY_ARRIVALS)
     for _ in range(4):
-        mix.count([new] * (MEMORY_ARRIVALS // 2))
+        mix.fade()
+        mix.count(new, MEMORY_ARRIVALS // 2)
     weights = {shape.gpu.count_min: shape.weight * shape.gpu.count_min**0.5 for shape in mix.shapes()}
     assert weights[2] > 5 * weights[1]
-    mix.count(a_job("1", cpus=cpus).request for cpus in range(1, 3 * MAX_SHAPES))
+    for cpus in range(1, 3 * MAX_SHAPES):
+        mix.count(a_job("1", cpus=cpus).request)
     assert len(mix.shapes()) <= MAX_SHAPES
 
 
 def test_the_mix_does_not_depend_on_the_order_of_arrival():
     requests = [a_job(gpu, cpus).request for gpu in ("1", "0.5", "A100:2") for cpus in (1, 2)]
     forward, backward = RequestMix(), RequestMix()
-    forward.count(requests)
-    backward.count(reversed(requests))
+    for request in requests:
+        forward.count(request)
+    for request in reversed(requests):
+        backward.count(request)
     assert forward.shapes() == backward.shapes()

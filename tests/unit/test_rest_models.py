@@ -88,6 +88,7 @@ specs: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         "retry": st.sampled_from([True, False, {"on_events": ["error"], "duration": "5m"}]),
         "priority": st.integers(0, 100),
         "network": st.booleans(),
+        "array": st.sampled_from([3, {"lr": [0.1, "a"], "seed": "-1..9"}]),
         "labels": st.dictionaries(st.sampled_from(["a", "b/c"]), st.text(max_size=5)),
     },
 )
@@ -111,7 +112,7 @@ def test_an_unknown_field_is_named_with_its_path_and_the_nearest_known_one():
     ("field", "value"),
     [
         ("nodes", 2), ("budget", 25), ("spot_policy", "auto"), ("checkpoint", {}), ("regions", ["eu"]),
-        ("schedule", {}), ("array", 100), ("files", ["data:/data"]), ("type", "service"), ("type", "dev-environment"),
+        ("schedule", {}), ("files", ["data:/data"]), ("type", "service"), ("type", "dev-environment"),
     ],
 )  # fmt: skip
 def test_a_field_of_the_peers_that_does_not_work_yet_is_refused_by_name(field: str, value: Any):

@@ -23,6 +23,8 @@ PLATFORM_COMMANDS: Table = {
         "Measure this machine's platform.",
         {
             "latency": Entry("dantegpu.apps.commands.bench:latency", "Submit to first instruction, idle platform."),
+            "throughput": Entry("dantegpu.apps.commands.bench:throughput", "Many small jobs, from POST to end."),
+            "intake": Entry("dantegpu.apps.commands.bench:intake", "Accepted submissions, nothing runs."),
             "placement": Entry("dantegpu.apps.commands.bench:placement", "Fill a cluster trace with the scheduler."),
             "idle": Entry("dantegpu.apps.commands.bench:idle", "Memory and CPU of an idle platform."),
         },

@@ -34,6 +34,7 @@ class OptionalServer:
 # .ci/run installs these; add a line here when a test starts to need another program.
 OPTIONAL_SERVERS: Mapping[str, OptionalServer] = {
     "bubblewrap": OptionalServer("bwrap", "bubblewrap", "jobs in the sandbox"),
+    "cc": OptionalServer("cc", "build-essential", "GPU discovery, on a library that the tests build"),
 }
 
 

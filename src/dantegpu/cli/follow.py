@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from dantegpu.cli import output
 from dantegpu.cli.errors import EXIT_ERROR, EXIT_INTERRUPTED, CliError
+from dantegpu.cli.jobs import array_counts
 from dantegpu.cli.logs import write_raw
 from dantegpu.cli.session import Cli
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 SETTLE_SECONDS = 15.0
 """How long the end is held back for the final cost."""
+ARRAY_POLL_SECONDS = 0.5
 _MAX_EXIT_CODE = 255
 
 
@@ -46,6 +48,7 @@ class _Progress:
         self.seen_seq = 0
         self.log_epoch = 0
         self.log_offset = 0
+        self.counts = ""
         self.write: Callable[[bytes], None] = _write_to_stderr if cli.as_json else write_raw
 
 
@@ -53,6 +56,9 @@ async def _follow(cli: Cli, job_id: str, progress: _Progress) -> "Job":
     from dantegpu.sdk import DanteError
 
     async with cli.async_client() as client:
+        job = await client.jobs.get(job_id)
+        if job.array is not None:
+            return await _follow_array(client, job, progress)
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(_show_events(client, job_id, progress))
@@ -64,6 +70,18 @@ async def _follow(cli: Cli, job_id: str, progress: _Progress) -> "Job":
             return await client.jobs.wait(job_id, timeout_seconds=SETTLE_SECONDS, settled=True)
         except TimeoutError:
             return await client.jobs.get(job_id)
+
+
+async def _follow_array(client: "AsyncDante", job: "Job", progress: "_Progress") -> "Job":
+    """Counts instead of logs, until every task has ended and is paid for."""
+    output.note(f"· {job.id} has {job.array.size if job.array else 0} tasks")
+    while not (job.state.terminal and job.settled):
+        if job.array is not None and (counts := array_counts(job.array)) != progress.counts:
+            progress.counts = counts
+            output.note(f"· {counts}")
+        await asyncio.sleep(ARRAY_POLL_SECONDS)
+        job = await client.jobs.get(job.id)
+    return job
 
 
 async def _show_events(client: "AsyncDante", job_id: str, progress: _Progress) -> None:
@@ -134,7 +152,12 @@ def _tell_end(cli: Cli, job: "Job") -> int:
         output.note(f"· {job.state}{outcome}{code}{f': {job.message}' if job.message else ''}")
         seconds = sum(attempt.billed_seconds for attempt in job.attempts)
         final = "" if job.settled else " so far (not settled yet)"
-        output.note(f"· cost {output.money(job.cost_udgpu)} $dGPU for {output.short_duration(seconds)}{final}")
+        duration = "" if job.array else f" for {output.short_duration(seconds)}"
+        output.note(f"· cost {output.money(job.cost_udgpu)} $dGPU{duration}{final}")
+        if job.array and job.array.failed:
+            output.note(
+                f"· `dante show {job.id} --tasks --state FAILED` lists what failed, `dante logs {job.id}:N` says why"
+            )
         if job.results:
             output.note(f"· {len(job.results)} results: `dante results {job.id} -o DIR`")
 

@@ -9,12 +9,13 @@ from dantegpu.cli import output, refs
 from dantegpu.cli.session import Cli, command
 
 if TYPE_CHECKING:
-    from dantegpu.contracts.rest.jobs import Attempt, Explanation, Job
+    from dantegpu.contracts.rest.jobs import ArrayProgress, Attempt, Explanation, Job, JobPage
 
 JOB = click.argument("job", metavar="JOB")
 _LIMIT = click.option("-n", "--limit", type=click.IntRange(1, 500), default=20, show_default=True, help="How many.")
 _CURSOR = click.option("--cursor", help="Go on where the last page ended.")
 _REASON_WIDTH = 60
+_STATES = ("QUEUED", "PLACED", "STARTING", "RUNNING", "STOPPING", "SUCCEEDED", "FAILED", "CANCELLED")
 
 
 @command("ps")
@@ -67,11 +68,25 @@ def _print_jobs(jobs: "Sequence[Job]") -> None:
 
 
 def _remark(job: "Job") -> str:
+    if job.array is not None:
+        return array_counts(job.array)
     if job.state == "QUEUED":
         return shorten(job.reason_text or job.reason or "")
     if job.exit_code:
         return f"exit code {job.exit_code}"
     return shorten(job.message)
+
+
+def array_counts(array: "ArrayProgress") -> str:
+    """`"812/10000 ended, 3 failed, 8 running"`"""
+    at_work = array.placed + array.starting + array.running + array.stopping
+    parts = [
+        f"{array.ended}/{array.size} ended",
+        f"{array.failed} failed" if array.failed else "",
+        f"{array.cancelled} cancelled" if array.cancelled else "",
+        f"{at_work} running" if at_work else "",
+    ]
+    return ", ".join(part for part in parts if part)
 
 
 def shorten(text: str) -> str:
@@ -82,11 +97,41 @@ def shorten(text: str) -> str:
 
 @command("show")
 @JOB
-def show(cli: Cli, job: str) -> None:
-    """Show a job with its attempts and results. JOB is an id, `last`, a job's name or enough of an id."""
+@click.option("--tasks", "with_tasks", is_flag=True, help="List the tasks of an array.")
+@click.option("--state", "states", multiple=True, type=click.Choice(_STATES, case_sensitive=False),
+              help="Only tasks in this state; may come several times.")  # fmt: skip
+@_LIMIT
+@_CURSOR
+def show(cli: Cli, job: str, with_tasks: bool, states: tuple[str, ...], limit: int, cursor: str | None) -> None:
+    """Show a job with its attempts and results. JOB is an id, `last`, a job's name or enough of an id.
+
+    `JOB:17` is task 17 of an array, here and wherever a JOB is asked for. `--tasks` lists an array's tasks.
+    """
+    from dantegpu.domain.job import JobState
+
     with cli.client() as client:
-        found = client.jobs.get(refs.job_id(client, job))
+        job_id = refs.job_id(client, job)
+        if with_tasks or states:
+            wanted = [JobState(state.upper()) for state in states]
+            page = client.jobs.tasks(job_id, states=wanted, cursor=cursor, limit=limit)
+            cli.answer({"tasks": page.jobs, "next_cursor": page.next_cursor}, lambda: _print_tasks(job_id, page))
+            return
+        found = client.jobs.get(job_id)
     cli.answer({"job": found}, lambda: _print_job(found))
+
+
+def _print_tasks(job_id: str, page: "JobPage") -> None:
+    rows = [
+        [str(task.array_index), task.id, task.state, "" if task.exit_code is None else str(task.exit_code),
+         output.money(task.cost_udgpu), _remark(task)]
+        for task in page.jobs
+    ]  # fmt: skip
+    if rows:
+        output.print_table(["TASK", "ID", "STATE", "EXIT", "$dGPU", "REASON"], rows, right=[0, 3, 4])
+    else:
+        output.note(f"{job_id} has no such tasks; an array creates its tasks as their turn comes")
+    if page.next_cursor:
+        output.note(f"more with --cursor {page.next_cursor}")
 
 
 def _print_job(job: "Job") -> None:
@@ -100,6 +145,10 @@ def _print_job(job: "Job") -> None:
         ("waits because", f"{job.reason_text or job.reason}" if job.reason else ""),
         ("exit code", job.exit_code),
         ("message", job.message),
+        ("tasks", f"{array_counts(job.array)}; `dante show {job.id} --tasks` lists them" if job.array else ""),
+        ("array", "" if isinstance(spec.array, int) or not spec.array else _sweep(spec.array)),
+        ("max parallel", spec.max_parallel),
+        ("task", f"{job.array_index} of {job.array_id}" if job.array_id else ""),
         ("command", " ".join(spec.command) or "\n".join(spec.commands)),
         ("image", spec.image),
         ("wants", wants),
@@ -119,6 +168,12 @@ def _print_job(job: "Job") -> None:
         output.print_table(headers, rows, right=[0, 4, 5, 6])
 
 
+def _sweep(axes: "dict[str, str | list[str]]") -> str:
+    return "\n".join(
+        f"{name}: {', '.join(values) if isinstance(values, list) else values}" for name, values in axes.items()
+    )
+
+
 def _attempt_row(attempt: "Attempt") -> list[str]:
     marks = [attempt.message, "simulated" if attempt.simulated else ""]
     return [
@@ -131,13 +186,16 @@ def _attempt_row(attempt: "Attempt") -> list[str]:
 @command("stop")
 @click.argument("jobs", metavar="JOB...", nargs=-1, required=True)
 def stop(cli: Cli, jobs: tuple[str, ...]) -> None:
-    """Stop jobs. What they have left in $DANTE_OUTPUT is kept; one that has ended stays as it is."""
+    """Stop jobs, arrays with all their tasks. One that has ended stays as it is.
+
+    What they have left in $DANTE_OUTPUT is kept.
+    """
     with cli.client() as client:
         stopped = [client.jobs.stop(refs.job_id(client, job)) for job in jobs]
 
     def human() -> None:
         for job in stopped:
-            output.say(f"{job.id} {job.state}")
+            output.say(f"{job.id} {job.state}{f': {array_counts(job.array)}' if job.array else ''}")
 
     cli.answer({"jobs": stopped}, human)
 

@@ -13,7 +13,7 @@ from dantegpu.cli.session import Cli, command
 from dantegpu.domain.units import MILLI_PER_UNIT, InvalidQuantity, format_bytes, parse_duration
 
 if TYPE_CHECKING:
-    from dantegpu.contracts.rest.machines import Machine
+    from dantegpu.contracts.rest.machines import Device, Machine
     from dantegpu.sdk import Dante
 
 _MACHINE = click.argument("machine", metavar="[MACHINE]", required=False)
@@ -130,6 +130,28 @@ def provider_show(cli: Cli, machine: str | None) -> None:
     cli.answer({"machine": found}, lambda: _print_machine(found))
 
 
+def print_devices(machine: "Machine") -> None:
+    """One line per GPU: what it is, what it does now, and whether it is well."""
+    rows = [
+        [str(device.index), device.mig_profile or device.model, format_bytes(device.vram_bytes), *_use(device),
+         device.problem or ("simulated" if device.simulated else "well")]
+        for device in machine.devices
+    ]  # fmt: skip
+    output.print_table(["GPU", "MODEL", "VRAM", "USED", "BUSY", "TEMP", "POWER", "HEALTH"], rows, right=[2, 3, 4, 5, 6])
+
+
+def _use(device: "Device") -> list[str]:
+    if device.vram_used_bytes is None:
+        return ["-"] * 4
+    celsius, watts = device.temperature_celsius or 0, device.power_watts or 0
+    return [
+        format_bytes(device.vram_used_bytes),
+        f"{device.gpu_utilisation or 0:.0%}",
+        f"{celsius:.0f} °C" if celsius else "-",
+        f"{watts:.0f} W" if watts else "-",
+    ]
+
+
 def _print_machine(machine: "Machine") -> None:
     output.print_fields([
         ("id", machine.id),
@@ -148,6 +170,8 @@ def _print_machine(machine: "Machine") -> None:
         ("joined", output.local_time(machine.joined_at)),
         ("last seen", output.ago(machine.last_heartbeat_at)),
     ])  # fmt: skip
+    if machine.devices:
+        print_devices(machine)
 
 
 @command("price")

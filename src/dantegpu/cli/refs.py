@@ -36,7 +36,10 @@ def _read() -> dict[str, str]:
 
 
 def job_id(client: "Dante", text: str) -> str:
-    """The full id of the job that `text` means. Raises CliError."""
+    """The full id of the job that `text` means; `X:17` is task 17 of the array X. Raises CliError."""
+    array, colon, index = text.rpartition(":")
+    if colon and index.isdecimal():
+        return client.jobs.get(f"{job_id(client, array)}:{index}").id
     if text in LAST:
         last = _read().get(client.url)
         if last is None:

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 @click.option("--max-price", metavar="P", help="At most so many $dGPU per GPU-hour.")
 @click.option("--max-duration", metavar="D", help="Stop the job after this time, such as 90s or 8h.")
 @click.option("-n", "--name", metavar="NAME", help="A name to know it by.")
+@click.option("--array", multiple=True, metavar="N|NAME=V,V|NAME=A..B",
+              help="Many tasks: N of them, or one for each combination of the values given.")  # fmt: skip
+@click.option("--max-parallel", type=click.IntRange(1), metavar="N", help="At most N tasks of the array at once.")
 @click.option("--network", is_flag=True, help="Allow outbound network.")
 @click.option("--workdir", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR",
               help="The folder to send; default: this one.")  # fmt: skip
@@ -79,7 +82,25 @@ def _document(words: tuple[str, ...], fields: dict[str, Any]) -> dict[str, Any]:
         document["env"] = env
     if fields["network"]:
         document["network"] = True
+    if fields["array"]:
+        document["array"] = _array(fields["array"])
+    if fields["max_parallel"] is not None:
+        document["max_parallel"] = fields["max_parallel"]
     return document
+
+
+def _array(words: tuple[str, ...]) -> int | dict[str, object]:
+    """`("100",)` or `("lr=0.1,0.01", "seed=0..9")`."""
+    if len(words) == 1 and words[0].isdecimal():
+        return int(words[0])
+    axes: dict[str, object] = {}
+    for word in words:
+        name, equals, values = word.partition("=")
+        if not equals or name in axes:
+            problem = "comes twice" if equals else "expected a number of tasks, NAME=VALUE,VALUE or NAME=FIRST..LAST"
+            raise UsageProblem(f"--array {word}: {problem}")
+        axes[name] = values if ".." in values and "," not in values else values.split(",")
+    return axes
 
 
 def _env_item(item: str) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import uuid
+from collections.abc import Sequence
 from dataclasses import replace
 
 import structlog
@@ -13,6 +14,7 @@ from dantegpu.daemon.executors.process import ProcessExecutor
 from dantegpu.daemon.journal import AttemptRow, JournalError
 from dantegpu.daemon.leases import LeaseFile, ServerClock, lease_until
 from dantegpu.daemon.link import Link
+from dantegpu.daemon.probe.devices import GpuSample
 from dantegpu.daemon.probe.machine import Probe
 from dantegpu.daemon.settings import DaemonSettings
 from dantegpu.domain.ids import AttemptId, JobId, MachineId
@@ -89,6 +91,7 @@ class Agent:
 
     async def start(self, link: Link) -> None:
         self._link = link
+        self._tools.watch.on_change.append(self._devices_changed)
         self._tasks.loop(self._fence, "fence")
         self._tasks.loop(self._sync, "sync")
         self._tasks.loop(self._report, "report")
@@ -232,16 +235,35 @@ class Agent:
                     vram_used_bytes=gpu.vram_used_bytes,
                     temperature_celsius=gpu.temperature_celsius,
                     power_watts=gpu.power_watts,
+                    memory_utilisation=gpu.memory_utilisation,
+                    throttle_reasons=gpu.throttled,
+                    processes=len(gpu.pids),
                 )
                 for gpu in sample.gpus
             ],
         )
+        await self._look_at_devices(sample.gpus)
         self._beats_since_inventory += 1
         if self._beats_since_inventory > INVENTORY_EVERY_HEARTBEATS:
             # Nobody acknowledges a heartbeat, so the inventory comes again now and then.
             heartbeat.inventory.CopyFrom(self._inventory)
             self._beats_since_inventory = 0
         await self._up.heartbeat(heartbeat)
+
+    async def _look_at_devices(self, samples: Sequence[GpuSample]) -> None:
+        own: set[int] | None = set()
+        if any(sample.pids for sample in samples):
+            for attempt in list(self._attempts.values()):
+                pids = await attempt.processes() if not attempt.ended else set[int]()
+                own = None if own is None or pids is None else own | pids
+        self._tools.watch.look(samples, own)
+
+    def _devices_changed(self) -> None:
+        """A device was taken out or came back: the platform hears it at once."""
+        for device in self._inventory.devices:
+            device.problem = self._tools.watch.problems.get(device.index, "")
+        self._beats_since_inventory = INVENTORY_EVERY_HEARTBEATS
+        self._beat_now.notify()
 
     # --- desired and actual -------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import structlog
 
 from dantegpu.contracts.gen.dante.v1 import jobs_pb2, machine_pb2
 from dantegpu.daemon.archive import ArchiveRefused, unpack
+from dantegpu.daemon.devices import DeviceWatch
 from dantegpu.daemon.executors.base import (
     Adoption,
     AlreadyStarted,
@@ -71,6 +72,7 @@ class Tools:
     platform: Platform
     sandbox: str
     devices: "Sequence[DeviceGrant]"
+    watch: DeviceWatch
     changed: "Callable[[Attempt], None]"
     """Called after each change of `row.status` was written to the journal."""
 
@@ -108,6 +110,15 @@ class Attempt:
     @property
     def running(self) -> bool:
         return not self.row.ended and self.row.status.state in (jobs_pb2.RUNNING, jobs_pb2.STOPPING)
+
+    @property
+    def devices(self) -> list[int]:
+        """Indexes of the devices leased to it; unknown, so none, until a restarted daemon has heard of them again."""
+        return [lease.index for lease in self.desired.devices] if self.desired is not None else []
+
+    async def processes(self) -> set[int] | None:
+        """Pids of what runs of it; None where its executor cannot tell."""
+        return await self._tools.executor.processes(self._handle) if self._handle is not None else set()
 
     def status(self) -> machine_pb2.AttemptStatus:
         """What the platform is told now."""
@@ -160,6 +171,9 @@ class Attempt:
         if desired is None:
             raise _Ended(jobs_pb2.OUTCOME_LOST, "the daemon was restarted before the attempt had started")
         spec = self._spec(desired)
+        if refusal := self._tools.watch.refusal(self.devices):
+            raise _Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, refusal)
+        self._tools.watch.held(desired.attempt_id, self.devices)
         with span("attempt.prepare"):
             await self._or_stopped(self._prepare(desired))
             self._handle = await self._tools.executor.prepare(spec)
@@ -290,6 +304,8 @@ class Attempt:
                 ending = ending or error
         if not self._fenced and self._handle is not None:
             await _within(self._tail.complete.wait(), LOG_COMPLETE_SECONDS)
+        if self.devices:
+            await self._tools.watch.released(str(self.row.attempt_id), self.devices)
         self._report_end(ending, exit_status, results, ran_ms)
 
     def _report_end(

@@ -15,6 +15,7 @@ import structlog
 from dantegpu.contracts.gen.dante.v1 import machine_pb2
 from dantegpu.daemon.agent import Agent
 from dantegpu.daemon.attempt import Attempt, Tools
+from dantegpu.daemon.devices import DeviceWatch
 from dantegpu.daemon.enrol import EnrolmentRefused, GatewayUnreachable, Identity
 from dantegpu.daemon.executors.base import Capabilities, DeviceGrant, SandboxKind
 from dantegpu.daemon.executors.process import ProcessExecutor
@@ -62,7 +63,7 @@ class Daemon:
         state = self.settings.state
         identity = Identity.load(state)
         identity.reach_at(self.settings.gateway_url)
-        probe = Probe(state, simulate=self.settings.simulate_gpus)
+        probe = Probe(state, simulate=self.settings.simulate_gpus, gpus=self.settings.gpus)
         executor, capabilities = await choose_executor(self.settings)
         found = await asyncio.to_thread(probe.probe_machine)
         inventory = inventory_message(found, capabilities, self.settings.region)
@@ -101,6 +102,7 @@ class Daemon:
             platform=link,
             sandbox=inventory.sandbox,
             devices=[_grant(gpu) for gpu in found.gpus.devices],
+            watch=DeviceWatch(lambda: asyncio.to_thread(probe.sample_gpus), [gpu.index for gpu in found.gpus.devices]),
             changed=_nobody_listens,
         )
         leases = LeaseFile(self.settings.state / "leases.json")
@@ -186,6 +188,13 @@ def inventory_message(found: Inventory, capabilities: Capabilities, region: str)
                 compute_capability=gpu.compute_capability,
                 pcie_bus_id=gpu.pcie_bus_id,
                 simulated=gpu.simulated,
+                vendor=gpu.vendor,
+                mig_profile=gpu.mig_profile,
+                parent_uuid=gpu.parent_uuid,
+                pcie_generation=gpu.pcie_generation,
+                pcie_width=gpu.pcie_width,
+                power_limit_watts=gpu.power_limit_watts,
+                ecc=gpu.ecc,
             )
             for gpu in found.gpus.devices
         ],
@@ -199,7 +208,9 @@ def inventory_message(found: Inventory, capabilities: Capabilities, region: str)
 
 
 def _grant(gpu: Gpu) -> DeviceGrant:
-    return DeviceGrant(uuid=gpu.uuid, model=gpu.model, index=gpu.index, paths=gpu.paths, simulated=gpu.simulated)
+    return DeviceGrant(
+        uuid=gpu.uuid, model=gpu.model, index=gpu.index, paths=gpu.paths, simulated=gpu.simulated, vendor=gpu.vendor
+    )
 
 
 def _nobody_listens(attempt: Attempt) -> None:

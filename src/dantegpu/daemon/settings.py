@@ -19,6 +19,10 @@ class DaemonSettings(BaseSettings):
     join_token: SecretStr = Field(default=SecretStr(""), description="needed once, to enrol")
     nats_url: str = Field(default="", description="only to override what the platform says")
     simulate_gpus: str = Field(default="", description='"RTX 4090:2": pretend to have these, for development')
+    gpus: Literal["auto", "nvidia", "amd", "none"] = Field(
+        default="auto",
+        description="auto: where a driver shows; nvidia: ask its library anyway; none: rent none",
+    )
     sandbox: Literal["auto", "bubblewrap", "none"] = "auto"
     allow_network: bool = Field(default=False, description="jobs that ask for it may use this machine's network")
     region: str = ""

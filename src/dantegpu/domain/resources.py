@@ -331,7 +331,10 @@ class ResourceRequest:
 
 @dataclass(frozen=True, slots=True)
 class DeviceInfo:
-    """One GPU of a machine. `index` is its place on the machine; `compute_capability` is 89 for 8.9, 0 for none."""
+    """One GPU of a machine. `index` is its place on the machine; `compute_capability` is 89 for 8.9, 0 for none.
+
+    `withheld`: it is there, but nothing may be placed on it now (a fault, or somebody else uses it).
+    """
 
     id: DeviceId
     index: int
@@ -339,6 +342,7 @@ class DeviceInfo:
     vram_bytes: int
     compute_capability: int = 0
     simulated: bool = False
+    withheld: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -156,9 +156,9 @@ class Queries:
             raise ValueError("two queries have the same name")
 
     @staticmethod
-    def of(package: str) -> "Queries":
-        """The queries of a package such as `dantegpu.services.auth`."""
-        return Queries((files(package) / "sql" / "queries.sql").read_text())
+    def of(package: str, name: str = "queries") -> "Queries":
+        """The queries of a package such as `dantegpu.services.auth`, from its `sql/<name>.sql`."""
+        return Queries((files(package) / "sql" / f"{name}.sql").read_text())
 
     def __getitem__(self, name: str) -> str:
         return self._statements[name]

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -27,15 +27,54 @@ START_SECONDS = 60.0
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _NEW_FILE = click.Path(dir_okay=False, path_type=Path)
 _json = click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+_sandbox = click.option(
+    "--sandbox", type=click.Choice(["auto", "bubblewrap", "none"]), default="auto", show_default=True,
+    help="What the machine isolates jobs with; none: for comparison with systems that have no sandbox.",
+)  # fmt: skip
 
 
 @click.command("latency")
 @click.option("--jobs", type=click.IntRange(1, 10_000), default=100, show_default=True)
+@_sandbox
 @_json
-def latency(jobs: int, as_json: bool) -> None:
+def latency(jobs: int, sandbox: str, as_json: bool) -> None:
     """Submit jobs one by one to an idle platform: POST sent to the first instruction of the process."""
     module = _bench("latency")
-    _report(_on_a_platform(lambda running, login: module.measure(login, jobs)), as_json)
+    environment = _environment(sandbox)
+    _report(_on_a_platform(lambda running, login: module.measure(login, jobs), environment=environment), as_json)
+
+
+@click.command("throughput")
+@click.option("--jobs", type=click.IntRange(1, 1_000_000), default=1000, show_default=True)
+@click.option("--submitters", type=click.IntRange(1, 256), default=8, show_default=True, help="Connections.")
+@click.option("--queued", type=click.IntRange(0, 1_000_000), default=0, help="So many more wait for a GPU meanwhile.")
+@_sandbox
+@_json
+def throughput(jobs: int, submitters: int, queued: int, sandbox: str, as_json: bool) -> None:
+    """Run many jobs (`true`), one POST each: first POST to the last job's end. Without --json also what it costs."""
+    module = _bench("throughput")
+    result = _on_a_platform(
+        lambda running, login: module.measure(running, login, jobs=jobs, submitters=submitters, queued=queued),
+        gpus=module.QUEUED_GPUS if queued else "",
+        environment=_environment(sandbox),
+    )
+    _report(result, as_json, leave_out=module.NOT_IN_JSON)
+
+
+@click.command("intake")
+@click.option("--jobs", type=click.IntRange(1, 1_000_000), default=2000, show_default=True, help="One POST each.")
+@click.option("--submitters", type=click.IntRange(1, 256), default=8, show_default=True, help="Connections.")
+@click.option("--bulk", type=click.IntRange(1, 10_000), default=10_000, show_default=True, help="Jobs in one POST.")
+@_json
+def intake(jobs: int, submitters: int, bulk: int, as_json: bool) -> None:
+    """Submit jobs to a platform without machines: one by one, then many distinct ones in one call."""
+    module = _bench("throughput")
+    result = _on_a_platform(
+        lambda running, login: module.measure_intake(running, login, jobs=jobs, submitters=submitters, bulk=bulk),
+        provider=False,
+        environment=_environment("auto"),
+    )
+    _report(result, as_json, leave_out=module.NOT_IN_JSON)
 
 
 @click.command("idle")
@@ -79,16 +118,31 @@ def _bench(name: str) -> Any:
     return import_module(f"bench.{name}")
 
 
-def _report(result: Any, as_json: bool) -> None:
+def _report(result: Any, as_json: bool, *, leave_out: Collection[str] = ()) -> None:
     figures = asdict(result)
     if as_json:
-        click.echo(json.dumps(figures))
+        click.echo(json.dumps({name: value for name, value in figures.items() if name not in leave_out}))
     else:
         for name, value in figures.items():
             click.echo(f"{name:<20}{value}")
 
 
-def _on_a_platform[T](measure: Callable[[Running, Login], Awaitable[T]]) -> T:
+def _environment(sandbox: str) -> dict[str, str]:
+    """Settings of a platform under load: one principal sends everything."""
+    return {
+        "DANTE_DAEMON_SANDBOX": sandbox,
+        "DANTE_RATE_LIMIT_PER_SECOND": "100000",
+        "DANTE_RATE_LIMIT_BURST": "100000",
+    }
+
+
+def _on_a_platform[T](
+    measure: Callable[[Running, Login], Awaitable[T]],
+    *,
+    provider: bool = True,
+    gpus: str = "",
+    environment: Mapping[str, str] | None = None,
+) -> T:
     """Run `measure` against a platform in a process of its own, as `dante up` makes it."""
     folder = Path(tempfile.mkdtemp(prefix="dante-bench-"))
     command = [
@@ -101,9 +155,11 @@ def _on_a_platform[T](measure: Callable[[Running, Login], Awaitable[T]]) -> T:
         str(folder / "platform"),
         "--port",
         "0",
+        *(("--simulate-gpus", gpus) if gpus else ()),
+        *(() if provider else ("--no-provider",)),
     ]
-    environment = {**os.environ, "DANTE_HOME": str(folder)}
-    up = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+    variables = {**os.environ, "DANTE_HOME": str(folder), **(environment or {})}
+    up = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=variables)
     try:
         running = _wait_running(folder / "platform", up)
         key = (folder / "platform" / "secrets" / "operator.key").read_text().strip()

@@ -1,7 +1,8 @@
 """JobSpec between its REST form (what people write) and its protobuf form (what the platform computes with)."""
 
 from dantegpu.contracts.gen.dante.v1 import jobs_pb2
-from dantegpu.contracts.rest.spec import JobInput, JobSpec, Resources, Retry, exact_bytes
+from dantegpu.contracts.rest.spec import JobInput, JobSpec, Resources, Retry, axis_text, exact_bytes
+from dantegpu.domain.arrays import Array, Axis
 from dantegpu.domain.resources import parse_cpu_milli
 from dantegpu.domain.units import MILLI_PER_UNIT, format_dgpu, format_duration, parse_dgpu, parse_duration, parse_memory
 
@@ -34,7 +35,22 @@ def spec_to_proto(spec: JobSpec) -> jobs_pb2.JobSpec:
     if spec.input is not None:
         proto.input_sha256 = spec.input.sha256
         proto.input_size_bytes = spec.input.size_bytes
+    if spec.array is not None:
+        proto.array.CopyFrom(_array_to_proto(spec.array, spec.max_parallel))
     return proto
+
+
+def _array_to_proto(array: int | dict[str, str | list[str]], max_parallel: int | None) -> jobs_pb2.ArraySpec:
+    if isinstance(array, int):
+        return jobs_pb2.ArraySpec(size=array, max_parallel=max_parallel or 0)
+    axes = [Axis.parse(name, values) for name, values in array.items()]
+    return jobs_pb2.ArraySpec(
+        size=Array.of(axes).size,
+        axes=[
+            jobs_pb2.ArrayAxis(name=axis.name, values=axis.values, first=axis.first, count=axis.count) for axis in axes
+        ],
+        max_parallel=max_parallel or 0,
+    )
 
 
 def spec_from_proto(proto: jobs_pb2.JobSpec) -> JobSpec:
@@ -58,10 +74,25 @@ def spec_from_proto(proto: jobs_pb2.JobSpec) -> JobSpec:
         max_duration=format_duration(proto.max_duration_seconds) if proto.max_duration_seconds else None,
         retry=_retry_from_proto(proto),
         priority=proto.priority,
+        array=_array_from_proto(proto),
+        max_parallel=proto.array.max_parallel or None,
         input=_input_from_proto(proto),
         network=proto.network,
         labels=dict(proto.labels),
     )
+
+
+def array_of(proto: jobs_pb2.ArraySpec) -> Array:
+    """Raises InvalidArray when it is none that can be run."""
+    axes = [Axis(axis.name, tuple(axis.values), axis.first, axis.count) for axis in proto.axes]
+    return Array.of(axes) if axes else Array.plain(proto.size)
+
+
+def _array_from_proto(proto: jobs_pb2.JobSpec) -> int | dict[str, str | list[str]] | None:
+    if not proto.HasField("array"):
+        return None
+    array = array_of(proto.array)
+    return {axis.name: axis_text(axis) for axis in array.axes} or array.size
 
 
 def _retry_from_proto(proto: jobs_pb2.JobSpec) -> Retry | None:

@@ -37,6 +37,26 @@ class Attempt(Response):
     ended_at: Timestamp | None = None
 
 
+class ArrayProgress(Response):
+    """How far an array is: its tasks by state. Those not created yet wait without a row of their own."""
+
+    size: int
+    created: int = Field(description="Tasks are created as their turn comes")
+    waiting: int = Field(description="QUEUED, or not created yet")
+    placed: int
+    starting: int
+    running: int
+    stopping: int
+    succeeded: int
+    failed: int
+    cancelled: int
+    max_parallel: int | None = None
+
+    @property
+    def ended(self) -> int:
+        return self.succeeded + self.failed + self.cancelled
+
+
 class Job(Response):
     """What is to run, and how far it is."""
 
@@ -57,6 +77,9 @@ class Job(Response):
     results_epoch: int | None = Field(default=None, description="The attempt whose results are published")
     results: list[ResultFile] = Field(default_factory=list[ResultFile], description="Only when one job is asked for")
     attempts: list[Attempt] = Field(default_factory=list[Attempt], description="Only when one job is asked for")
+    array: ArrayProgress | None = Field(default=None, description="Only of an array")
+    array_id: str | None = Field(default=None, description="Of a task: its array")
+    array_index: int | None = Field(default=None, description="Of a task: its DANTE_ARRAY_INDEX")
     created_at: Timestamp
     started_at: Timestamp | None = None
     ended_at: Timestamp | None = None

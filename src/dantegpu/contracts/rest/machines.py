@@ -103,10 +103,20 @@ class Device(Response):
     vram_bytes: int
     compute_capability: str = ""
     simulated: bool = False
+    problem: str = Field(default="", description="Why nothing is placed on it now; empty: it is well")
+    vendor: str = Field(default="", description="nvidia, amd")
+    mig_profile: str = Field(default="", description="`1g.10gb`: a part of a card, leased as a device of its own")
+    pcie_generation: int = 0
+    pcie_width: int = 0
+    power_limit_watts: float = 0
+    ecc: bool = False
     gpu_utilisation: float | None = Field(default=None, description="0..1")
     vram_used_bytes: int | None = None
     temperature_celsius: float | None = None
     power_watts: float | None = None
+    memory_utilisation: float | None = Field(default=None, description="0..1, of the memory's bandwidth")
+    throttle_reasons: list[str] = Field(default_factory=list, description="What slows it down")
+    processes: int | None = Field(default=None, description="That compute on it")
 
 
 class Machine(Response):

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from dantegpu.contracts.rest.base import Request, field_error
+from dantegpu.domain.arrays import MAX_ARRAY_TASKS, Array, Axis
 from dantegpu.domain.resources import (
     DEFAULT_CPU_MILLI,
     DEFAULT_DISK_BYTES,
@@ -114,6 +115,25 @@ def _price(value: object) -> str | None:
     return format_dgpu(parse_dgpu(str(value)))
 
 
+def _array(value: object) -> int | dict[str, str | list[str]] | None:
+    """A number of tasks, or variables with a range or a list of values each."""
+    if value is None:
+        return None
+    expected = "a number of tasks such as 100, or variables with their values such as {lr: [0.1, 0.01], seed: 0..9}"
+    if isinstance(value, Mapping):
+        axes = [Axis.parse(str(name), item) for name, item in cast("Mapping[object, object]", value).items()]
+        Array.of(axes)
+        return {axis.name: axis_text(axis) for axis in axes}
+    if isinstance(value, bool) or not (isinstance(value, int) or (isinstance(value, str) and value.isdecimal())):
+        raise field_error("array", f"expected {expected}", expected=expected)
+    return Array.plain(int(value)).size
+
+
+def axis_text(axis: Axis) -> str | list[str]:
+    """As a job file says it."""
+    return f"{axis.first}..{axis.first + axis.count - 1}" if axis.count else list(axis.values)
+
+
 class Resources(Request):
     """What the job needs on its machine. Of a range the lower end is reserved."""
 
@@ -178,7 +198,6 @@ class JobSpec(Request):
         "checkpoint": "checkpoints and resuming",
         "regions": "choice of the region",
         "schedule": "repeated jobs",
-        "array": "arrays; send {\"jobs\": [...]} with up to 10000 specs",
         "setup": "a set-up step; put it into commands",
         "file_mounts": "mounts; the working directory is sent as input",
         "volumes": "volumes",
@@ -207,6 +226,13 @@ class JobSpec(Request):
     )
     retry: Retry | None = Field(default=None, description="Also `true`: all events; null: the platform's default")
     priority: int = Field(default=DEFAULT_PRIORITY, ge=0, le=100, description="Within your team; 100 is first")
+    array: Annotated[int | dict[str, str | list[str]] | None, BeforeValidator(_array)] = Field(
+        default=None, description="Many tasks: how many, or variables with their values (every combination is a task)",
+        examples=[100, {"lr": ["0.1", "0.01"], "seed": "0..9"}],
+    )  # fmt: skip
+    max_parallel: int | None = Field(
+        default=None, ge=1, le=MAX_ARRAY_TASKS, description="Arrays: how many tasks may run at once; null: no bound"
+    )
     input: JobInput | None = None
     network: bool = Field(default=False, description="Outbound network")
     labels: dict[str, str] = Field(default_factory=dict, max_length=MAX_LABELS)
@@ -302,6 +328,8 @@ class JobSpec(Request):
             problem = "give either, not both" if self.commands else "there is nothing to run"
             expected = "'commands' (shell lines) or 'command' (a list of arguments)"
             raise field_error("command", f"{problem}: {expected}", expected=expected)
+        if self.max_parallel is not None and self.array is None:
+            raise field_error("max_parallel", "max_parallel bounds the tasks of an array; there is no 'array'")
         texts = [*self.commands, *self.command, *self.env.keys(), *self.env.values()]
         if sum(len(text.encode()) for text in texts) > MAX_SPEC_TEXT_LENGTH:
             raise field_error("too_long", f"commands and env together hold at most {MAX_SPEC_TEXT_LENGTH >> 10} KiB")

@@ -62,6 +62,7 @@ class DeviceGrant:
     index: int
     paths: tuple[str, ...] = ()
     simulated: bool = False
+    vendor: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +201,11 @@ class Executor(ABC):
     @abstractmethod
     async def stats(self, handle: Handle) -> Stats:
         """A sample of what the attempt uses right now."""
+
+    async def processes(self, handle: Handle) -> "set[int] | None":
+        """Pids of the attempt as this machine numbers them; None where that cannot be told."""
+        del handle
+        return None
 
     @abstractmethod
     async def close(self) -> None:

@@ -370,6 +370,10 @@ class ProcessExecutor(Executor):
             return place.groups.stats()
         return Stats(None, None, None, len(self._processes(handle, place)))
 
+    async def processes(self, handle: Handle) -> set[int]:
+        place, _ = self._open(handle)
+        return self._processes(handle, place)
+
     async def sweep(self, known: set[AttemptId]) -> None:
         """Kill and remove what no attempt in `known` accounts for: rests of a daemon that died in between."""
         await self.probe()

@@ -167,6 +167,9 @@ def _copy_readable(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
+_VISIBLE_DEVICES = {"CUDA_VISIBLE_DEVICES": "nvidia", "ROCR_VISIBLE_DEVICES": "amd"}
+
+
 def environment(spec: AttemptSpec, *, work: str, output: str, search_path: str) -> dict[str, str]:
     """The job's whole environment: nothing of the daemon's own gets in."""
     variables = {
@@ -185,7 +188,9 @@ def environment(spec: AttemptSpec, *, work: str, output: str, search_path: str) 
     variables |= spec.env
     variables["DANTE_OUTPUT"] = output
     real = [device for device in spec.devices if not device.simulated]
-    variables["CUDA_VISIBLE_DEVICES"] = ",".join(device.uuid for device in real)
+    # Set also when empty: a job without a lease must find no device, whatever its own environment says.
+    for name, vendor in _VISIBLE_DEVICES.items():
+        variables[name] = ",".join(device.uuid for device in real if device.vendor == vendor)
     if simulated := [device for device in spec.devices if device.simulated]:
         variables["DANTE_SIMULATED_GPUS"] = ",".join(device.model for device in simulated)
     return variables

@@ -1,26 +1,21 @@
-"""GPUs of this machine: NVIDIA's through NVML, and simulated ones for development."""
+"""What a GPU is to the daemon, whoever made it, and simulated ones for development."""
 
-import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import structlog
 
 from dantegpu.domain.gpus import KNOWN_GPUS, find_known_gpu, nearest_gpu_name
 
-log = structlog.get_logger(__name__)
-
 MAX_SIMULATED_DEVICES = 64
-DRIVER_SIGNS = ("/dev/nvidiactl", "/proc/driver/nvidia", "/dev/dxg")
-"""What an NVIDIA driver shows of itself, on Linux and in WSL. Without it, its library is not even looked for."""
-_SHARED_NODES = ("/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools")
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU. `paths` are the device nodes that a job on it needs; none when simulated."""
+    """One GPU, or a part of one that is leased as a whole (`mig_profile`, of the card `parent_uuid`).
+
+    `paths` are the device nodes that a job on it needs; none when simulated.
+    """
 
     index: int
     model: str
@@ -30,17 +25,31 @@ class Gpu:
     pcie_bus_id: str = ""
     paths: tuple[str, ...] = ()
     simulated: bool = False
+    vendor: str = ""
+    mig_profile: str = ""
+    parent_uuid: str = ""
+    pcie_generation: int = 0
+    pcie_width: int = 0
+    power_limit_watts: float = 0.0
+    ecc: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class GpuSample:
-    """How busy one GPU is right now."""
+    """How busy one GPU is right now, and `problem`: why its driver says that it cannot be relied on.
+
+    `throttled`: what slows it down. `pids`: processes that compute on it, also those that are no job's.
+    """
 
     index: int
-    utilisation: float
-    vram_used_bytes: int
-    temperature_celsius: float
-    power_watts: float
+    utilisation: float = 0.0
+    vram_used_bytes: int = 0
+    temperature_celsius: float = 0.0
+    power_watts: float = 0.0
+    memory_utilisation: float = 0.0
+    throttled: tuple[str, ...] = ()
+    pids: frozenset[int] = frozenset()
+    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +60,22 @@ class Gpus:
     driver_version: str = ""
     cuda_version: str = ""
     problem: str = ""
+
+
+class GpuDriver(ABC):
+    """The way to one maker's cards. All calls are quick; none needs root."""
+
+    @abstractmethod
+    def open(self, first_index: int) -> Gpus:
+        """Find the cards and number them from `first_index` on. A machine without any simply has none."""
+
+    @abstractmethod
+    def sample(self) -> Sequence[GpuSample]:
+        """Every card found by `open`; one that does not answer has a `problem` that says so."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the driver. Idempotent."""
 
 
 class InvalidSimulation(ValueError):
@@ -79,84 +104,3 @@ def simulated_gpus(text: str) -> tuple[Gpu, ...]:
             for number in range(count)
         ]
     return tuple(devices)
-
-
-class Nvml:
-    """NVIDIA's management library, when this machine has it. All calls are quick; none needs root."""
-
-    def __init__(self) -> None:
-        self._library: Any = None
-        self._handles: list[Any] = []
-
-    def open(self) -> Gpus:
-        """Find the cards. A machine without NVIDIA's driver simply has none."""
-        if not any(os.path.exists(path) for path in DRIVER_SIGNS):
-            return Gpus()
-        try:
-            import pynvml
-        except ImportError:
-            return Gpus(problem="nvidia-ml-py is not installed")
-        try:
-            pynvml.nvmlInit()
-            self._library = pynvml
-            count = int(pynvml.nvmlDeviceGetCount())
-            self._handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
-            devices = tuple(self._device(index, handle) for index, handle in enumerate(self._handles))
-            cuda = int(pynvml.nvmlSystemGetCudaDriverVersion_v2())
-            driver = _text(pynvml.nvmlSystemGetDriverVersion())
-            return Gpus(devices, driver, f"{cuda // 1000}.{cuda % 1000 // 10}")
-        except pynvml.NVMLError as error:
-            self.close()
-            return Gpus(problem=f"NVIDIA's driver does not answer: {error}")
-
-    def _device(self, index: int, handle: Any) -> Gpu:
-        nvml = self._library
-        major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
-        number = int(nvml.nvmlDeviceGetMinorNumber(handle))
-        paths = (f"/dev/nvidia{number}", *_SHARED_NODES)
-        return Gpu(
-            index=index,
-            model=_text(nvml.nvmlDeviceGetName(handle)),
-            uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
-            vram_bytes=int(nvml.nvmlDeviceGetMemoryInfo(handle).total),
-            compute_capability=f"{major}.{minor}",
-            pcie_bus_id=_text(nvml.nvmlDeviceGetPciInfo(handle).busId),
-            paths=tuple(path for path in paths if os.path.exists(path)),
-        )
-
-    def sample(self) -> Sequence[GpuSample]:
-        """Utilisation of all cards; one that does not answer is left out."""
-        samples: list[GpuSample] = []
-        for index, handle in enumerate(self._handles):
-            try:
-                samples.append(self._sample(index, handle))
-            except self._library.NVMLError as error:
-                log.warning("gpu_not_measured", index=index, error=str(error))
-        return samples
-
-    def _sample(self, index: int, handle: Any) -> GpuSample:
-        nvml = self._library
-        return GpuSample(
-            index=index,
-            utilisation=nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
-            vram_used_bytes=int(nvml.nvmlDeviceGetMemoryInfo(handle).used),
-            temperature_celsius=float(self._optional(nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU)),
-            power_watts=self._optional(nvml.nvmlDeviceGetPowerUsage, handle) / 1000,
-        )
-
-    def _optional(self, function: Any, *arguments: Any) -> float:
-        """Not every card and driver measures everything."""
-        try:
-            return function(*arguments)
-        except self._library.NVMLError_NotSupported:
-            return 0
-
-    def close(self) -> None:
-        if self._library is not None:
-            self._library.nvmlShutdown()
-            self._library = None
-            self._handles = []
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode(errors="replace") if isinstance(value, bytes) else value

@@ -6,10 +6,15 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import psutil
 
-from dantegpu.daemon.probe.devices import Gpu, Gpus, GpuSample, Nvml, simulated_gpus
+from dantegpu.daemon.probe.amd import AmdGpus
+from dantegpu.daemon.probe.devices import Gpu, GpuDriver, Gpus, GpuSample, simulated_gpus
+from dantegpu.daemon.probe.nvml import Nvml
+
+type GpuChoice = Literal["auto", "nvidia", "amd", "none"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +46,18 @@ class Utilisation:
 class Probe:
     """Looks at this machine. `simulate` replaces its real GPUs by simulated ones (`--simulate-gpus`)."""
 
-    def __init__(self, data: Path, *, simulate: str = "") -> None:
+    def __init__(self, data: Path, *, simulate: str = "", gpus: GpuChoice = "auto") -> None:
         self._data = data
         self._simulated: tuple[Gpu, ...] = simulated_gpus(simulate)
-        self._nvml = Nvml()
+        self._drivers: list[GpuDriver] = []
+        if not self._simulated and gpus in ("auto", "nvidia"):
+            self._drivers.append(Nvml(required=gpus == "nvidia"))
+        if not self._simulated and gpus in ("auto", "amd"):
+            self._drivers.append(AmdGpus())
 
     def probe_machine(self) -> Inventory:
         """Everything that placement wants to know."""
-        gpus = Gpus(self._simulated) if self._simulated else self._nvml.open()
+        gpus = Gpus(self._simulated) if self._simulated else self._open_gpus()
         psutil.cpu_percent()  # the first sample begins here
         return Inventory(
             hostname=socket.gethostname(),
@@ -62,10 +71,28 @@ class Probe:
 
     def utilisation(self) -> Utilisation:
         memory = psutil.virtual_memory()
-        return Utilisation(psutil.cpu_percent() / 100, memory.total - memory.available, self._nvml.sample())
+        return Utilisation(psutil.cpu_percent() / 100, memory.total - memory.available, self.sample_gpus())
+
+    def _open_gpus(self) -> Gpus:
+        """The cards of all makers, numbered through."""
+        found = Gpus()
+        for driver in self._drivers:
+            more = driver.open(len(found.devices))
+            found = Gpus(
+                found.devices + more.devices,
+                found.driver_version or more.driver_version,
+                found.cuda_version or more.cuda_version,
+                "; ".join(filter(None, (found.problem, more.problem))),
+            )
+        return found
+
+    def sample_gpus(self) -> Sequence[GpuSample]:
+        """Every real GPU, as it is right now."""
+        return [sample for driver in self._drivers for sample in driver.sample()]
 
     def close(self) -> None:
-        self._nvml.close()
+        for driver in self._drivers:
+            driver.close()
 
 
 def _own_memory_limit() -> int:

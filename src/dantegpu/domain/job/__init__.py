@@ -28,6 +28,7 @@ from dantegpu.domain.job.events import (
 from dantegpu.domain.job.model import (
     DEFAULT_MAX_ATTEMPTS,
     DEFAULT_RETRY,
+    ENDS_JOB,
     JobSnapshot,
     JobState,
     Outcome,
@@ -42,6 +43,7 @@ from dantegpu.domain.job.transitions import TRANSITIONS, IllegalTransition, Step
 __all__ = [
     "DEFAULT_MAX_ATTEMPTS",
     "DEFAULT_RETRY",
+    "ENDS_JOB",
     "TRANSITIONS",
     "AttemptEnded",
     "AttemptReport",

@@ -5,21 +5,28 @@
 
 from dantegpu.domain.scheduling.constraints import Constraint, ConstraintCount, PendingJob
 from dantegpu.domain.scheduling.explain import Relaxation, Why, explain
-from dantegpu.domain.scheduling.plan import DeviceShare, Placement, Plan, SchedulerState, Unplaced, schedule
+from dantegpu.domain.scheduling.plan import Blocked, DeviceShare, Placement, Plan, SchedulerState, Unplaced, schedule
 from dantegpu.domain.scheduling.policy import DEFAULT_POLICY, Objective, Policy
+from dantegpu.domain.scheduling.queue import JobGroup, JobQueue, QueuedJob
+from dantegpu.domain.scheduling.ranking import Refusal
 from dantegpu.domain.scheduling.snapshot import Lease, Snapshot, SnapshotBuilder, TeamUse
 
 __all__ = [
     "DEFAULT_POLICY",
+    "Blocked",
     "Constraint",
     "ConstraintCount",
     "DeviceShare",
+    "JobGroup",
+    "JobQueue",
     "Lease",
     "Objective",
     "PendingJob",
     "Placement",
     "Plan",
     "Policy",
+    "QueuedJob",
+    "Refusal",
     "Relaxation",
     "SchedulerState",
     "Snapshot",

@@ -38,7 +38,7 @@ class PendingJob:
 
     @property
     def shape(self) -> tuple[object, ...]:
-        """Two jobs of one shape fit the same machines."""
+        """Two jobs of one shape fit the same machines. The team comes first: most machines do not tell teams apart."""
         return (
             self.team_id,
             self.request,

@@ -27,15 +27,14 @@ USENIX ATC 2023, section 4 (F_n(m), fragmentation gradient descent); `copies` is
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from dantegpu.domain.resources import GpuRequest, ResourceRequest
-from dantegpu.domain.scheduling.constraints import Capacity, eligible_devices
+from dantegpu.domain.resources import GpuRequest
+from dantegpu.domain.scheduling.board import Board
+from dantegpu.domain.scheduling.constraints import eligible_devices
 from dantegpu.domain.scheduling.mix import MixShape
+from dantegpu.domain.scheduling.ranking import Columns, Floats, Pairs, tightest_group
 from dantegpu.domain.scheduling.snapshot import Bools, Ints, Snapshot
 from dantegpu.domain.units import MILLI_PER_UNIT
-
-type Floats = NDArray[np.float64]
 
 ALPHA = 0.75
 """Between asking whether a request fits (1) and how many of it fit (0). The result is flat from 0.5 to 0.8."""
@@ -47,8 +46,8 @@ _TIE_PER_FREE_CORE = 1e-9
 _TIE_PRICE = 1e-12
 
 _LEVELS = MILLI_PER_UNIT + 1
-_DEDUPE_ROWS = 32
-_MAX_STATES = 200_000
+_DEDUPE_PAIRS = 1024
+_BLOCK_ROWS = 256
 
 
 class FragmentationValue:
@@ -60,7 +59,7 @@ class FragmentationValue:
         for shape in shapes:
             lanes.setdefault(_lane(shape.gpu), len(lanes))
         # Table row (device class, free milli-GPUs): copies that fit a device, then its free GPUs when one fits.
-        table = np.zeros((class_count, _LEVELS, 2 * len(lanes)), dtype=np.float32)
+        table = np.zeros((class_count, _LEVELS, 2 * len(lanes)))
         levels = np.arange(_LEVELS)
         for (gpu, milli), lane in lanes.items():
             eligible = eligible_devices(snapshot, gpu)
@@ -85,22 +84,29 @@ class FragmentationValue:
 
     def of(self, rows: Ints, cpu: Ints, memory: Ints, free: Ints) -> Floats:
         """(B, 2): the whole of V, and `copies` alone, in GPUs, of machines `rows` if they had so much free."""
-        devices = self._table[self._offsets[rows] + free].sum(axis=1, dtype=np.float32)
-        slots = devices[:, self._lane_of]
+        values = np.empty((len(rows), 2))
+        # So many rows at a time stay in the processor's cache between the steps.
+        for first in range(0, len(rows), _BLOCK_ROWS):
+            block = slice(first, first + _BLOCK_ROWS)
+            self._block(rows[block], cpu[block], memory[block], free[block], values[block])
+        return values
+
+    def _block(self, rows: Ints, cpu: Ints, memory: Ints, free: Ints, values: Floats) -> None:
+        devices = self._table.take(self._offsets.take(rows, axis=0) + free, axis=0).sum(axis=1)
+        slots = devices.take(self._lane_of, axis=1)
         if len(self._counts):
             tail = slots[:, self._single :]
-            np.floor(tail / self._counts, out=tail, casting="unsafe")
-        ratio = np.multiply.outer(cpu, self._per_cpu)
-        np.minimum(ratio, np.multiply.outer(memory, self._per_byte), out=ratio)
-        reach = devices[:, self._reach_of]
+            tail /= self._counts
+            np.floor(tail, out=tail)
+        copies = np.multiply.outer(cpu, self._per_cpu)
+        np.minimum(copies, np.multiply.outer(memory, self._per_byte), out=copies)
+        np.minimum(copies, slots, out=copies)
+        reach = devices.take(self._reach_of, axis=1)
         # A hair below 1: cpu * (1 / cpu) may round down.
-        reach *= (ratio > 1 - 1e-9) & (slots >= 1)
-        np.minimum(ratio, slots, out=ratio)
-        values = np.empty((len(rows), 2))
-        copies = ratio @ self._copies_weight
-        values[:, 0] = reach @ self._reach_weight + (1 - ALPHA) * copies
-        values[:, 1] = copies
-        return values
+        reach *= copies > 1 - 1e-9
+        values[:, 1] = copies @ self._copies_weight
+        values[:, 0] = reach @ self._reach_weight
+        values[:, 0] += (1 - ALPHA) * values[:, 1]
 
 
 def _lane(gpu: GpuRequest) -> tuple[GpuRequest, int]:
@@ -109,169 +115,114 @@ def _lane(gpu: GpuRequest) -> tuple[GpuRequest, int]:
     return GpuRequest(names, 1, 1, MILLI_PER_UNIT, gpu.vram, gpu.compute_capability), gpu.milli
 
 
-class ShapeScores:
-    """The score of each machine for one job shape (infinite: does not fit), and up to which change it is true."""
+class FragmentationScorer:
+    """Scores a place by how far V falls there. The values of machines as they are now are kept."""
 
-    __slots__ = ("columns", "scores", "seen", "value")
-
-    def __init__(self, machines: int) -> None:
-        self.scores: Floats = np.full(machines, np.inf)
-        self.columns: NDArray[np.int16] = np.full(machines, -1, dtype=np.int16)
-        self.seen = 0
-        self.value: FragmentationValue | None = None
-
-
-class FragmentationIndex:
-    """Scores that are kept between placements: only machines that changed since a shape was last asked are rescored."""
-
-    def __init__(self, snapshot: Snapshot, capacity: Capacity) -> None:
-        self._snapshot = snapshot
-        self._capacity = capacity
-        count = len(snapshot.machines)
-        self._classes, self._class_count = _device_classes(snapshot)
-        models = np.where(snapshot.device_total > 0, snapshot.device_model, -1)
-        top = models.max(axis=1, initial=-1)
-        self._mixed = ((models != top[:, None]) & (models >= 0)).any(axis=1)
-        self._layouts = [row.tobytes() for row in self._classes]
-        self._prices = snapshot.price_gpu * (_TIE_PRICE / max(int(snapshot.price_gpu.max(initial=0)), 1))
-        self._changes: list[int] = []
-        self._dirty: set[int] = set()
-        self._values = np.zeros((count, 2))
-        self._state_numbers: dict[tuple[int, int, bytes, bytes, bytes], int] = {}
-        self._states = np.zeros(count, dtype=np.int64)
-        self._next_state = 0
-        for row in range(count):
-            self._number_state(row)
-        self._value: FragmentationValue | None = None
+    def __init__(self, board: Board, shapes: Sequence[MixShape]) -> None:
+        self._board = board
+        snapshot = board.snapshot
+        price = snapshot.price_gpu
+        self._prices = price * (_TIE_PRICE / max(int(price.max(initial=0)), 1))
+        self._values = np.zeros((len(snapshot.machines), 2))
+        # Odd random weights: two states with one sum are as good as impossible, and would only share a score.
+        random = np.random.default_rng(1).integers(1, 1 << 62, 3 + 3 * snapshot.device_free.shape[1], dtype=np.int64)
+        self._weights = random << 1 | 1
+        self.use(shapes)
 
     def use(self, shapes: Sequence[MixShape]) -> None:
         """Score by this mix from now on."""
-        self._value = FragmentationValue(self._snapshot, self._classes, self._class_count, shapes)
-        self._dirty.clear()
-        capacity, every = self._capacity, np.arange(len(self._snapshot.machines))
-        if len(every):
-            self._values = self._value.of(every, capacity.cpu, capacity.memory, capacity.device)
+        board = self._board
+        self._value = FragmentationValue(board.snapshot, board.classes, board.class_count, shapes)
+        self._seen = 0
 
-    def changed(self, row: int) -> None:
-        """The machine's free capacity is another one now."""
-        self._changes.append(row)
-        self._dirty.add(row)
-        self._number_state(row)
-
-    def stale_rows(self, scores: ShapeScores, candidates: Ints) -> Ints:
-        """Those of `candidates` whose scores are not those of today, and mark them as seen."""
-        pending = self._changes[scores.seen :]
-        everything = scores.value is not self._value or len(pending) > len(candidates)
-        scores.seen = len(self._changes)
-        scores.value = self._value
-        if everything:
-            scores.scores.fill(np.inf)
-            return candidates
-        if not pending:
-            return candidates[:0]
-        rows = np.fromiter(set(pending), dtype=np.int64)
-        scores.scores[rows] = np.inf
-        places = np.searchsorted(candidates, rows)
-        places[places == len(candidates)] = 0
-        return rows[candidates[places] == rows]
-
-    def rescore(self, scores: ShapeScores, request: ResourceRequest, rows: Ints, usable: Bools | None) -> None:
-        """Score `rows`, all of which can take the request now, on the devices marked `usable` (rows, G)."""
-        if len(rows) > _DEDUPE_ROWS:
-            # Machines in the same state have the same score; an empty fleet has as many states as models.
-            _, first, inverse = np.unique(self._states[rows], return_index=True, return_inverse=True)
-            loss, column = self._loss(request, rows[first], None if usable is None else usable[first])
-            loss, column = loss[inverse], column[inverse]
+    def score(self, pairs: Pairs) -> tuple[Floats, Columns]:
+        if len(pairs.row) <= _DEDUPE_PAIRS:
+            losses, columns = self._loss(pairs)
         else:
-            loss, column = self._loss(request, rows, usable)
-        scores.scores[rows] = loss + self._prices[rows]
-        scores.columns[rows] = column
+            # Machines in the same state have the same score; an empty fleet has as many states as models.
+            _, first, inverse = np.unique(self._states(pairs), return_index=True, return_inverse=True)
+            losses, columns = self._loss(pairs.take(first))
+            losses, columns = losses[inverse], columns[inverse]
+        losses += self._prices.take(pairs.row)
+        return losses, columns
 
-    def _loss(self, request: ResourceRequest, rows: Ints, usable: Bools | None) -> tuple[Floats, NDArray[np.int16]]:
+    def _states(self, pairs: Pairs) -> Ints:
+        capacity, weights, width = self._board.capacity, self._weights, pairs.free.shape[1]
+        states = pairs.line * weights[0]
+        states += capacity.cpu.take(pairs.row) * weights[1]
+        states += capacity.memory.take(pairs.row) * weights[2]
+        for column in range(width):
+            states += pairs.free[:, column] * weights[3 + column]
+            states += pairs.usable[:, column] * weights[3 + width + column]
+            states += self._board.classes[pairs.row, column] * weights[3 + 2 * width + column]
+        return states
+
+    def _loss(self, pairs: Pairs) -> tuple[Floats, Columns]:
         """What V falls by, with its tie-breakers, and the device to take of a fraction's candidates (else -1)."""
-        capacity, gpu = self._capacity, request.gpu
-        free = capacity.device[rows]
-        ties = free.sum(axis=1) * (_TIE_PER_FREE_GPU / MILLI_PER_UNIT)
-        cpu, memory = capacity.cpu[rows], capacity.memory[rows]
-        ties += cpu * (_TIE_PER_FREE_CORE / MILLI_PER_UNIT)
-        cpu, memory = cpu - request.cpu_milli, memory - request.memory_bytes
-        none = np.full(len(rows), -1, dtype=np.int16)
-        if gpu is None or usable is None:
-            after = self._values_after(rows, cpu, memory, free)
-            return self._values[rows, 1] - after[:, 1] + ties, none
-        if gpu.milli == MILLI_PER_UNIT:
-            taken = usable & (usable.cumsum(axis=1) <= gpu.count_min)
-            for place in np.flatnonzero(self._mixed[rows]):
-                columns = tightest_group(self._snapshot.device_model[rows[place]], usable[place], gpu.count_min)
-                taken[place] = False
-                taken[place, columns] = True
-            after = self._values_after(rows, cpu, memory, free - taken * MILLI_PER_UNIT)
-            return self._values[rows, 0] - after[:, 0] + ties, none
-        place, column = np.nonzero(_first_of_its_kind(usable, free * self._class_count + self._classes[rows]))
-        shared = free[place]
-        left = shared[np.arange(len(place)), column]
-        shared[np.arange(len(place)), column] = left - gpu.milli
-        after = self._values_after(rows[place], cpu[place], memory[place], shared)
-        losses: Floats = np.full(free.shape, np.inf)
-        losses[place, column] = self._values[rows[place], 0] - after[:, 0] + left * (_TIE_PER_FREE_GPU / MILLI_PER_UNIT)
-        best = losses.argmin(axis=1)
-        return losses.min(axis=1) + ties, best.astype(np.int16)
+        capacity, row, free = self._board.capacity, pairs.row, pairs.free
+        cpu, memory = capacity.cpu.take(row), capacity.memory.take(row)
+        losses: Floats = np.multiply(free.sum(axis=1), _TIE_PER_FREE_GPU / MILLI_PER_UNIT, dtype=np.float64)
+        losses += cpu * (_TIE_PER_FREE_CORE / MILLI_PER_UNIT)
+        cpu -= pairs.cpu_milli
+        memory -= pairs.memory_bytes
+        columns: Columns = np.full(len(row), -1, dtype=np.int16)
+        part = (pairs.milli > 0) & (pairs.milli < MILLI_PER_UNIT)
+        whole, parts = np.flatnonzero(~part), np.flatnonzero(part)
+        # One row per place that is tried: whole devices have one each, a fraction each unlike device.
+        tried = free.take(whole, axis=0) - self._taken(pairs.take(whole)) * MILLI_PER_UNIT
+        place, column = _first_of_its_kind(
+            pairs.usable.take(parts, axis=0),
+            free.take(parts, axis=0) * self._board.class_count + self._board.classes.take(row.take(parts), axis=0),
+        ).nonzero()
+        split = free.take(parts.take(place), axis=0)
+        every = np.arange(len(place))
+        left = split[every, column]
+        split[every, column] = left - pairs.milli.take(parts.take(place))
+        of = np.concatenate((whole, parts.take(place)))
+        after = self._values_after(row.take(of), cpu.take(of), memory.take(of), np.concatenate((tried, split)))
+        falls = self._values.take(row.take(of), axis=0) - after
+        count = pairs.count.take(whole)
+        losses[whole] += np.where(count > 0, falls[: len(whole), 0], falls[: len(whole), 1])
+        if len(parts):
+            options: Floats = np.full((len(parts), free.shape[1]), np.inf)
+            options[place, column] = falls[len(whole) :, 0] + left * (_TIE_PER_FREE_GPU / MILLI_PER_UNIT)
+            best = options.argmin(axis=1)
+            losses[parts] += options[np.arange(len(parts)), best]
+            columns[parts] = best
+        return losses, columns
+
+    def _taken(self, pairs: Pairs) -> Bools:
+        """(K, G): the whole devices that a job of each pair would get."""
+        taken = pairs.usable & (pairs.usable.cumsum(axis=1, dtype=np.int16) <= pairs.count[:, None])
+        for place in np.flatnonzero(self._board.mixed.take(pairs.row) & (pairs.count > 0)):
+            models = self._board.snapshot.device_model[pairs.row[place]].tolist()
+            usable = np.flatnonzero(pairs.usable[place]).tolist()
+            taken[place] = False
+            taken[place, tightest_group(models, usable, int(pairs.count[place]))] = True
+        return taken
 
     def _values_after(self, rows: Ints, cpu: Ints, memory: Ints, free: Ints) -> Floats:
-        assert self._value is not None, "use() comes first"
-        if not self._dirty:
+        board, capacity = self._board, self._board.capacity
+        changed = np.flatnonzero(board.last_change > self._seen)
+        self._seen = board.clock
+        if not len(changed):
             return self._value.of(rows, cpu, memory, free)
         # One call for the values after and for the present values of machines that changed: calls are what is dear.
-        capacity, dirty = self._capacity, np.fromiter(self._dirty, dtype=np.int64)
-        self._dirty.clear()
         values = self._value.of(
-            np.concatenate((dirty, rows)),
-            np.concatenate((capacity.cpu[dirty], cpu)),
-            np.concatenate((capacity.memory[dirty], memory)),
-            np.concatenate((capacity.device[dirty], free)),
+            np.concatenate((changed, rows)),
+            np.concatenate((capacity.cpu.take(changed), cpu)),
+            np.concatenate((capacity.memory.take(changed), memory)),
+            np.concatenate((capacity.device.take(changed, axis=0), free)),
         )
-        self._values[dirty] = values[: len(dirty)]
-        return values[len(dirty) :]
-
-    def _number_state(self, row: int) -> None:
-        capacity = self._capacity
-        state = (
-            int(capacity.cpu[row]),
-            int(capacity.memory[row]),
-            capacity.device[row].tobytes(),
-            capacity.tenant[row].tobytes(),
-            self._layouts[row],
-        )
-        number = self._state_numbers.get(state)
-        if number is None:
-            if len(self._state_numbers) >= _MAX_STATES:
-                self._state_numbers.clear()
-            number = self._state_numbers[state] = self._next_state
-            self._next_state += 1
-        self._states[row] = number
-
-
-def tightest_group(models: Ints, usable: Bools, count: int) -> list[int]:
-    """Columns of `count` usable devices of one model: of the smallest such set, as a larger one may stay whole."""
-    by_model: dict[int, list[int]] = {}
-    for column in np.flatnonzero(usable):
-        by_model.setdefault(int(models[column]), []).append(int(column))
-    enough = [group for group in by_model.values() if len(group) >= count]
-    return min(enough, key=lambda group: (len(group), group))[:count]
+        self._values[changed] = values[: len(changed)]
+        return values[len(changed) :]
 
 
 def _first_of_its_kind(usable: Bools, kinds: Ints) -> Bools:
     """(rows, G): usable devices but those that have an equal one in an earlier column."""
-    same = (kinds[:, :, None] == kinds[:, None, :]) & usable[:, None, :]
-    earlier = np.tril(np.ones((kinds.shape[1], kinds.shape[1]), dtype=np.bool_), -1)
-    return usable & ~(same & earlier).any(axis=2)
-
-
-def _device_classes(snapshot: Snapshot) -> tuple[Ints, int]:
-    """(M, G): devices with equal numbers are equal to every request."""
-    if not snapshot.device_total.size:
-        return np.zeros(snapshot.device_total.shape, dtype=np.int64), 1
-    columns = (snapshot.device_total, snapshot.device_model, snapshot.device_vram, snapshot.device_capability)
-    kinds = np.stack([column.ravel() for column in columns], axis=1)
-    _, numbers = np.unique(kinds, axis=0, return_inverse=True)
-    return numbers.reshape(snapshot.device_total.shape).astype(np.int64), int(numbers.max()) + 1
+    first = usable.copy()
+    for column in range(1, usable.shape[1]):
+        same = kinds[:, :column] == kinds[:, column : column + 1]
+        same &= usable[:, :column]
+        first[:, column] &= ~same.any(axis=1)
+    return first

@@ -1,6 +1,5 @@
 """The mix of requests that has arrived so far: what free capacity will most likely be asked for next."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dantegpu.domain.resources import CapabilityRange, GpuRequest, ResourceRequest
@@ -38,25 +37,27 @@ class RequestMix:
         self._total = 0.0
         self._due = 0.0
 
-    def count(self, requests: Iterable[ResourceRequest]) -> None:
+    def count(self, request: ResourceRequest, times: int = 1) -> None:
         """Count arrivals. Requests without GPUs are no part of the mix: nothing of a GPU is lost to them."""
-        for request in requests:
-            if request.gpu is None:
-                continue
-            key = self._keys.get(request)
-            if key is None:
-                if len(self._keys) >= MAX_KEYS:
-                    self._keys.clear()
-                key = self._keys[request] = _key(request, request.gpu)
-            self._counts[key] = self._counts.get(key, 0.0) + 1.0
-            self._gpus.setdefault(key, request.gpu)
-            self._total += 1.0
+        if request.gpu is None or times <= 0:
+            return
+        key = self._keys.get(request)
+        if key is None:
+            if len(self._keys) >= MAX_KEYS:
+                self._keys.clear()
+            key = self._keys[request] = _key(request, request.gpu)
+        self._counts[key] = self._counts.get(key, 0.0) + times
+        self._gpus.setdefault(key, request.gpu)
+        self._total += times
+        if len(self._counts) > 2 * MAX_SHAPES:
+            self._forget()
+
+    def fade(self) -> None:
+        """Once after the arrivals of a moment have been counted."""
         if self._total >= MEMORY_ARRIVALS:
             self._counts = {key: count / 2 for key, count in self._counts.items()}
             self._total /= 2
             self._due = min(self._due, self._total * REFRESH_GROWTH)
-        if len(self._counts) > 2 * MAX_SHAPES:
-            self._forget()
 
     @property
     def stale(self) -> bool:

@@ -175,13 +175,15 @@ class _DeviceColumns:
         self.vram = np.zeros(shape, dtype=np.int64)
         self.capability = np.zeros(shape, dtype=np.int64)
         self.tenant = np.full(shape, NOBODY, dtype=np.int64)
+        self._withheld = np.zeros(shape, dtype=np.bool_)
         self._column_of: dict[tuple[int, DeviceId], int] = {}
         model_number: dict[str, int] = {}
         for row, machine in enumerate(machines):
             for column, device in enumerate(machine.devices):
                 self._set(row, column, device, model_number)
         self.models = tuple(model_number)
-        self.free = self.total.copy()
+        # A withheld device still counts as there, so a job for it waits instead of hearing that there is no such GPU.
+        self.free = np.where(self._withheld, 0, self.total)
 
     def _set(self, row: int, column: int, device: DeviceInfo, model_number: dict[str, int]) -> None:
         self._column_of[row, device.id] = column
@@ -189,6 +191,7 @@ class _DeviceColumns:
         self.model[row, column] = model_number.setdefault(device.model, len(model_number))
         self.vram[row, column] = device.vram_bytes
         self.capability[row, column] = device.compute_capability
+        self._withheld[row, column] = device.withheld
 
     def take(self, row: int, devices: Iterable[tuple[DeviceId, int]], team: int) -> None:
         for device_id, milli in devices:

@@ -90,8 +90,18 @@ class JobsApi:
         params = {"state": [state.value for state in states], "cursor": cursor, "limit": limit}
         return self._transport.call(JobPage, "GET", "/v1/jobs", params=params)
 
+    def tasks(
+        self, job_id: str, *, states: Sequence[JobState] = (), cursor: str | None = None, limit: int = 50
+    ) -> JobPage:
+        """One page of an array's tasks, by index. Those not created yet wait, and are not listed.
+
+        A task has a job's id of its own, and is also `job_...:17`: wherever an id is asked for, either will do.
+        """
+        params = {"state": [state.value for state in states], "cursor": cursor, "limit": limit}
+        return self._transport.call(JobPage, "GET", f"/v1/jobs/{job_id}/tasks", params=params)
+
     def stop(self, job_id: str) -> Job:
-        """Ask for the job's end; one that has ended stays as it is."""
+        """Ask for the job's end, of an array for that of all its tasks; one that has ended stays as it is."""
         return self._transport.call(Job, "POST", f"/v1/jobs/{job_id}/stop")
 
     def why(self, job_id: str) -> Explanation:

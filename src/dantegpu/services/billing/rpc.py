@@ -70,8 +70,9 @@ class BillingRpc(BillingServiceServicer):
     @override
     async def GetReceipt(self, request: pb.GetReceiptRequest, context: "Context") -> pb.GetReceiptResponse:
         job_id = JobId.parse(request.job_id)
+        attempt_ids = [AttemptId.parse(text) for text in request.attempt_ids]
         async with self._db.transaction() as tx:
-            rows = await self._billing.receipt(tx, current_actor(), job_id)
+            rows = await self._billing.receipt(tx, current_actor(), job_id, attempt_ids)
         return pb.GetReceiptResponse(
             receipt=pb.Receipt(
                 job_id=str(job_id),

@@ -322,14 +322,17 @@ class Billing:
 
     # --- looking back -------------------------------------------------------------------------------------------------
 
-    async def receipt(self, tx: Tx, actor: Actor, job_id: JobId) -> list[store.ReceiptRow]:
-        """Windows of a job, oldest first (at most MAX_RECEIPT_LINES, the newest). Raises ReceiptNotFound.
+    async def receipt(
+        self, tx: Tx, actor: Actor, job_id: JobId, attempt_ids: Sequence[AttemptId] = ()
+    ) -> list[store.ReceiptRow]:
+        """Windows of a job or of some of its attempts, oldest first. Raises ReceiptNotFound.
 
-        The payer's team sees all, a provider's team what it earned, operator and services everything.
+        At most MAX_RECEIPT_LINES, the newest. The payer's team sees all, a provider's team what it earned, operator and
+        services everything.
         """
         _refuse_machines(actor)
         team_id = None if actor.operator or actor.is_service else actor.require_team()
-        rows = await store.receipt(tx, job_id, team_id, MAX_RECEIPT_LINES)
+        rows = await store.receipt(tx, job_id, team_id, attempt_ids, MAX_RECEIPT_LINES)
         if not rows:
             raise ReceiptNotFound(job_id)
         return rows[::-1]

@@ -240,11 +240,14 @@ async def entries_before(tx: Tx, account: Account, before_seq: int, limit: int) 
     return await tx.all(EntryRow, QUERIES["entries_before"], account_id=account.id.uuid, before=before_seq, n=limit)
 
 
-async def receipt(tx: Tx, job_id: JobId, team_id: TeamId | None, limit: int) -> list[ReceiptRow]:
-    """Newest first. `team_id` None sees every line, else those that the team pays or earns."""
+async def receipt(
+    tx: Tx, job_id: JobId, team_id: TeamId | None, attempt_ids: Sequence[AttemptId], limit: int
+) -> list[ReceiptRow]:
+    """Newest first. `team_id` None sees every line, else those that the team pays or earns. No attempts: all."""
     return await tx.all(
-        ReceiptRow, QUERIES["receipt"], job_id=job_id.uuid, team_id=team_id.uuid if team_id else None, n=limit
-    )
+        ReceiptRow, QUERIES["receipt"], job_id=job_id.uuid, team_id=team_id.uuid if team_id else None,
+        attempt_ids=[attempt_id.uuid for attempt_id in attempt_ids] or None, n=limit,
+    )  # fmt: skip
 
 
 async def open_holds_after(

@@ -6,10 +6,11 @@ from typing import Annotated, Any, cast
 from fastapi import Depends, Header, Query, Request
 from fastapi.security import APIKeyHeader, HTTPBearer
 
-from dantegpu.contracts.gen.dante.v1 import common_pb2
+from dantegpu.contracts.gen.dante.v1 import common_pb2, jobs_pb2
 from dantegpu.contracts.rest.base import DEFAULT_PAGE_LIMIT, MAX_PAGE_LIMIT
 from dantegpu.domain.clock import Clock
 from dantegpu.domain.ids import Id, InvalidId, JobId, MachineId
+from dantegpu.kit import rpc
 from dantegpu.kit.actor import Actor, current_actor
 from dantegpu.kit.bus import Bus
 from dantegpu.kit.errors import InvalidArgument, NotFound, Unauthenticated
@@ -114,8 +115,14 @@ def checked_id(kind: type[Id], text: str) -> str:
     return text
 
 
-def _job_id(job_id: str) -> str:
-    return checked_id(JobId, job_id)
+async def _job_id(job_id: str, platform: Platform) -> str:
+    """The id in a path; `job_...:17`, a task of an array, is looked up and becomes the task's own id."""
+    array_id, colon, _ = job_id.partition(":")
+    checked_id(JobId, array_id)
+    if not colon:
+        return job_id
+    found = await rpc.call(platform.clients.jobs.GetJobs, jobs_pb2.GetJobsRequest(job_ids=[job_id]))
+    return found.jobs[0].id
 
 
 def _machine_id(machine_id: str) -> str:

@@ -52,9 +52,29 @@ def job(proto: jobs_pb2.Job) -> jobs.Job:
         results_epoch=proto.results_epoch or None,
         results=[result_file(file) for file in proto.results],
         attempts=[attempt(each) for each in proto.attempts],
+        array=_progress(proto.array) if proto.HasField("array") else None,
+        array_id=proto.array_id or None,
+        array_index=proto.array_index if proto.array_id else None,
         created_at=when(proto.created_at),
         started_at=when_set(proto.started_at),
         ended_at=when_set(proto.ended_at),
+    )
+
+
+def _progress(proto: jobs_pb2.ArrayProgress) -> jobs.ArrayProgress:
+    ended = proto.succeeded + proto.failed + proto.cancelled
+    return jobs.ArrayProgress(
+        size=proto.size,
+        created=proto.created,
+        waiting=proto.size - ended - proto.placed - proto.starting - proto.running - proto.stopping,
+        placed=proto.placed,
+        starting=proto.starting,
+        running=proto.running,
+        stopping=proto.stopping,
+        succeeded=proto.succeeded,
+        failed=proto.failed,
+        cancelled=proto.cancelled,
+        max_parallel=proto.max_parallel or None,
     )
 
 
@@ -162,10 +182,20 @@ def _device(proto: machine_pb2.Device, use: machine_pb2.DeviceUtilisation | None
         vram_bytes=proto.vram_bytes,
         compute_capability=proto.compute_capability,
         simulated=proto.simulated,
+        problem=proto.problem,
+        vendor=proto.vendor,
+        mig_profile=proto.mig_profile,
+        pcie_generation=proto.pcie_generation,
+        pcie_width=proto.pcie_width,
+        power_limit_watts=proto.power_limit_watts,
+        ecc=proto.ecc,
         gpu_utilisation=use.gpu_utilisation if use else None,
         vram_used_bytes=use.vram_used_bytes if use else None,
         temperature_celsius=use.temperature_celsius if use else None,
         power_watts=use.power_watts if use else None,
+        memory_utilisation=use.memory_utilisation if use else None,
+        throttle_reasons=list(use.throttle_reasons) if use else [],
+        processes=use.processes if use else None,
     )
 
 

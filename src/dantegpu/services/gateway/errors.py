@@ -53,3 +53,16 @@ class ScopeMissing(ServiceError):
 
     def __init__(self, scope: str) -> None:
         super().__init__(f"this API key may not do that: it lacks the scope {scope!r}", scope=scope)
+
+
+class ArrayOfTasks(ServiceError):
+    """Logs and results are those of tasks."""
+
+    type = "array-of-tasks"
+    status = ErrorStatus.PRECONDITION
+
+    def __init__(self, job_id: str, size: int, what: str) -> None:
+        super().__init__(
+            f"{job_id} is an array of {size} tasks, each with {what} of its own: name one, such as {job_id}:0",
+            job_id=job_id, size=str(size),
+        )  # fmt: skip

@@ -247,5 +247,13 @@ def _public(machine: registry_pb2.Machine) -> registry_pb2.Machine:
             model=device.model,
             vram_bytes=device.vram_bytes,
             compute_capability=device.compute_capability,
+            vendor=device.vendor,
+            mig_profile=device.mig_profile,
+            pcie_generation=device.pcie_generation,
+            pcie_width=device.pcie_width,
+            power_limit_watts=device.power_limit_watts,
+            ecc=device.ecc,
+            # That it cannot be had now; the owner alone is told why.
+            problem="unavailable" if device.problem else "",
         )
     return seen

@@ -14,6 +14,20 @@ class JobNotFound(ServiceError):
         super().__init__(f"no job {job_id} in your team; `dante ps --all` lists what there is", job_id=str(job_id))
 
 
+class TaskNotFound(ServiceError):
+    """The array has no such task, or has not created it yet, or is another team's."""
+
+    type = "job-not-found"
+    status = ErrorStatus.NOT_FOUND
+
+    def __init__(self, array_id: JobId, index: int) -> None:
+        super().__init__(
+            f"no task {array_id}:{index} in your team; an array creates its tasks as their turn comes, "
+            f"`dante show {array_id} --tasks` lists them",
+            job_id=str(array_id),
+        )
+
+
 class InvalidJob(ServiceError):
     type = "invalid-job"
     status = ErrorStatus.INVALID

@@ -21,6 +21,7 @@ from dantegpu.kit.migrate import Migrations
 from dantegpu.kit.outbox import Outbox
 from dantegpu.services.scheduler.consumers import MachineConsumers
 from dantegpu.services.scheduler.rpc import JobRpc
+from dantegpu.services.scheduler.service.arrays import Arrays
 from dantegpu.services.scheduler.service.intake import Intake
 from dantegpu.services.scheduler.service.inventory import Inventory
 from dantegpu.services.scheduler.service.machines import Dispatcher, Machines
@@ -62,18 +63,23 @@ def build(deps: Deps, settings: SchedulerSettings) -> Service:
     settlement = Settlement(db, billing, outbox, wakeups, deps.clock, settings)
     timers = Timers(db, outbox, wakeups, deps.clock, settings)
     placement = PlacementLeader(db, deps.bus, inventory, billing, outbox, wakeups, deps.clock, settings)
+    arrays = Arrays(db, outbox, wakeups, deps.clock, settings, placement.take)
     wakeups.machines = dispatcher.notify
     wakeups.settlement = settlement.notify
     wakeups.placement = placement.notify
+    wakeups.arrays = arrays.notify
+    wakeups.dropped = placement.drop_ended
 
     async def lead(_epoch: int) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(placement.lead(), name="placement")
             tasks.create_task(_keep("timers", timers.run), name="timers")
             tasks.create_task(_keep("settlement", settlement.run), name="settlement")
+            tasks.create_task(_keep("arrays", arrays.run), name="arrays")
 
     leadership = Leadership(db, "placement", lead)
     placement.leadership = leadership
+    arrays.leadership = leadership
     intake = Intake(db, inventory, storage, outbox, wakeups, deps.clock, settings)
     return Service(
         name=settings.service_name,

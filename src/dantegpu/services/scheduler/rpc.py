@@ -8,15 +8,26 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from dantegpu.contracts.gen.dante.v1 import jobs_pb2, jobs_pb2_grpc, machine_pb2
 from dantegpu.domain.ids import AttemptId, DeviceId, JobId, MachineId, TeamId, UserId
-from dantegpu.domain.job import JobState
+from dantegpu.domain.job import JobState, QueueReason
 from dantegpu.kit.actor import Actor, current_actor
 from dantegpu.kit.db import Database, Tx
 from dantegpu.kit.errors import InvalidArgument, ServiceError
 from dantegpu.kit.idempotency import once, recall
 from dantegpu.services.scheduler import store
-from dantegpu.services.scheduler.service.intake import Intake, JobDetails, JobExplanation, reason_text
+from dantegpu.services.scheduler.service.intake import (
+    Intake,
+    JobDetails,
+    JobExplanation,
+    JobRef,
+    progress_of,
+    reason_text,
+)
 from dantegpu.services.scheduler.service.transitions import event_message
 from dantegpu.services.scheduler.store import AttemptRow, JobRow, LeaseRow
+from dantegpu.services.scheduler.store_arrays import ProgressRow
+
+LIVE_ARRAY = "ARRAY"
+"""The state of the row of an array that has not ended; what is shown is `shown_state`."""
 
 type Context = Any  # grpc.aio.ServicerContext; not used: actor and ids are in context variables
 
@@ -66,25 +77,31 @@ class JobRpc(jobs_pb2_grpc.JobServiceServicer):
 
     async def GetJobs(self, request: jobs_pb2.GetJobsRequest, context: Context) -> jobs_pb2.GetJobsResponse:
         async with self._db.transaction() as tx:
-            details = await self._intake.get(tx, current_actor(), _job_ids(request.job_ids))
+            refs = [JobRef.parse(text) for text in request.job_ids]
+            details = await self._intake.get(tx, current_actor(), refs)
         return jobs_pb2.GetJobsResponse(jobs=[_detailed(detail) for detail in details])
 
     async def ListJobs(self, request: jobs_pb2.ListJobsRequest, context: Context) -> jobs_pb2.ListJobsResponse:
         async with self._db.transaction() as tx:
-            rows, next_cursor = await self._intake.list_jobs(
-                tx,
-                current_actor(),
-                states=[_state(state) for state in request.states],
-                cursor=request.page.cursor,
-                limit=request.page.limit,
-                all_teams=request.all_teams,
-            )
-        return jobs_pb2.ListJobsResponse(jobs=[job_message(row) for row in rows], next_cursor=next_cursor)
+            actor, page = current_actor(), request.page
+            states = [_state(state) for state in request.states]
+            if request.array_id:
+                array_id = JobId.parse(request.array_id)
+                rows, next_cursor = await self._intake.list_tasks(
+                    tx, actor, array_id, states=states, cursor=page.cursor, limit=page.limit
+                )
+            else:
+                rows, next_cursor = await self._intake.list_jobs(
+                    tx, actor, states=states, cursor=page.cursor, limit=page.limit, all_teams=request.all_teams
+                )
+            jobs = await _messages(tx, rows)
+        return jobs_pb2.ListJobsResponse(jobs=jobs, next_cursor=next_cursor)
 
     async def StopJobs(self, request: jobs_pb2.StopJobsRequest, context: Context) -> jobs_pb2.StopJobsResponse:
         async with self._db.transaction() as tx:
             rows = await self._intake.stop(tx, current_actor(), _job_ids(request.job_ids))
-        return jobs_pb2.StopJobsResponse(jobs=[job_message(row) for row in rows])
+            jobs = await _messages(tx, rows)
+        return jobs_pb2.StopJobsResponse(jobs=jobs)
 
     async def ListJobEvents(
         self, request: jobs_pb2.ListJobEventsRequest, context: Context
@@ -126,6 +143,8 @@ def _without_spec(row: JobRow) -> jobs_pb2.Job:
     """As it is remembered for a repeated request: environments may hold secrets and lie in the jobs table alone."""
     message = job_message(row)
     message.ClearField("spec")
+    if row.array_size:
+        message.array.size = row.array_size
     return message
 
 
@@ -150,13 +169,53 @@ def _job_ids(texts: Sequence[str]) -> list[JobId]:
     return [JobId.parse(text) for text in texts]
 
 
-def job_message(row: JobRow) -> jobs_pb2.Job:
+async def _messages(tx: Tx, rows: Sequence[JobRow]) -> list[jobs_pb2.Job]:
+    progress = await progress_of(tx, rows)
+    return [job_message(row, progress.get(row.id)) for row in rows]
+
+
+def job_message(row: JobRow, progress: ProgressRow | None = None) -> jobs_pb2.Job:
+    """`progress` is needed of an array that has not ended, whose state and cost are those of its tasks."""
+    message = _job_message(row)
+    if progress is None:
+        return message
+    message.array.CopyFrom(_progress_message(row, progress))
+    if row.state == LIVE_ARRAY:
+        message.state = jobs_pb2.JobState.Value(progress.shown_state)
+        if message.state == jobs_pb2.QUEUED:
+            message.reason = progress.reason or QueueReason.NEW.value
+            message.reason_text = QueueReason(message.reason).text
+    if not row.settled:
+        message.cost_udgpu = progress.cost_udgpu
+    return message
+
+
+def _progress_message(row: JobRow, progress: ProgressRow) -> jobs_pb2.ArrayProgress:
+    missing = progress.size - progress.created
+    never = missing if row.ended_at is not None and not row.settled else 0
+    return jobs_pb2.ArrayProgress(
+        size=progress.size,
+        created=progress.created,
+        queued=progress.queued,
+        placed=progress.placed,
+        starting=progress.starting,
+        running=progress.running,
+        stopping=progress.stopping,
+        succeeded=progress.succeeded,
+        failed=progress.failed,
+        cancelled=progress.cancelled + never,
+        max_parallel=progress.max_parallel,
+    )
+
+
+def _job_message(row: JobRow) -> jobs_pb2.Job:
+    live_array = row.state == LIVE_ARRAY
     return jobs_pb2.Job(
         id=str(JobId(row.id)),
         team_id=str(TeamId(row.team_id)),
         user_id=str(UserId(row.user_id)) if row.user_id else "",
         spec=jobs_pb2.JobSpec.FromString(row.spec),
-        state=jobs_pb2.JobState.Value(row.state),
+        state=jobs_pb2.QUEUED if live_array else jobs_pb2.JobState.Value(row.state),
         reason=row.reason or "",
         reason_text=reason_text(row),
         epoch=row.epoch,
@@ -169,11 +228,13 @@ def job_message(row: JobRow) -> jobs_pb2.Job:
         started_at=_timestamp(row.first_running_at),
         ended_at=_timestamp(row.ended_at),
         settled=row.settled,
+        array_id=str(JobId(row.array_id)) if row.array_id else "",
+        array_index=row.array_index or 0,
     )
 
 
 def _detailed(details: JobDetails) -> jobs_pb2.Job:
-    message = job_message(details.job)
+    message = job_message(details.job, details.progress)
     for attempt in details.attempts:
         message.attempts.append(_attempt_message(attempt, details.leases.get(attempt.id, [])))
         if attempt.epoch == details.job.results_epoch:
@@ -204,7 +265,7 @@ def _attempt_message(row: AttemptRow, leases: Sequence[LeaseRow]) -> jobs_pb2.At
 
 
 def _explanation(found: JobExplanation) -> jobs_pb2.Explanation:
-    message = jobs_pb2.Explanation(job_id=str(JobId(found.job.id)))
+    message = jobs_pb2.Explanation(job_id=str(found.asked))
     if found.why is None:
         return message
     message.reason = found.job.reason or ""

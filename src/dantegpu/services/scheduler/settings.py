@@ -24,6 +24,7 @@ class SchedulerSettings(ServiceSettings):
     orphan_age_seconds: int = Field(
         default=120, ge=30, description="a hold older than this without an attempt is voided; no plan takes that long"
     )
+    array_seconds: float = Field(default=0.25, ge=0.01, description="how often arrays are looked at")
     inventory_refresh_seconds: float = Field(default=10.0, ge=0.1, description="full read of machines and prices")
     max_duration_seconds: int = Field(default=7 * 24 * 3600, ge=1, description="of jobs that name none; and the most")
     log_limit_bytes: int = Field(default=64 << 20, ge=1024)

@@ -49,6 +49,9 @@ class JobRow:
     cost_udgpu: int
     settled: bool
     event_seq: int
+    array_size: int | None
+    array_id: UUID | None
+    array_index: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,7 @@ class AttemptRow:
     cost_udgpu: int
     settled: bool
     stop_requested_at: datetime | None
+    array_id: UUID | None
 
 
 @dataclass(frozen=True, slots=True)

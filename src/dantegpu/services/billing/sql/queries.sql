@@ -121,11 +121,12 @@ ORDER BY seq DESC
 LIMIT %(n)s;
 
 -- name: receipt
--- Lines that `team_id` pays or earns, all of them when it is NULL; the newest `n`, with the sum over all.
+-- Lines that `team_id` pays or earns, all of them when it is NULL; the newest `n`, with the sum over all. With
+-- `attempt_ids` only theirs: a task's, of what is paid for under its array's id.
 SELECT attempt_id, window_index, payer_team_id, rate_udgpu_per_hour, state, used_seconds, charged_udgpu, provider_udgpu,
     fee_udgpu, opened_at, closed_at, (sum(charged_udgpu) OVER ())::bigint AS total_udgpu
 FROM holds
-WHERE job_id = %(job_id)s
+WHERE job_id = %(job_id)s AND (%(attempt_ids)s::uuid[] IS NULL OR attempt_id = ANY(%(attempt_ids)s))
   AND (%(team_id)s::uuid IS NULL OR payer_team_id = %(team_id)s OR provider_team_id = %(team_id)s)
 ORDER BY opened_at DESC, attempt_id DESC, window_index DESC
 LIMIT %(n)s;

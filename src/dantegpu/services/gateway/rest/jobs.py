@@ -29,6 +29,7 @@ from dantegpu.services.gateway.context import (
     WalletReader,
     number_after,
 )
+from dantegpu.services.gateway.errors import ArrayOfTasks
 from dantegpu.services.gateway.rest.follow import (
     LOG_BYTES_PER_READ,
     JobEventSource,
@@ -130,6 +131,21 @@ async def show_job(job_id: JobIdPath, _actor: JobReader, platform: Platform) -> 
     return convert.job(await get_job(platform.clients, job_id))
 
 
+@router.get("/v1/jobs/{job_id}/tasks", summary="The tasks of an array, by index")
+async def list_tasks(
+    job_id: JobIdPath,
+    _actor: JobReader,
+    page: Paging,
+    platform: Platform,
+    state: Annotated[list[JobState] | None, Query(description="Only these; may come several times")] = None,
+) -> jobs.JobPage:
+    """Tasks are created as their turn comes: what is not listed yet waits. `job_...:17` names one everywhere."""
+    states = [jobs_pb2.JobState.Value(each.value) for each in state or ()]
+    request = jobs_pb2.ListJobsRequest(page=page, states=states, array_id=job_id)
+    response = await rpc.call(platform.clients.jobs.ListJobs, request)
+    return jobs.JobPage(jobs=[convert.job(job) for job in response.jobs], next_cursor=response.next_cursor or None)
+
+
 @router.post("/v1/jobs/{job_id}/stop", summary="Stop a job")
 async def stop_job(job_id: JobIdPath, _actor: JobWriter, platform: Platform) -> jobs.Job:
     """Stopping twice changes nothing; a job that has ended stays as it is."""
@@ -214,6 +230,7 @@ async def job_logs(
     limit_bytes: Annotated[int, Query(ge=1, le=1 << 40, description="At most so much")] = 1 << 40,
 ) -> Response:
     job = await get_job(platform.clients, job_id)
+    _refuse_array(job, "logs")
     if not _wants_stream(accept):
         return await _stored_log(platform, job_id, epoch, offset, limit_bytes)
     one_attempt = epoch > 0
@@ -256,6 +273,7 @@ async def _stored_log(platform: Platform, job_id: str, epoch: int, offset: int, 
 @router.get("/v1/jobs/{job_id}/results", summary="What a job left in $DANTE_OUTPUT, with download addresses")
 async def job_results(job_id: JobIdPath, _actor: JobReader, platform: Platform) -> jobs.Results:
     job = await get_job(platform.clients, job_id)
+    _refuse_array(job, "results")
     items = [
         storage_pb2.Presign(
             method=storage_pb2.Presign.GET,
@@ -282,6 +300,17 @@ async def job_results(job_id: JobIdPath, _actor: JobReader, platform: Platform) 
 async def job_receipt(
     job_id: JobIdPath, _actor: JobReader, _wallet: WalletReader, platform: Platform
 ) -> billing.Receipt:
-    await get_job(platform.clients, job_id)
-    response = await rpc.call(platform.clients.billing.GetReceipt, billing_pb2.GetReceiptRequest(job_id=job_id))
-    return convert.receipt(response.receipt)
+    """Of an array: all its tasks."""
+    job = await get_job(platform.clients, job_id)
+    request = billing_pb2.GetReceiptRequest(job_id=job_id)
+    if job.array_id and job.attempts:
+        # Tasks are paid for under their array's id.
+        request = billing_pb2.GetReceiptRequest(job_id=job.array_id, attempt_ids=[each.id for each in job.attempts])
+    receipt = (await rpc.call(platform.clients.billing.GetReceipt, request)).receipt
+    receipt.job_id = job_id
+    return convert.receipt(receipt)
+
+
+def _refuse_array(job: jobs_pb2.Job, what: str) -> None:
+    if job.HasField("array"):
+        raise ArrayOfTasks(job.id, job.array.size, what)

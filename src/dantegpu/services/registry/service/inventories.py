@@ -20,7 +20,15 @@ MAX_POWER_WATTS = 100_000.0
 
 _TEXTS = ("hostname", "os", "kernel", "driver_version", "cuda_version", "sandbox", "daemon_version", "region")
 _AMOUNTS = {"cpu_milli": MAX_CPU_MILLI, "memory_bytes": MAX_BYTES, "disk_bytes": MAX_BYTES}
-_DEVICE_TEXTS = ("model", "uuid", "compute_capability", "pcie_bus_id")
+_DEVICE_TEXTS = (
+    "model", "uuid", "compute_capability", "pcie_bus_id", "problem", "vendor", "mig_profile", "parent_uuid",
+)  # fmt: skip
+_DEVICE_AMOUNTS = {
+    "index": MAX_DEVICE_INDEX, "vram_bytes": MAX_BYTES, "pcie_generation": 100, "pcie_width": 1024,
+    "power_limit_watts": MAX_POWER_WATTS,
+}  # fmt: skip
+MAX_THROTTLE_REASONS = 8
+MAX_PROCESSES = 1_000_000
 
 
 def checked(machine_id: MachineId, inventory: machine_pb2.Inventory) -> bytes:
@@ -69,8 +77,15 @@ def utilisation(devices: Iterable[machine_pb2.DeviceUtilisation]) -> bytes:
             vram_used_bytes=clamped_count(device.vram_used_bytes, MAX_BYTES),
             temperature_celsius=clamped(device.temperature_celsius, MAX_TEMPERATURE_CELSIUS),
             power_watts=clamped(device.power_watts, MAX_POWER_WATTS),
+            memory_utilisation=clamped(device.memory_utilisation, 1.0),
+            throttle_reasons=[text for text in device.throttle_reasons[:MAX_THROTTLE_REASONS] if _is_shown(text)],
+            processes=clamped_count(device.processes, MAX_PROCESSES),
         )
     return message.SerializeToString()
+
+
+def _is_shown(text: str) -> bool:
+    return len(text) <= MAX_TEXT_LENGTH and text.isprintable()
 
 
 def clamped(value: float, maximum: float) -> float:
@@ -85,8 +100,8 @@ def clamped_count(value: int, maximum: int) -> int:
 def _check_device(device: machine_pb2.Device) -> None:
     for field in _DEVICE_TEXTS:
         _check_text(f"devices.{field}", getattr(device, field))
-    _check_amount("devices.index", device.index, MAX_DEVICE_INDEX)
-    _check_amount("devices.vram_bytes", device.vram_bytes, MAX_BYTES)
+    for field, maximum in _DEVICE_AMOUNTS.items():
+        _check_amount(f"devices.{field}", getattr(device, field), maximum)
     if not device.model:
         raise InvalidInventory("devices.model", f"device {device.index} has none")
 
@@ -98,7 +113,7 @@ def _check_text(field: str, text: str) -> None:
         raise InvalidInventory(field, "contains control characters")
 
 
-def _check_amount(field: str, value: int, maximum: int) -> None:
+def _check_amount(field: str, value: float, maximum: float) -> None:
     if not 0 <= value <= maximum:
         raise InvalidInventory(field, f"{value} is outside of 0..{maximum}")
 

@@ -4,15 +4,18 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 from uuid import UUID
 
 from google.protobuf.message import Message
 
 from dantegpu.contracts import subjects
 from dantegpu.contracts.gen.dante.v1 import common_pb2, events_pb2, jobs_pb2, storage_pb2, storage_pb2_grpc
+from dantegpu.contracts.rest.convert import array_of
 from dantegpu.domain import job as lifecycle
+from dantegpu.domain.arrays import InvalidArray
 from dantegpu.domain.clock import Clock
-from dantegpu.domain.ids import JobId, TeamId
+from dantegpu.domain.ids import InvalidId, JobId, TeamId
 from dantegpu.domain.job import JobState, QueueReason, StopReason
 from dantegpu.domain.resources import InvalidGpuSpec
 from dantegpu.domain.scheduling import DEFAULT_POLICY, Snapshot, Why, explain, schedule
@@ -23,19 +26,24 @@ from dantegpu.kit.errors import Forbidden, InvalidArgument
 from dantegpu.kit.outbox import Outbox
 from dantegpu.kit.paging import MAX_PAGE, page_limit
 from dantegpu.kit.telemetry import current_traceparent
-from dantegpu.services.scheduler import store
-from dantegpu.services.scheduler.errors import InputNotUploaded, InvalidJob, JobNotFound, NoOfferFits
+from dantegpu.services.scheduler import store, store_arrays
+from dantegpu.services.scheduler.errors import InputNotUploaded, InvalidJob, JobNotFound, NoOfferFits, TaskNotFound
+from dantegpu.services.scheduler.service.arrays import split, stop_array
 from dantegpu.services.scheduler.service.inventory import Inventory
 from dantegpu.services.scheduler.service.placement import live_leases, pending_of, pending_of_spec, request_of
 from dantegpu.services.scheduler.service.transitions import JobBatch, Wakeups, event_message
 from dantegpu.services.scheduler.settings import SchedulerSettings
 from dantegpu.services.scheduler.store import AttemptRow, JobRow, LeaseRow
+from dantegpu.services.scheduler.store_arrays import ProgressRow
 
 MAX_JOBS_PER_CALL = 10_000
 MAX_SPEC_BYTES = 64 << 10
 """A machine hears of all its attempts in one NATS message, whose payload is bounded (2 MiB embedded)."""
 MAX_NAME_LENGTH = 100
 MAX_EVENTS_PAGE = 1000
+MAX_ARRAY_BYTES = 256 << 20
+"""What the tasks of one array may take up in the database, all together."""
+MAX_CURSOR_DIGITS = 9
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -46,6 +54,7 @@ class JobDetails:
     job: JobRow
     attempts: Sequence[AttemptRow]
     leases: dict[UUID, list[LeaseRow]]
+    progress: ProgressRow | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +64,26 @@ class JobExplanation:
     job: JobRow
     why: Why | None
     """None once the job does not wait any more."""
+    asked: JobId
+    """What was asked for; `job` may be a task that stands for an array."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobRef:
+    """A job, or a task by its array and its index."""
+
+    job_id: JobId
+    index: int | None = None
+
+    @staticmethod
+    def parse(text: str) -> "JobRef":
+        """`job_...` or `job_...:17`. Raises InvalidId."""
+        job_id, colon, index = text.partition(":")
+        if not colon:
+            return JobRef(JobId.parse(text))
+        if not (index.isascii() and index.isdigit() and len(index) <= MAX_CURSOR_DIGITS):
+            raise InvalidId("job", text, "what follows the colon is no index of a task")
+        return JobRef(JobId.parse(job_id), int(index))
 
 
 class Intake:
@@ -106,6 +135,7 @@ class Intake:
             most = self._settings.max_duration_seconds
             raise InvalidJob(f"{where}max_duration: 1 to {most} seconds", field="max_duration")
         try:
+            self._check_array(spec)
             request_of(spec)
             for event in spec.retry.on_events:
                 lifecycle.RetryOn(event)
@@ -113,6 +143,19 @@ class Intake:
             raise InvalidJob(f"{where}{error}", field="resources.gpu") from error
         except ValueError as error:
             raise InvalidJob(f"{where}{error}") from error
+
+    def _check_array(self, spec: jobs_pb2.JobSpec) -> None:
+        """Raises ValueError."""
+        if not spec.HasField("array"):
+            return
+        size = array_of(spec.array).size
+        if spec.array.max_parallel < 0:
+            raise InvalidArray("max_parallel: at least 1")
+        if (total := size * split(spec).ByteSize()) > MAX_ARRAY_BYTES:
+            raise InvalidArray(
+                f"{size} tasks of {total // size} bytes each are more than {MAX_ARRAY_BYTES >> 20} MiB "
+                "(MAX_ARRAY_BYTES); put what is long into a file"
+            )
 
     async def _check_inputs(self, team_id: TeamId, specs: Sequence[jobs_pb2.JobSpec]) -> None:
         digests = sorted({spec.input_sha256 for spec in specs if spec.input_sha256})
@@ -144,35 +187,65 @@ class Intake:
 
     async def submit(self, tx: Tx, actor: Actor, specs: Sequence[jobs_pb2.JobSpec]) -> list[JobRow]:
         """Write the jobs and wake placement. What was checked by check() is not checked again."""
-        team_id = actor.require_writer()
-        ids = [JobId.new() for _ in specs]
-        rows = await store.insert_jobs(
-            tx,
-            ids=[job_id.uuid for job_id in ids],
-            specs=[spec.SerializeToString() for spec in specs],
-            priorities=[spec.priority for spec in specs],
-            team_id=team_id.uuid,
-            user_id=actor.user_id.uuid if actor.user_id else None,
-            submitted_at=self._clock.now(),
-            traceparent=current_traceparent(),
-        )
-        await self._outbox.add(tx, _submitted_messages(rows))
-        return rows
+        jobs = await self._insert(tx, actor, [spec for spec in specs if not spec.HasField("array")])
+        arrays = await self._insert(tx, actor, [spec for spec in specs if spec.HasField("array")])
+        if arrays:
+            tx.after_commit.append(self._wakeups.arrays)
+        await self._outbox.add(tx, _submitted_messages([*jobs, *arrays]))
+        of_kind = {True: iter(arrays), False: iter(jobs)}
+        return [next(of_kind[spec.HasField("array")]) for spec in specs]
 
-    async def get(self, tx: Tx, actor: Actor, job_ids: Sequence[JobId]) -> list[JobDetails]:
+    async def _insert(self, tx: Tx, actor: Actor, specs: Sequence[jobs_pb2.JobSpec]) -> list[JobRow]:
+        """Specs that all are arrays, or none of which is one."""
+        if not specs:
+            return []
+        columns: dict[str, Any] = {
+            "ids": [JobId.new().uuid for _ in specs],
+            "specs": [spec.SerializeToString() for spec in specs],
+            "priorities": [spec.priority for spec in specs],
+            "team_id": actor.require_writer().uuid,
+            "user_id": actor.user_id.uuid if actor.user_id else None,
+            "submitted_at": self._clock.now(),
+            "traceparent": current_traceparent(),
+        }
+        if not specs[0].HasField("array"):
+            return await store.insert_jobs(tx, **columns)
+        return await store_arrays.insert_arrays(
+            tx,
+            sizes=[array_of(spec.array).size for spec in specs],
+            max_parallels=[spec.array.max_parallel for spec in specs],
+            task_specs=[split(spec).SerializeToString() for spec in specs],
+            **columns,
+        )
+
+    async def get(self, tx: Tx, actor: Actor, refs: Sequence[JobRef]) -> list[JobDetails]:
         """Raises JobNotFound for the first id that does not exist or is another team's."""
-        rows = await self._own_jobs(tx, actor, job_ids)
+        rows = await self._own_jobs(tx, actor, await self._resolve(tx, actor, refs))
+        progress = await progress_of(tx, rows)
         attempts = await store.attempts_of_jobs(tx, [row.id for row in rows])
         leases = await store.leases_of_attempts(tx, [attempt.id for attempt in attempts]) if attempts else {}
         of_job: defaultdict[UUID, list[AttemptRow]] = defaultdict(list)
         for attempt in attempts:
             of_job[attempt.job_id].append(attempt)
-        return [JobDetails(row, of_job[row.id], leases) for row in rows]
+        return [JobDetails(row, of_job[row.id], leases, progress.get(row.id)) for row in rows]
+
+    async def _resolve(self, tx: Tx, actor: Actor, refs: Sequence[JobRef]) -> list[JobId]:
+        """The ids, also of tasks that are named by their array and index. Raises TaskNotFound."""
+        asked = [(ref.job_id.uuid, ref.index) for ref in refs if ref.index is not None]
+        tasks = await store_arrays.tasks_by_index(tx, asked) if asked else {}
+        found: list[JobId] = []
+        for ref in refs:
+            task = None if ref.index is None else tasks.get((ref.job_id.uuid, ref.index))
+            # Whether another team's array has such a task is not told.
+            if ref.index is not None and (task is None or not _may_see(actor, task)):
+                raise TaskNotFound(ref.job_id, ref.index)
+            found.append(JobId(task.id) if task else ref.job_id)
+        return found
 
     async def list_jobs(
         self, tx: Tx, actor: Actor, *, states: Sequence[JobState], cursor: str, limit: int, all_teams: bool
     ) -> tuple[list[JobRow], str]:
-        """Newest first; the rows and the cursor of the next page (empty at the end)."""
+        """Newest first, without tasks; the rows and the cursor of the next page (empty at the end)."""
         team_id = _team_of(actor)
         if all_teams:
             actor.require_operator()
@@ -187,16 +260,32 @@ class Intake:
         next_cursor = str(JobId(rows[size - 1].id)) if len(rows) > size else ""
         return rows[:size], next_cursor
 
+    async def list_tasks(
+        self, tx: Tx, actor: Actor, array_id: JobId, *, states: Sequence[JobState], cursor: str, limit: int
+    ) -> tuple[list[JobRow], str]:
+        """The tasks of an array that were created, by index; the rows and the cursor of the next page."""
+        await self._own_jobs(tx, actor, [array_id])
+        size = page_limit(limit)
+        if cursor and not (cursor.isascii() and cursor.isdigit() and len(cursor) <= MAX_CURSOR_DIGITS):
+            raise InvalidArgument(f"cursor: expected `next_cursor` of the page before, got {cursor[:80]!r}")
+        rows = await store_arrays.tasks_from(
+            tx, array_id.uuid, first=int(cursor or 0), states=[state.value for state in states] or None, limit=size + 1
+        )
+        return rows[:size], str(rows[size].array_index) if len(rows) > size else ""
+
     async def stop(self, tx: Tx, actor: Actor, job_ids: Sequence[JobId]) -> list[JobRow]:
         """Ask the jobs to end; those that ended already stay as they are."""
         actor.require_writer()
-        await self._own_jobs(tx, actor, job_ids)
-        batch = await JobBatch.lock(tx, [job_id.uuid for job_id in job_ids], self._clock.now())
-        for job_id in dict.fromkeys(job_ids):
-            job = batch.get(job_id.uuid)
-            own = job is not None and job.team_id == actor.team_id
-            why = StopReason.USER if own else StopReason.OPERATOR
-            batch.apply(job_id.uuid, lifecycle.StopRequested(by=str(actor.user_id or "operator"), why=why))
+        found = {row.id: row for row in await self._own_jobs(tx, actor, job_ids)}
+        now = self._clock.now()
+        by = str(actor.user_id or "operator")
+        jobs = [row for row in found.values() if row.array_size is None]
+        batch = await JobBatch.lock(tx, [row.id for row in jobs], now)
+        for row in jobs:
+            batch.apply(row.id, lifecycle.StopRequested(by=by, why=_stop_reason(actor, row)))
+        for row in sorted(found.values(), key=lambda row: row.id):
+            if row.array_size is not None:
+                await stop_array(tx, row, _stop_reason(actor, row), by, now, self._outbox, self._wakeups)
         await batch.save(tx, self._outbox, self._wakeups, lease_seconds=self._settings.lease_seconds)
         rows = await store.jobs_by_id(tx, [job_id.uuid for job_id in job_ids])
         return [rows[job_id.uuid] for job_id in job_ids]
@@ -211,22 +300,45 @@ class Intake:
         rows = await self._own_jobs(tx, actor, job_ids)
         snapshot = Snapshot.from_machines(self._inventory.machines(), await live_leases(tx))
         now = self._clock.now()
-        return [
-            JobExplanation(row, explain(snapshot, pending_of(row), now) if row.state == JobState.QUEUED.value else None)
-            for row in rows
-        ]
+        found: list[JobExplanation] = []
+        for row in rows:
+            waiting = await _waiting_part(tx, row)
+            why = explain(snapshot, pending_of(waiting), now) if waiting else None
+            found.append(JobExplanation(waiting or row, why, JobId(row.id)))
+        return found
 
     async def _own_jobs(self, tx: Tx, actor: Actor, job_ids: Sequence[JobId]) -> list[JobRow]:
-        team_id = _team_of(actor) if not actor.is_service else None
+        if not actor.is_service:
+            _team_of(actor)
         if len(job_ids) > MAX_PAGE:
             raise InvalidArgument(f"{len(job_ids)} jobs in one call; at most {MAX_PAGE}")
         rows = await store.jobs_by_id(tx, [job_id.uuid for job_id in job_ids])
         for job_id in job_ids:
             row = rows.get(job_id.uuid)
-            foreign = row is not None and team_id is not None and row.team_id != team_id.uuid and not actor.operator
-            if row is None or foreign:
+            if row is None or not _may_see(actor, row):
                 raise JobNotFound(job_id)
         return [rows[job_id.uuid] for job_id in job_ids]
+
+
+async def progress_of(tx: Tx, rows: Sequence[JobRow]) -> dict[UUID, ProgressRow]:
+    """How far those of the jobs are that are arrays."""
+    return await store_arrays.array_progress(tx, [row.id for row in rows if row.array_size is not None])
+
+
+async def _waiting_part(tx: Tx, row: JobRow) -> JobRow | None:
+    """The job itself, or a task that stands for all that wait; None when nothing does."""
+    if row.array_size is not None:
+        return await store_arrays.first_waiting_task(tx, row.id)
+    return row if row.state == JobState.QUEUED.value else None
+
+
+def _may_see(actor: Actor, row: JobRow) -> bool:
+    return actor.is_service or actor.operator or row.team_id == _team_of(actor).uuid
+
+
+def _stop_reason(actor: Actor, row: JobRow) -> StopReason:
+    own = actor.team_id is not None and row.team_id == actor.team_id.uuid
+    return StopReason.USER if own else StopReason.OPERATOR
 
 
 def _texts(spec: jobs_pb2.JobSpec) -> Iterator[str]:
@@ -242,7 +354,7 @@ def _submitted_messages(rows: Sequence[JobRow]) -> list[tuple[str, Message]]:
         (subjects.JOB_SUBMITTED, events_pb2.JobSubmitted(job_id=str(JobId(row.id)))) for row in rows
     ]
     for row in rows:
-        event = store.EventRow(row.id, row.event_seq, row.state, "submitted", "", None, row.submitted_at)
+        event = store.EventRow(row.id, row.event_seq, JobState.QUEUED.value, "submitted", "", None, row.submitted_at)
         changed = events_pb2.JobChanged(
             job_id=str(JobId(row.id)), team_id=str(TeamId(row.team_id)), event=event_message(event)
         )

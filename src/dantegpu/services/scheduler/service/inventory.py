@@ -145,6 +145,7 @@ class Inventory:
                     vram_bytes=device.vram_bytes,
                     compute_capability=_capability(device.compute_capability),
                     simulated=device.simulated,
+                    withheld=bool(device.problem),
                 )
                 for device in inventory.devices
             ),

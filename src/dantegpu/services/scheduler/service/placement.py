@@ -107,6 +107,8 @@ class _Waiting:
     """The reason and detail that the database has."""
     traceparent: str
     """Of the submission."""
+    array_id: UUID | None = None
+    """A task's array, under whose id its attempts are paid for."""
     blocked_until_seconds: float = 0.0
     """Monotonic; no funds: billing is not asked again before, unless money came in."""
 
@@ -145,6 +147,14 @@ class PlacementLeader:
     def notify(self) -> None:
         self._again.notify()
 
+    def drop_ended(self) -> None:
+        """Compare the queue with PostgreSQL soon."""
+        self._sweep_now.notify()
+
+    def take(self, rows: Sequence[JobRow]) -> None:
+        """Queue jobs that were just written: sooner than a message or a sweep would."""
+        self._add(rows)
+
     async def lead(self) -> None:
         """Until cancelled: the queue from PostgreSQL, then rounds."""
         self._queue.clear()
@@ -171,6 +181,8 @@ class PlacementLeader:
         async with self._db.transaction() as tx:
             rows = await store.jobs_by_id(tx, ids)
         self._add(rows.values())
+        if any(row.array_size for row in rows.values()):
+            self._wakeups.arrays()
 
     def _add(self, rows: Iterable[JobRow]) -> None:
         for row in rows:
@@ -184,7 +196,7 @@ class PlacementLeader:
                     log.error("job_unreadable", job_id=str(JobId(row.id)), error=str(error))
                     continue
                 told = (row.reason or "", row.reason_detail)
-                self._queue[row.id] = _Waiting(pending, duration, told, row.traceparent)
+                self._queue[row.id] = _Waiting(pending, duration, told, row.traceparent, row.array_id)
         self._again.notify()
 
     async def _load(self) -> None:
@@ -287,7 +299,7 @@ class PlacementLeader:
         requests = [
             billing_pb2.HoldRequest(
                 attempt_id=str(attempts[placement.job_id.uuid]),
-                job_id=str(placement.job_id),
+                job_id=str(JobId(self._array_of(placement) or placement.job_id.uuid)),
                 window=0,
                 payer_team_id=str(placement.team_id),
                 provider_team_id=str(snapshot.machines[placement.machine_index].team_id),
@@ -310,6 +322,10 @@ class PlacementLeader:
             for placement, result in zip(chosen, answer.results, strict=True)
             if not result.opened
         }
+
+    def _array_of(self, placement: Placement) -> UUID | None:
+        waiting = self._queue.get(placement.job_id.uuid)
+        return waiting.array_id if waiting else None
 
     async def _apply(
         self,
@@ -400,6 +416,7 @@ class PlacementLeader:
         return Opening(
             attempt={
                 "job_id": placement.job_id.uuid,
+                "array_id": waiting.array_id if waiting else None,
                 "team_id": placement.team_id.uuid,
                 "machine_id": machine.id.uuid,
                 "provider_team_id": machine.team_id.uuid,

@@ -239,7 +239,7 @@ def _close(attempt_id: UUID, window: int, used_seconds: int) -> billing_pb2.Hold
 def _next_hold(attempt: AttemptRow) -> billing_pb2.HoldRequest:
     return billing_pb2.HoldRequest(
         attempt_id=str(AttemptId(attempt.id)),
-        job_id=str(JobId(attempt.job_id)),
+        job_id=str(JobId(attempt.array_id or attempt.job_id)),
         window=attempt.windows_opened,
         payer_team_id=str(TeamId(attempt.team_id)),
         provider_team_id=str(TeamId(attempt.provider_team_id)),

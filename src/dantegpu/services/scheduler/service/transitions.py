@@ -28,6 +28,9 @@ class Wakeups:
     machines: Callable[[set[UUID]], None] = field(default=lambda machine_ids: None)
     settlement: Callable[[], None] = field(default=lambda: None)
     placement: Callable[[], None] = field(default=lambda: None)
+    arrays: Callable[[], None] = field(default=lambda: None)
+    dropped: Callable[[], None] = field(default=lambda: None)
+    """Many waiting jobs ended at once: placement's queue holds what is over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,6 +288,8 @@ class JobBatch:
             wakeups.placement()
         if self._closed or any(self._jobs[job_id].state.terminal for job_id in self._changed):
             wakeups.settlement()
+        if any(self._rows[job_id].array_id and self._jobs[job_id].state.terminal for job_id in self._changed):
+            wakeups.arrays()
 
     def _messages(self) -> list[tuple[str, Message]]:
         messages: list[tuple[str, Message]] = []

@@ -17,10 +17,12 @@ SELECT * FROM jobs WHERE id = ANY(%(ids)s);
 SELECT * FROM jobs WHERE id = ANY(%(ids)s) ORDER BY id FOR UPDATE;
 
 -- name: list_jobs
+-- Jobs and arrays; the tasks of an array are a list of their own.
 SELECT * FROM jobs
-WHERE (%(team_id)s::uuid IS NULL OR team_id = %(team_id)s)
+WHERE (%(team_id)s::uuid IS NULL OR team_id = %(team_id)s) AND array_id IS NULL
   AND (%(before)s::uuid IS NULL OR id < %(before)s)
-  AND (%(states)s::text[] IS NULL OR state = ANY(%(states)s))
+  AND (%(states)s::text[] IS NULL OR state = ANY(%(states)s)
+       OR state = 'ARRAY' AND (SELECT shown_state FROM arrays a WHERE a.id = jobs.id) = ANY(%(states)s))
 ORDER BY id DESC LIMIT %(limit)s;
 
 -- name: queued_jobs
@@ -54,15 +56,15 @@ WHERE job_id = %(job_id)s AND seq > %(after)s ORDER BY seq LIMIT %(limit)s;
 
 -- name: insert_attempts
 INSERT INTO attempts (id, job_id, team_id, epoch, machine_id, provider_team_id, simulated, sandbox, cpu_milli,
-    memory_bytes, disk_bytes, rate_udgpu_per_hour, max_duration_seconds, state, created_at, lease_renewed_at,
-    lease_expires_at)
+    memory_bytes, disk_bytes, rate_udgpu_per_hour, max_duration_seconds, array_id, state, created_at,
+    lease_renewed_at, lease_expires_at)
 SELECT id, job_id, team_id, epoch, machine_id, provider_team_id, simulated, sandbox, cpu_milli, memory_bytes,
-    disk_bytes, rate_udgpu_per_hour, max_duration_seconds, 'PLACED', %(now)s, %(now)s,
+    disk_bytes, rate_udgpu_per_hour, max_duration_seconds, array_id, 'PLACED', %(now)s, %(now)s,
     %(now)s + make_interval(secs => %(lease_seconds)s)
 FROM jsonb_to_recordset(%(rows)s) AS new (
     id uuid, job_id uuid, team_id uuid, epoch bigint, machine_id uuid, provider_team_id uuid, simulated boolean,
     sandbox text, cpu_milli bigint, memory_bytes bigint, disk_bytes bigint, rate_udgpu_per_hour bigint,
-    max_duration_seconds bigint);
+    max_duration_seconds bigint, array_id uuid);
 
 -- name: lease_devices
 WITH leased AS (
@@ -205,7 +207,7 @@ UPDATE jobs SET cost_udgpu = jobs.cost_udgpu + per_job.cost_udgpu FROM per_job W
 
 -- name: jobs_to_mark_settled
 SELECT j.* FROM jobs j
-WHERE j.ended_at IS NOT NULL AND NOT j.settled
+WHERE j.ended_at IS NOT NULL AND NOT j.settled AND j.array_size IS NULL
   AND NOT EXISTS (SELECT 1 FROM attempts a WHERE a.job_id = j.id AND NOT a.settled)
 ORDER BY j.id LIMIT %(limit)s FOR UPDATE OF j;
 

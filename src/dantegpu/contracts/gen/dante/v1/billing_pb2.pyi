@@ -563,18 +563,26 @@ class Receipt(message.Message):
 
 @typing.final
 class GetReceiptRequest(message.Message):
+    """Tasks of an array are paid for under the array's id. Foreign or unknown: NOT_FOUND "receipt-not-found"."""
+
     DESCRIPTOR: descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: builtins.int
+    ATTEMPT_IDS_FIELD_NUMBER: builtins.int
     job_id: builtins.str
+    @builtins.property
+    def attempt_ids(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """only these attempts' lines; empty = all"""
+
     def __init__(
         self,
         *,
         job_id: builtins.str = ...,
+        attempt_ids: abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["job_id", b"job_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt_ids", b"attempt_ids", "job_id", b"job_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -136,6 +136,123 @@ class RetryPolicy(message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 @typing.final
+class ArraySpec(message.Message):
+    """A job of many tasks that differ in their environment only: DANTE_ARRAY_INDEX, and one value of each axis."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    SIZE_FIELD_NUMBER: builtins.int
+    AXES_FIELD_NUMBER: builtins.int
+    MAX_PARALLEL_FIELD_NUMBER: builtins.int
+    size: builtins.int
+    """tasks 0..size-1; with axes: the product of their lengths"""
+    max_parallel: builtins.int
+    """tasks that may wait or run at once; 0 = no bound of its own"""
+    @builtins.property
+    def axes(self) -> containers.RepeatedCompositeFieldContainer[ArrayAxis]:
+        """the last one varies fastest"""
+
+    def __init__(
+        self,
+        *,
+        size: builtins.int = ...,
+        axes: abc.Iterable[ArrayAxis] | None = ...,
+        max_parallel: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["axes", b"axes", "max_parallel", b"max_parallel", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ArrayAxis(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    VALUES_FIELD_NUMBER: builtins.int
+    FIRST_FIELD_NUMBER: builtins.int
+    COUNT_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """of the environment variable"""
+    first: builtins.int
+    """... or `count` whole numbers from `first` on"""
+    count: builtins.int
+    @builtins.property
+    def values(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """either these ..."""
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        values: abc.Iterable[builtins.str] | None = ...,
+        first: builtins.int = ...,
+        count: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["count", b"count", "first", b"first", "name", b"name", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ScheduleSpec(message.Message):
+    """When to submit the job again and again."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    CRON_FIELD_NUMBER: builtins.int
+    TIMEZONE_FIELD_NUMBER: builtins.int
+    cron: builtins.str
+    """minute hour day month weekday"""
+    timezone: builtins.str
+    """IANA name; empty = UTC"""
+    def __init__(
+        self,
+        *,
+        cron: builtins.str = ...,
+        timezone: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["cron", b"cron", "timezone", b"timezone"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Checkpoint(message.Message):
+    """Where a job saves its progress, and how it is told to."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: builtins.int
+    INTERVAL_SECONDS_FIELD_NUMBER: builtins.int
+    SIGNAL_FIELD_NUMBER: builtins.int
+    GRACE_SECONDS_FIELD_NUMBER: builtins.int
+    path: builtins.str
+    """relative to the work folder; uploaded at notice, restored for the next attempt"""
+    interval_seconds: builtins.int
+    """also uploaded so often while the job runs; 0 = only at notice"""
+    signal: builtins.str
+    """SIGTERM, SIGUSR1, ...: the notice; empty = SIGTERM"""
+    grace_seconds: builtins.int
+    """between the notice and the end; 0 = the platform's"""
+    def __init__(
+        self,
+        *,
+        path: builtins.str = ...,
+        interval_seconds: builtins.int = ...,
+        signal: builtins.str = ...,
+        grace_seconds: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["grace_seconds", b"grace_seconds", "interval_seconds", b"interval_seconds", "path", b"path", "signal", b"signal"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
 class JobSpec(message.Message):
     """What to run. The validated, canonical form of a job file."""
 
@@ -195,6 +312,14 @@ class JobSpec(message.Message):
     INPUT_SIZE_BYTES_FIELD_NUMBER: builtins.int
     NETWORK_FIELD_NUMBER: builtins.int
     LABELS_FIELD_NUMBER: builtins.int
+    ARRAY_FIELD_NUMBER: builtins.int
+    AFTER_FIELD_NUMBER: builtins.int
+    DEADLINE_FIELD_NUMBER: builtins.int
+    DEADLINE_SECONDS_FIELD_NUMBER: builtins.int
+    SCHEDULE_FIELD_NUMBER: builtins.int
+    NODES_FIELD_NUMBER: builtins.int
+    SPOT_POLICY_FIELD_NUMBER: builtins.int
+    CHECKPOINT_FIELD_NUMBER: builtins.int
     name: builtins.str
     image: builtins.str
     """empty = the machine's sandbox"""
@@ -208,6 +333,12 @@ class JobSpec(message.Message):
     input_size_bytes: builtins.int
     network: builtins.bool
     """outbound network asked for"""
+    deadline_seconds: builtins.int
+    """the same, from the submission on; 0 = none"""
+    nodes: builtins.int
+    """machines that run it at once, all or none; 0 = 1"""
+    spot_policy: builtins.str
+    """spot (may be preempted) | on-demand | auto; empty = on-demand"""
     @builtins.property
     def argv(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
         """either argv ..."""
@@ -224,6 +355,20 @@ class JobSpec(message.Message):
     def retry(self) -> RetryPolicy: ...
     @builtins.property
     def labels(self) -> containers.ScalarMap[builtins.str, builtins.str]: ...
+    @builtins.property
+    def array(self) -> ArraySpec: ...
+    @builtins.property
+    def after(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """ids of jobs that must succeed first"""
+
+    @builtins.property
+    def deadline(self) -> timestamp_pb2.Timestamp:
+        """never starts after it, is stopped at it"""
+
+    @builtins.property
+    def schedule(self) -> ScheduleSpec: ...
+    @builtins.property
+    def checkpoint(self) -> Checkpoint: ...
     def __init__(
         self,
         *,
@@ -241,10 +386,18 @@ class JobSpec(message.Message):
         input_size_bytes: builtins.int = ...,
         network: builtins.bool = ...,
         labels: abc.Mapping[builtins.str, builtins.str] | None = ...,
+        array: ArraySpec | None = ...,
+        after: abc.Iterable[builtins.str] | None = ...,
+        deadline: timestamp_pb2.Timestamp | None = ...,
+        deadline_seconds: builtins.int = ...,
+        schedule: ScheduleSpec | None = ...,
+        nodes: builtins.int = ...,
+        spot_policy: builtins.str = ...,
+        checkpoint: Checkpoint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["_max_price_udgpu_per_gpu_hour", b"_max_price_udgpu_per_gpu_hour", "max_price_udgpu_per_gpu_hour", b"max_price_udgpu_per_gpu_hour", "resources", b"resources", "retry", b"retry"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["_max_price_udgpu_per_gpu_hour", b"_max_price_udgpu_per_gpu_hour", "array", b"array", "checkpoint", b"checkpoint", "deadline", b"deadline", "max_price_udgpu_per_gpu_hour", b"max_price_udgpu_per_gpu_hour", "resources", b"resources", "retry", b"retry", "schedule", b"schedule"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_max_price_udgpu_per_gpu_hour", b"_max_price_udgpu_per_gpu_hour", "argv", b"argv", "commands", b"commands", "env", b"env", "image", b"image", "input_sha256", b"input_sha256", "input_size_bytes", b"input_size_bytes", "labels", b"labels", "max_duration_seconds", b"max_duration_seconds", "max_price_udgpu_per_gpu_hour", b"max_price_udgpu_per_gpu_hour", "name", b"name", "network", b"network", "priority", b"priority", "resources", b"resources", "retry", b"retry"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_max_price_udgpu_per_gpu_hour", b"_max_price_udgpu_per_gpu_hour", "after", b"after", "argv", b"argv", "array", b"array", "checkpoint", b"checkpoint", "commands", b"commands", "deadline", b"deadline", "deadline_seconds", b"deadline_seconds", "env", b"env", "image", b"image", "input_sha256", b"input_sha256", "input_size_bytes", b"input_size_bytes", "labels", b"labels", "max_duration_seconds", b"max_duration_seconds", "max_price_udgpu_per_gpu_hour", b"max_price_udgpu_per_gpu_hour", "name", b"name", "network", b"network", "nodes", b"nodes", "priority", b"priority", "resources", b"resources", "retry", b"retry", "schedule", b"schedule", "spot_policy", b"spot_policy"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_price_udgpu_per_gpu_hour: _TypeAlias = typing.Literal["max_price_udgpu_per_gpu_hour"]  # noqa: Y015
     _WhichOneofArgType__max_price_udgpu_per_gpu_hour: _TypeAlias = typing.Literal["_max_price_udgpu_per_gpu_hour", b"_max_price_udgpu_per_gpu_hour"]  # noqa: Y015
@@ -296,6 +449,7 @@ class Attempt(message.Message):
     ENDED_AT_FIELD_NUMBER: builtins.int
     SIMULATED_FIELD_NUMBER: builtins.int
     SANDBOX_FIELD_NUMBER: builtins.int
+    NODE_RANK_FIELD_NUMBER: builtins.int
     id: builtins.str
     job_id: builtins.str
     epoch: builtins.int
@@ -313,6 +467,8 @@ class Attempt(message.Message):
     """ran on simulated devices"""
     sandbox: builtins.str
     """bubblewrap | none"""
+    node_rank: builtins.int
+    """0, 1, ...: which of the job's nodes; all nodes of a gang share an epoch"""
     @builtins.property
     def device_ids(self) -> containers.RepeatedScalarFieldContainer[builtins.str]: ...
     @builtins.property
@@ -341,10 +497,11 @@ class Attempt(message.Message):
         ended_at: timestamp_pb2.Timestamp | None = ...,
         simulated: builtins.bool = ...,
         sandbox: builtins.str = ...,
+        node_rank: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["_exit_code", b"_exit_code", "created_at", b"created_at", "ended_at", b"ended_at", "exit_code", b"exit_code", "started_at", b"started_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_exit_code", b"_exit_code", "billed_seconds", b"billed_seconds", "cost_udgpu", b"cost_udgpu", "created_at", b"created_at", "device_ids", b"device_ids", "ended_at", b"ended_at", "epoch", b"epoch", "exit_code", b"exit_code", "id", b"id", "job_id", b"job_id", "machine_id", b"machine_id", "message", b"message", "outcome", b"outcome", "rate_udgpu_per_hour", b"rate_udgpu_per_hour", "sandbox", b"sandbox", "simulated", b"simulated", "started_at", b"started_at", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_exit_code", b"_exit_code", "billed_seconds", b"billed_seconds", "cost_udgpu", b"cost_udgpu", "created_at", b"created_at", "device_ids", b"device_ids", "ended_at", b"ended_at", "epoch", b"epoch", "exit_code", b"exit_code", "id", b"id", "job_id", b"job_id", "machine_id", b"machine_id", "message", b"message", "node_rank", b"node_rank", "outcome", b"outcome", "rate_udgpu_per_hour", b"rate_udgpu_per_hour", "sandbox", b"sandbox", "simulated", b"simulated", "started_at", b"started_at", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exit_code: _TypeAlias = typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015
@@ -373,6 +530,9 @@ class Job(message.Message):
     STARTED_AT_FIELD_NUMBER: builtins.int
     ENDED_AT_FIELD_NUMBER: builtins.int
     SETTLED_FIELD_NUMBER: builtins.int
+    ARRAY_FIELD_NUMBER: builtins.int
+    ARRAY_ID_FIELD_NUMBER: builtins.int
+    ARRAY_INDEX_FIELD_NUMBER: builtins.int
     id: builtins.str
     team_id: builtins.str
     user_id: builtins.str
@@ -391,6 +551,10 @@ class Job(message.Message):
     """0 = no published results"""
     settled: builtins.bool
     """every hold is closed: cost_udgpu is final"""
+    array_id: builtins.str
+    """only of a task: its array"""
+    array_index: builtins.int
+    """of a task"""
     @builtins.property
     def spec(self) -> JobSpec: ...
     @builtins.property
@@ -407,6 +571,10 @@ class Job(message.Message):
     def started_at(self) -> timestamp_pb2.Timestamp: ...
     @builtins.property
     def ended_at(self) -> timestamp_pb2.Timestamp: ...
+    @builtins.property
+    def array(self) -> ArrayProgress:
+        """only of an array"""
+
     def __init__(
         self,
         *,
@@ -429,14 +597,69 @@ class Job(message.Message):
         started_at: timestamp_pb2.Timestamp | None = ...,
         ended_at: timestamp_pb2.Timestamp | None = ...,
         settled: builtins.bool = ...,
+        array: ArrayProgress | None = ...,
+        array_id: builtins.str = ...,
+        array_index: builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["_exit_code", b"_exit_code", "created_at", b"created_at", "ended_at", b"ended_at", "exit_code", b"exit_code", "spec", b"spec", "started_at", b"started_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["_exit_code", b"_exit_code", "array", b"array", "created_at", b"created_at", "ended_at", b"ended_at", "exit_code", b"exit_code", "spec", b"spec", "started_at", b"started_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_exit_code", b"_exit_code", "attempts", b"attempts", "cost_udgpu", b"cost_udgpu", "created_at", b"created_at", "ended_at", b"ended_at", "epoch", b"epoch", "exit_code", b"exit_code", "id", b"id", "message", b"message", "outcome", b"outcome", "reason", b"reason", "reason_text", b"reason_text", "results", b"results", "results_epoch", b"results_epoch", "settled", b"settled", "spec", b"spec", "started_at", b"started_at", "state", b"state", "team_id", b"team_id", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_exit_code", b"_exit_code", "array", b"array", "array_id", b"array_id", "array_index", b"array_index", "attempts", b"attempts", "cost_udgpu", b"cost_udgpu", "created_at", b"created_at", "ended_at", b"ended_at", "epoch", b"epoch", "exit_code", b"exit_code", "id", b"id", "message", b"message", "outcome", b"outcome", "reason", b"reason", "reason_text", b"reason_text", "results", b"results", "results_epoch", b"results_epoch", "settled", b"settled", "spec", b"spec", "started_at", b"started_at", "state", b"state", "team_id", b"team_id", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exit_code: _TypeAlias = typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__exit_code) -> _WhichOneofReturnType__exit_code | None: ...
+
+@typing.final
+class ArrayProgress(message.Message):
+    """How far an array is. Tasks that have not been created yet wait like queued ones, but have no row of their own."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    SIZE_FIELD_NUMBER: builtins.int
+    CREATED_FIELD_NUMBER: builtins.int
+    QUEUED_FIELD_NUMBER: builtins.int
+    PLACED_FIELD_NUMBER: builtins.int
+    STARTING_FIELD_NUMBER: builtins.int
+    RUNNING_FIELD_NUMBER: builtins.int
+    STOPPING_FIELD_NUMBER: builtins.int
+    SUCCEEDED_FIELD_NUMBER: builtins.int
+    FAILED_FIELD_NUMBER: builtins.int
+    CANCELLED_FIELD_NUMBER: builtins.int
+    MAX_PARALLEL_FIELD_NUMBER: builtins.int
+    size: builtins.int
+    created: builtins.int
+    queued: builtins.int
+    """of those created"""
+    placed: builtins.int
+    starting: builtins.int
+    running: builtins.int
+    stopping: builtins.int
+    succeeded: builtins.int
+    failed: builtins.int
+    cancelled: builtins.int
+    """also those that were never created because the array was stopped"""
+    max_parallel: builtins.int
+    """0 = no bound of its own"""
+    def __init__(
+        self,
+        *,
+        size: builtins.int = ...,
+        created: builtins.int = ...,
+        queued: builtins.int = ...,
+        placed: builtins.int = ...,
+        starting: builtins.int = ...,
+        running: builtins.int = ...,
+        stopping: builtins.int = ...,
+        succeeded: builtins.int = ...,
+        failed: builtins.int = ...,
+        cancelled: builtins.int = ...,
+        max_parallel: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["cancelled", b"cancelled", "created", b"created", "failed", b"failed", "max_parallel", b"max_parallel", "placed", b"placed", "queued", b"queued", "running", b"running", "size", b"size", "starting", b"starting", "stopping", b"stopping", "succeeded", b"succeeded"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 @typing.final
 class JobEvent(message.Message):
@@ -529,16 +752,22 @@ class GetJobsRequest(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 
     JOB_IDS_FIELD_NUMBER: builtins.int
+    NODE_RANK_FIELD_NUMBER: builtins.int
+    node_rank: builtins.int
+    """whose files `results` lists"""
     @builtins.property
-    def job_ids(self) -> containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    def job_ids(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """also "job_...:17", a task of an array; any unknown or foreign id: NOT_FOUND "job-not-found" """
+
     def __init__(
         self,
         *,
         job_ids: abc.Iterable[builtins.str] | None = ...,
+        node_rank: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["job_ids", b"job_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["job_ids", b"job_ids", "node_rank", b"node_rank"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -567,8 +796,11 @@ class ListJobsRequest(message.Message):
     PAGE_FIELD_NUMBER: builtins.int
     STATES_FIELD_NUMBER: builtins.int
     ALL_TEAMS_FIELD_NUMBER: builtins.int
+    ARRAY_ID_FIELD_NUMBER: builtins.int
     all_teams: builtins.bool
     """operator only"""
+    array_id: builtins.str
+    """the tasks of this array, by index; else jobs and arrays, without tasks"""
     @builtins.property
     def page(self) -> common_pb2.PageRequest: ...
     @builtins.property
@@ -581,10 +813,11 @@ class ListJobsRequest(message.Message):
         page: common_pb2.PageRequest | None = ...,
         states: abc.Iterable[JobState.ValueType] | None = ...,
         all_teams: builtins.bool = ...,
+        array_id: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["page", b"page"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["all_teams", b"all_teams", "page", b"page", "states", b"states"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["all_teams", b"all_teams", "array_id", b"array_id", "page", b"page", "states", b"states"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -597,7 +830,7 @@ class ListJobsResponse(message.Message):
     next_cursor: builtins.str
     @builtins.property
     def jobs(self) -> containers.RepeatedCompositeFieldContainer[Job]:
-        """newest first"""
+        """newest first; tasks by index"""
 
     def __init__(
         self,
@@ -843,12 +1076,14 @@ class ResolvedAttempt(message.Message):
     MACHINE_ID_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
     LIVE_FIELD_NUMBER: builtins.int
+    NODE_RANK_FIELD_NUMBER: builtins.int
     attempt_id: builtins.str
     job_id: builtins.str
     team_id: builtins.str
     machine_id: builtins.str
     epoch: builtins.int
     live: builtins.bool
+    node_rank: builtins.int
     def __init__(
         self,
         *,
@@ -858,10 +1093,11 @@ class ResolvedAttempt(message.Message):
         machine_id: builtins.str = ...,
         epoch: builtins.int = ...,
         live: builtins.bool = ...,
+        node_rank: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt_id", b"attempt_id", "epoch", b"epoch", "job_id", b"job_id", "live", b"live", "machine_id", b"machine_id", "team_id", b"team_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt_id", b"attempt_id", "epoch", b"epoch", "job_id", b"job_id", "live", b"live", "machine_id", b"machine_id", "node_rank", b"node_rank", "team_id", b"team_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

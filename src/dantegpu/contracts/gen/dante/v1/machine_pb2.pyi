@@ -31,6 +31,14 @@ class Device(message.Message):
     COMPUTE_CAPABILITY_FIELD_NUMBER: builtins.int
     PCIE_BUS_ID_FIELD_NUMBER: builtins.int
     SIMULATED_FIELD_NUMBER: builtins.int
+    PROBLEM_FIELD_NUMBER: builtins.int
+    VENDOR_FIELD_NUMBER: builtins.int
+    MIG_PROFILE_FIELD_NUMBER: builtins.int
+    PARENT_UUID_FIELD_NUMBER: builtins.int
+    PCIE_GENERATION_FIELD_NUMBER: builtins.int
+    PCIE_WIDTH_FIELD_NUMBER: builtins.int
+    POWER_LIMIT_WATTS_FIELD_NUMBER: builtins.int
+    ECC_FIELD_NUMBER: builtins.int
     id: builtins.str
     """dev_...; given by the registry"""
     index: builtins.int
@@ -44,6 +52,18 @@ class Device(message.Message):
     """"8.9" """
     pcie_bus_id: builtins.str
     simulated: builtins.bool
+    problem: builtins.str
+    """why nothing is placed on it now; empty: it is well"""
+    vendor: builtins.str
+    """nvidia | amd"""
+    mig_profile: builtins.str
+    """"1g.10gb": a part of a card, leased as a device of its own"""
+    parent_uuid: builtins.str
+    """of the card that it is a part of"""
+    pcie_generation: builtins.int
+    pcie_width: builtins.int
+    power_limit_watts: builtins.float
+    ecc: builtins.bool
     def __init__(
         self,
         *,
@@ -55,10 +75,18 @@ class Device(message.Message):
         compute_capability: builtins.str = ...,
         pcie_bus_id: builtins.str = ...,
         simulated: builtins.bool = ...,
+        problem: builtins.str = ...,
+        vendor: builtins.str = ...,
+        mig_profile: builtins.str = ...,
+        parent_uuid: builtins.str = ...,
+        pcie_generation: builtins.int = ...,
+        pcie_width: builtins.int = ...,
+        power_limit_watts: builtins.float = ...,
+        ecc: builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["compute_capability", b"compute_capability", "id", b"id", "index", b"index", "model", b"model", "pcie_bus_id", b"pcie_bus_id", "simulated", b"simulated", "uuid", b"uuid", "vram_bytes", b"vram_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["compute_capability", b"compute_capability", "ecc", b"ecc", "id", b"id", "index", b"index", "mig_profile", b"mig_profile", "model", b"model", "parent_uuid", b"parent_uuid", "pcie_bus_id", b"pcie_bus_id", "pcie_generation", b"pcie_generation", "pcie_width", b"pcie_width", "power_limit_watts", b"power_limit_watts", "problem", b"problem", "simulated", b"simulated", "uuid", b"uuid", "vendor", b"vendor", "vram_bytes", b"vram_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -81,6 +109,7 @@ class Inventory(message.Message):
     DAEMON_VERSION_FIELD_NUMBER: builtins.int
     REGION_FIELD_NUMBER: builtins.int
     SIMULATED_FIELD_NUMBER: builtins.int
+    ADDRESS_FIELD_NUMBER: builtins.int
     hostname: builtins.str
     cpu_milli: builtins.int
     """what may be leased, 1000 = one core"""
@@ -96,6 +125,8 @@ class Inventory(message.Message):
     region: builtins.str
     simulated: builtins.bool
     """any device is simulated"""
+    address: builtins.str
+    """where the other nodes of a gang reach this machine"""
     @builtins.property
     def devices(self) -> containers.RepeatedCompositeFieldContainer[Device]: ...
     @builtins.property
@@ -124,10 +155,11 @@ class Inventory(message.Message):
         daemon_version: builtins.str = ...,
         region: builtins.str = ...,
         simulated: builtins.bool = ...,
+        address: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["cpu_milli", b"cpu_milli", "cuda_version", b"cuda_version", "daemon_version", b"daemon_version", "devices", b"devices", "disk_bytes", b"disk_bytes", "driver_version", b"driver_version", "executors", b"executors", "hostname", b"hostname", "kernel", b"kernel", "limits_missing", b"limits_missing", "memory_bytes", b"memory_bytes", "os", b"os", "region", b"region", "sandbox", b"sandbox", "simulated", b"simulated"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "cpu_milli", b"cpu_milli", "cuda_version", b"cuda_version", "daemon_version", b"daemon_version", "devices", b"devices", "disk_bytes", b"disk_bytes", "driver_version", b"driver_version", "executors", b"executors", "hostname", b"hostname", "kernel", b"kernel", "limits_missing", b"limits_missing", "memory_bytes", b"memory_bytes", "os", b"os", "region", b"region", "sandbox", b"sandbox", "simulated", b"simulated"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -187,12 +219,23 @@ class DeviceUtilisation(message.Message):
     VRAM_USED_BYTES_FIELD_NUMBER: builtins.int
     TEMPERATURE_CELSIUS_FIELD_NUMBER: builtins.int
     POWER_WATTS_FIELD_NUMBER: builtins.int
+    MEMORY_UTILISATION_FIELD_NUMBER: builtins.int
+    THROTTLE_REASONS_FIELD_NUMBER: builtins.int
+    PROCESSES_FIELD_NUMBER: builtins.int
     index: builtins.int
     gpu_utilisation: builtins.float
     """0..1"""
     vram_used_bytes: builtins.int
     temperature_celsius: builtins.float
     power_watts: builtins.float
+    memory_utilisation: builtins.float
+    """0..1, of the memory's bandwidth"""
+    processes: builtins.int
+    """that compute on it"""
+    @builtins.property
+    def throttle_reasons(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """"temperature (hardware)": what slows it down"""
+
     def __init__(
         self,
         *,
@@ -201,10 +244,13 @@ class DeviceUtilisation(message.Message):
         vram_used_bytes: builtins.int = ...,
         temperature_celsius: builtins.float = ...,
         power_watts: builtins.float = ...,
+        memory_utilisation: builtins.float = ...,
+        throttle_reasons: abc.Iterable[builtins.str] | None = ...,
+        processes: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["gpu_utilisation", b"gpu_utilisation", "index", b"index", "power_watts", b"power_watts", "temperature_celsius", b"temperature_celsius", "vram_used_bytes", b"vram_used_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["gpu_utilisation", b"gpu_utilisation", "index", b"index", "memory_utilisation", b"memory_utilisation", "power_watts", b"power_watts", "processes", b"processes", "temperature_celsius", b"temperature_celsius", "throttle_reasons", b"throttle_reasons", "vram_used_bytes", b"vram_used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -362,6 +408,9 @@ class DesiredAttempt(message.Message):
     TRACEPARENT_FIELD_NUMBER: builtins.int
     LOG_LIMIT_BYTES_FIELD_NUMBER: builtins.int
     RESULTS_LIMIT_BYTES_FIELD_NUMBER: builtins.int
+    NODE_RANK_FIELD_NUMBER: builtins.int
+    NODE_ADDRESSES_FIELD_NUMBER: builtins.int
+    RENDEZVOUS_PORT_FIELD_NUMBER: builtins.int
     attempt_id: builtins.str
     job_id: builtins.str
     team_id: builtins.str
@@ -377,10 +426,17 @@ class DesiredAttempt(message.Message):
     """W3C trace context of the submission"""
     log_limit_bytes: builtins.int
     results_limit_bytes: builtins.int
+    node_rank: builtins.int
+    rendezvous_port: builtins.int
+    """on node 0; 0 = the job has one node"""
     @builtins.property
     def spec(self) -> jobs_pb2.JobSpec: ...
     @builtins.property
     def devices(self) -> containers.RepeatedCompositeFieldContainer[DeviceLease]: ...
+    @builtins.property
+    def node_addresses(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """of all nodes of a gang, by rank; empty = the job has one node"""
+
     def __init__(
         self,
         *,
@@ -397,10 +453,13 @@ class DesiredAttempt(message.Message):
         traceparent: builtins.str = ...,
         log_limit_bytes: builtins.int = ...,
         results_limit_bytes: builtins.int = ...,
+        node_rank: builtins.int = ...,
+        node_addresses: abc.Iterable[builtins.str] | None = ...,
+        rendezvous_port: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt_id", b"attempt_id", "devices", b"devices", "epoch", b"epoch", "job_id", b"job_id", "lease_ms", b"lease_ms", "log_limit_bytes", b"log_limit_bytes", "results_limit_bytes", b"results_limit_bytes", "spec", b"spec", "stop", b"stop", "stop_grace_ms", b"stop_grace_ms", "stop_reason", b"stop_reason", "team_id", b"team_id", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt_id", b"attempt_id", "devices", b"devices", "epoch", b"epoch", "job_id", b"job_id", "lease_ms", b"lease_ms", "log_limit_bytes", b"log_limit_bytes", "node_addresses", b"node_addresses", "node_rank", b"node_rank", "rendezvous_port", b"rendezvous_port", "results_limit_bytes", b"results_limit_bytes", "spec", b"spec", "stop", b"stop", "stop_grace_ms", b"stop_grace_ms", "stop_reason", b"stop_reason", "team_id", b"team_id", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

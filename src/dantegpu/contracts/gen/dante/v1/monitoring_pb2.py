@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x64\x61nte/v1/monitoring.proto\x12\x08\x64\x61nte.v1\"U\n\x0fReadLogsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x0e\n\x06offset\x18\x03 \x01(\x03\x12\x13\n\x0blimit_bytes\x18\x04 \x01(\x05\"x\n\x10ReadLogsResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12\x10\n\x08\x63omplete\x18\x05 \x01(\x08\x12\x11\n\ttruncated\x18\x06 \x01(\x08\x32V\n\x11MonitoringService\x12\x41\n\x08ReadLogs\x12\x19.dante.v1.ReadLogsRequest\x1a\x1a.dante.v1.ReadLogsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x64\x61nte/v1/monitoring.proto\x12\x08\x64\x61nte.v1\"h\n\x0fReadLogsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x0e\n\x06offset\x18\x03 \x01(\x03\x12\x13\n\x0blimit_bytes\x18\x04 \x01(\x05\x12\x11\n\tnode_rank\x18\x05 \x01(\x05\"x\n\x10ReadLogsResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12\x10\n\x08\x63omplete\x18\x05 \x01(\x08\x12\x11\n\ttruncated\x18\x06 \x01(\x08\x32V\n\x11MonitoringService\x12\x41\n\x08ReadLogs\x12\x19.dante.v1.ReadLogsRequest\x1a\x1a.dante.v1.ReadLogsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,9 +32,9 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'dante.v1.monitoring_pb2', _
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_READLOGSREQUEST']._serialized_start=39
-  _globals['_READLOGSREQUEST']._serialized_end=124
-  _globals['_READLOGSRESPONSE']._serialized_start=126
-  _globals['_READLOGSRESPONSE']._serialized_end=246
-  _globals['_MONITORINGSERVICE']._serialized_start=248
-  _globals['_MONITORINGSERVICE']._serialized_end=334
+  _globals['_READLOGSREQUEST']._serialized_end=143
+  _globals['_READLOGSRESPONSE']._serialized_start=145
+  _globals['_READLOGSRESPONSE']._serialized_end=265
+  _globals['_MONITORINGSERVICE']._serialized_start=267
+  _globals['_MONITORINGSERVICE']._serialized_end=353
 # @@protoc_insertion_point(module_scope)

@@ -24,12 +24,15 @@ class ReadLogsRequest(message.Message):
     EPOCH_FIELD_NUMBER: builtins.int
     OFFSET_FIELD_NUMBER: builtins.int
     LIMIT_BYTES_FIELD_NUMBER: builtins.int
+    NODE_RANK_FIELD_NUMBER: builtins.int
     job_id: builtins.str
     epoch: builtins.int
     """0 = the latest attempt that has a log"""
     offset: builtins.int
     limit_bytes: builtins.int
     """bounded by the service"""
+    node_rank: builtins.int
+    """whose log, of a job with several nodes"""
     def __init__(
         self,
         *,
@@ -37,10 +40,11 @@ class ReadLogsRequest(message.Message):
         epoch: builtins.int = ...,
         offset: builtins.int = ...,
         limit_bytes: builtins.int = ...,
+        node_rank: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["epoch", b"epoch", "job_id", b"job_id", "limit_bytes", b"limit_bytes", "offset", b"offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["epoch", b"epoch", "job_id", b"job_id", "limit_bytes", b"limit_bytes", "node_rank", b"node_rank", "offset", b"offset"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,198 @@
+"""Many small jobs, one POST each, from the first POST until the last job has ended in the database."""
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import psycopg
+
+from bench.http import Connection
+from bench.processes import cpu_seconds, rss_mb
+from dantegpu.apps.bootstrap import Login
+from dantegpu.apps.platform import Running
+from dantegpu.domain.ids import JobId
+
+JOB = {"command": ["true"], "resources": {"cpu": "0.01", "memory": "16MB", "disk": "1MB"}}
+"""Small enough that a machine's size does not bound how many run at once."""
+QUEUED_GPUS = "RTX 4090:1"
+QUEUED_GPU = "RTX4090"
+"""What `--queued` jobs wait for: the machine has one (simulated), and a job that does not end holds it."""
+BLOCKER = {"command": ["sleep", "86400"], "resources": {"gpu": QUEUED_GPU, "cpu": "0.01", "memory": "16MB"}}
+WAITING = {"command": ["true"], "resources": {"gpu": QUEUED_GPU, "cpu": "0.01", "memory": "16MB"}}
+JOBS_PER_BULK_CALL = 10_000
+WARM_UP_JOBS = 100
+BULK_WARM_UP_JOBS = 100
+WATCH_SECONDS = 0.02
+TIMEOUT_SECONDS = 600.0
+CREDIT_UDGPU = 10**12
+# Ids rise with time, so these jobs are those from their first id on.
+_NONE_LIVE = "SELECT NOT EXISTS (SELECT 1 FROM scheduler.jobs WHERE id >= %s AND ended_at IS NULL)"
+_NONE_UNSETTLED = "SELECT NOT EXISTS (SELECT 1 FROM scheduler.jobs WHERE id >= %s AND NOT settled)"
+NOT_IN_JSON = ("cpu_ms_per_job", "rss_mb")
+
+
+@dataclass(frozen=True, slots=True)
+class Throughput:
+    """`seconds`: first POST until all jobs have ended; `ack_per_s`: until all are answered; `lost`: not SUCCEEDED."""
+
+    jobs: int
+    seconds: float
+    jobs_per_s: float
+    ack_per_s: float
+    lost: int
+    sandbox: str
+    cpu_ms_per_job: dict[str, float]
+    """CPU milliseconds per job by group of processes, the bill and its settlement included."""
+    rss_mb: float
+
+
+@dataclass(frozen=True, slots=True)
+class Intake:
+    """`posts` calls with one job each, then one call with `bulk_jobs`; `bulk_seconds`: sent until answered 201."""
+
+    posts: int
+    ack_per_s: float
+    bulk_jobs: int
+    bulk_seconds: float
+    cpu_ms_per_job: dict[str, float]
+    rss_mb: float
+
+
+async def measure(running: Running, login: Login, *, jobs: int, submitters: int, queued: int = 0) -> Throughput:
+    """Submit `jobs` jobs over `submitters` connections, behind `queued` jobs that wait for a GPU that is taken."""
+    key = login.api_key.get_secret_value()
+    connections = [await Connection.open(running.url, key) for _ in range(submitters)]
+    async with await psycopg.AsyncConnection.connect(running.database, autocommit=True) as database:
+        sandbox = await _machine(connections[0])
+        await _credit(connections[0])
+        warm_up = await _submit(connections, min(jobs, WARM_UP_JOBS))
+        await _until(database, _NONE_UNSETTLED, JobId.parse(min(warm_up)).uuid)
+        if queued:
+            await _fill_queue(connections[0], database, queued)
+        before = cpu_seconds(running)
+        began = time.monotonic()
+        ids = await _submit(connections, jobs)
+        answered = time.monotonic()
+        first = JobId.parse(min(ids)).uuid
+        await _until(database, _NONE_LIVE, first)
+        ended = time.monotonic()
+        memory = rss_mb(running)
+        # What a job costs includes its bill.
+        await _until(database, _NONE_UNSETTLED, first)
+        after = cpu_seconds(running)
+        succeeded = await _succeeded(connections[0], min(ids))
+    for connection in connections:
+        connection.close()
+    return Throughput(
+        jobs=jobs,
+        seconds=round(ended - began, 3),
+        jobs_per_s=round(jobs / (ended - began), 1),
+        ack_per_s=round(jobs / (answered - began), 1),
+        lost=jobs - len(succeeded & set(ids)),
+        sandbox=sandbox,
+        cpu_ms_per_job={group: round(1000 * (after[group] - before[group]) / jobs, 3) for group in after},
+        rss_mb=memory,
+    )
+
+
+async def measure_intake(running: Running, login: Login, *, jobs: int, submitters: int, bulk: int) -> Intake:
+    """Nothing runs: the platform has no machine."""
+    key = login.api_key.get_secret_value()
+    connections = [await Connection.open(running.url, key) for _ in range(submitters)]
+    await _submit(connections, min(jobs, WARM_UP_JOBS))
+    before = cpu_seconds(running)
+    began = time.monotonic()
+    await _submit(connections, jobs)
+    ack_seconds = time.monotonic() - began
+    after = cpu_seconds(running)
+    await connections[0].call("POST", "/v1/jobs", _distinct(BULK_WARM_UP_JOBS))
+    body = _distinct(bulk)
+    began = time.monotonic()
+    answer = await connections[0].call("POST", "/v1/jobs", body)
+    bulk_seconds = time.monotonic() - began
+    for connection in connections:
+        connection.close()
+    return Intake(
+        posts=jobs,
+        ack_per_s=round(jobs / ack_seconds, 1),
+        bulk_jobs=len(answer["jobs"]),
+        bulk_seconds=round(bulk_seconds, 3),
+        cpu_ms_per_job={group: round(1000 * (after[group] - before[group]) / jobs, 3) for group in after},
+        rss_mb=rss_mb(running),
+    )
+
+
+def _distinct(jobs: int) -> bytes:
+    return json.dumps({"jobs": [{**JOB, "command": ["echo", str(number)]} for number in range(jobs)]}).encode()
+
+
+async def _submit(connections: Sequence[Connection], jobs: int) -> list[str]:
+    """The jobs' ids. Each connection sends its next job when the last one was answered."""
+    body = json.dumps(JOB).encode()
+    ids: list[str] = []
+    left = jobs
+
+    async def send(connection: Connection) -> None:
+        nonlocal left
+        while left > 0:
+            left -= 1
+            answer = await connection.call("POST", "/v1/jobs", body, f"Idempotency-Key: {uuid.uuid4().hex}\r\n")
+            ids.append(answer["id"])
+
+    async with asyncio.TaskGroup() as tasks:
+        for connection in connections:
+            tasks.create_task(send(connection))
+    return ids
+
+
+async def _fill_queue(connection: Connection, database: psycopg.AsyncConnection, queued: int) -> None:
+    await connection.call("POST", "/v1/jobs", json.dumps(BLOCKER).encode())
+    await _until(database, "SELECT EXISTS (SELECT 1 FROM scheduler.jobs WHERE state = 'RUNNING')")
+    left = queued
+    while left > 0:
+        part = min(left, JOBS_PER_BULK_CALL)
+        await connection.call("POST", "/v1/jobs", json.dumps({"jobs": [WAITING] * part}).encode())
+        left -= part
+    # Each has been looked at: it has another reason than the one it was born with.
+    await _until(database, "SELECT NOT EXISTS (SELECT 1 FROM scheduler.jobs WHERE reason = 'new')")
+
+
+async def _until(database: psycopg.AsyncConnection, condition: str, *parameters: object) -> None:
+    async with asyncio.timeout(TIMEOUT_SECONDS):
+        while True:
+            cursor = await database.execute(condition.encode(), parameters or None)
+            row = await cursor.fetchone()
+            if row is not None and row[0]:
+                return
+            await asyncio.sleep(WATCH_SECONDS)
+
+
+async def _succeeded(connection: Connection, first: str) -> set[str]:
+    """Ids from `first` on that the API shows as SUCCEEDED."""
+    found: set[str] = set()
+    cursor = ""
+    while True:
+        page = await connection.call("GET", f"/v1/jobs?state=SUCCEEDED&limit=500&cursor={cursor}")
+        found |= {job["id"] for job in page["jobs"] if job["id"] >= first}
+        cursor = page["next_cursor"]
+        if not cursor or cursor < first:
+            return found
+
+
+async def _machine(connection: Connection) -> str:
+    """What the one machine isolates jobs with, as soon as it takes jobs."""
+    async with asyncio.timeout(60):
+        while True:
+            for machine in (await connection.call("GET", "/v1/machines"))["machines"]:
+                if machine["status"] == "idle":
+                    return machine["sandbox"]
+            await asyncio.sleep(0.1)
+
+
+async def _credit(connection: Connection) -> None:
+    wallet = await connection.call("GET", "/v1/wallet")
+    body = {"team_id": wallet["team_id"], "amount_udgpu": CREDIT_UDGPU, "text": "benchmark"}
+    await connection.call("POST", "/v1/admin/credits", json.dumps(body).encode())

@@ -1,0 +1,132 @@
+"""Which of this machine's GPUs may be leased now, and why not the others.
+
+A device is taken out when its driver reports a fault, when somebody who is no job uses it, or when an ended attempt has
+left memory behind on it. The inventory says so, the scheduler places nothing there, and it comes back by itself.
+"""
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+
+import structlog
+
+from dantegpu.daemon.probe.devices import GpuSample
+from dantegpu.domain.units import format_bytes
+
+log = structlog.get_logger(__name__)
+
+VRAM_TOLERANCE_BYTES = 128 << 20
+"""What drivers take and give back by themselves."""
+FREED_TIMEOUT_SECONDS = 5.0
+FREED_POLL_SECONDS = 0.05
+
+type Sampler = Callable[[], Awaitable[Sequence[GpuSample]]]
+
+
+class DeviceWatch:
+    """Samples of the machine's GPUs, folded."""
+
+    def __init__(self, sample: Sampler, indexes: Iterable[int]) -> None:
+        self.on_change: list[Callable[[], None]] = []
+        """Called when a device was taken out or came back."""
+        self._sample = sample
+        self._idle_vram_bytes: dict[int, int] = {}
+        """What each device used when no attempt was on it."""
+        self._holders: dict[int, set[str]] = {index: set() for index in indexes}
+        self._left_behind: set[int] = set()
+        self._strangers: dict[int, frozenset[int]] = {}
+        self._problems: dict[int, str] = {}
+
+    @property
+    def problems(self) -> Mapping[int, str]:
+        """Device -> why nothing may be placed on it. A device that is well is not in it."""
+        return self._problems
+
+    def refusal(self, indexes: Collection[int]) -> str:
+        """Why an attempt may not start on these devices; empty when it may."""
+        return next((f"GPU {index} {self._problems[index]}" for index in indexes if index in self._problems), "")
+
+    def held(self, attempt: str, indexes: Iterable[int]) -> None:
+        """An attempt is about to use these devices (or was found using them)."""
+        for index in indexes:
+            self._holders.setdefault(index, set()).add(attempt)
+
+    async def released(self, attempt: str, indexes: Collection[int]) -> None:
+        """The attempt has ended: wait until its memory is free. A device that stays full is withheld.
+
+        Called before the end is reported, because the scheduler may lease the device again from then on.
+        """
+        alone = [index for index in indexes if self._holders.get(index, set()) <= {attempt}]
+        try:
+            if alone:
+                await self._until_free(alone)
+        finally:
+            for index in indexes:
+                self._holders.get(index, set()).discard(attempt)
+
+    async def _until_free(self, indexes: Sequence[int]) -> None:
+        deadline = asyncio.get_running_loop().time() + FREED_TIMEOUT_SECONDS
+        while True:
+            samples = {sample.index: sample for sample in await self._sample()}
+            full = {index for index in indexes if index in samples and self._is_full(samples[index])}
+            if not full or asyncio.get_running_loop().time() > deadline:
+                break
+            await asyncio.sleep(FREED_POLL_SECONDS)
+        for index in full:
+            log.warning("gpu_memory_not_freed", index=index, vram_used_bytes=samples[index].vram_used_bytes)
+            self._left_behind.add(index)
+        if full:
+            self._judge(samples)
+
+    def _is_full(self, sample: GpuSample) -> bool:
+        idle_bytes = self._idle_vram_bytes.get(sample.index, sample.vram_used_bytes)
+        return sample.vram_used_bytes > idle_bytes + VRAM_TOLERANCE_BYTES
+
+    def look(self, samples: Sequence[GpuSample], own: Collection[int] | None) -> None:
+        """Fold a sample. `own`: processes of the attempts that live; None: somebody cannot tell its own."""
+        for sample in samples:
+            if not sample.problem and not self._holders.get(sample.index):
+                if sample.index in self._left_behind and not self._is_full(sample):
+                    self._left_behind.discard(sample.index)
+                if sample.index not in self._left_behind:
+                    self._idle_vram_bytes[sample.index] = self._idle(sample)
+            self._note_strangers(sample, own)
+        self._judge({sample.index: sample for sample in samples})
+
+    def _idle(self, sample: GpuSample) -> int:
+        # A stranger's memory is not what the device uses at rest: the next look without him counts.
+        known = self._idle_vram_bytes.get(sample.index)
+        return known if sample.pids and known is not None else sample.vram_used_bytes
+
+    def _note_strangers(self, sample: GpuSample, own: Collection[int] | None) -> None:
+        if own is None and self._holders.get(sample.index):
+            self._strangers.pop(sample.index, None)
+            return
+        # The driver names a process for a moment longer than it lives.
+        self._strangers[sample.index] = frozenset(pid for pid in sample.pids - set(own or ()) if _lives(pid))
+
+    def _judge(self, samples: Mapping[int, GpuSample]) -> None:
+        problems = {index: problem for index in self._holders if (problem := self._problem(samples.get(index)))}
+        if problems != self._problems:
+            for index in problems.keys() | self._problems.keys():
+                if problems.get(index) != self._problems.get(index):
+                    log.warning("gpu_health_changed", index=index, problem=problems.get(index, ""))
+            self._problems = problems
+            for told in self.on_change:
+                told()
+
+    def _problem(self, sample: GpuSample | None) -> str:
+        if sample is None:
+            return ""  # simulated ones, and drivers that have nothing to say
+        if sample.problem:
+            return sample.problem
+        if sample.index in self._left_behind:
+            left_bytes = sample.vram_used_bytes - self._idle_vram_bytes.get(sample.index, 0)
+            return f"is withheld: {format_bytes(left_bytes)} of its memory were not freed by the last job"
+        if strangers := self._strangers.get(sample.index):
+            return f"is used by {len(strangers)} processes of the machine itself"
+        return ""
+
+
+def _lives(pid: int) -> bool:
+    return os.path.exists(f"/proc/{pid}")

@@ -1,0 +1,149 @@
+"""What is free while plans are made of one snapshot, and which machines changed since somebody looked."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dantegpu.domain.ids import DeviceId, JobId, MachineId, TeamId
+from dantegpu.domain.pricing import rate_udgpu_per_hour
+from dantegpu.domain.resources import ResourceRequest
+from dantegpu.domain.scheduling.constraints import Capacity
+from dantegpu.domain.scheduling.snapshot import NOBODY, Ints, Lease, Snapshot
+from dantegpu.domain.units import MILLI_PER_UNIT, MicroDgpu
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceShare:
+    """A device of the placement's machine; `index` is its place there, `milli` 1000 for the whole of it."""
+
+    device_id: DeviceId
+    index: int
+    milli: int
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A job's place: what the attempt will hold, at which rate."""
+
+    job_id: JobId
+    team_id: TeamId
+    machine_id: MachineId
+    machine_index: int
+    devices: tuple[DeviceShare, ...]
+    cpu_milli: int
+    memory_bytes: int
+    disk_bytes: int
+    rate_udgpu_per_hour: MicroDgpu
+
+    @property
+    def gpu_milli(self) -> int:
+        return sum(device.milli for device in self.devices)
+
+
+class Board:
+    """The one place where free capacity changes. Whoever keeps figures about machines looks at `last_change`."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+        self.capacity = Capacity.of(snapshot)
+        self.clock = 1
+        """Rises with every change."""
+        self.given_back = 0
+        """The clock when something became free last. What did not fit since then does not fit now."""
+        self.last_change: Ints = np.ones(len(snapshot.machines), dtype=np.int64)
+        """(M,): the clock at each machine's last change."""
+        self.classes, self.class_count = device_classes(snapshot)
+        """(M, G): devices with equal numbers are equal to every request."""
+        self.class_rows: list[list[int]] = self.classes.tolist()
+        models = np.where(snapshot.device_total > 0, snapshot.device_model, -1)
+        self.mixed = ((models != models.max(axis=1, initial=-1)[:, None]) & (models >= 0)).any(axis=1)
+        """(M,): machines with devices of several models."""
+        # Teams that own and hold nothing yet get a number here, or two of them could share a device.
+        self._teams = dict(snapshot.team_index)
+        self._shares: dict[tuple[int, int, int], DeviceShare] = {}
+
+    def team_number(self, team_id: TeamId) -> int:
+        return self._teams.setdefault(team_id, len(self._teams))
+
+    def take(
+        self, job_id: JobId, team_id: TeamId, request: ResourceRequest, row: int, columns: Sequence[int]
+    ) -> Placement:
+        """Give the job these devices of machine `row`; the caller has seen that they are free."""
+        capacity, machine, gpu = self.capacity, self.snapshot.machines[row], request.gpu
+        capacity.cpu[row] -= request.cpu_milli
+        capacity.memory[row] -= request.memory_bytes
+        capacity.disk[row] -= request.disk_bytes
+        devices: tuple[DeviceShare, ...] = ()
+        gpu_milli = 0
+        if gpu is not None:
+            milli = gpu.milli
+            free, tenant = capacity.device[row], capacity.tenant[row]
+            team = self.team_number(team_id)
+            for column in columns:
+                free[column] -= milli
+                tenant[column] = team
+            devices = tuple([self._share(row, column, milli) for column in columns])
+            gpu_milli = milli * len(columns)
+        self.clock += 1
+        self.last_change[row] = self.clock
+        return Placement(
+            job_id,
+            team_id,
+            machine.id,
+            row,
+            devices,
+            request.cpu_milli,
+            request.memory_bytes,
+            request.disk_bytes,
+            rate_udgpu_per_hour(
+                gpu_milli=gpu_milli,
+                cpu_milli=request.cpu_milli,
+                price_udgpu_per_gpu_hour=machine.price_udgpu_per_gpu_hour,
+                price_udgpu_per_cpu_hour=machine.price_udgpu_per_cpu_hour,
+            ),
+        )
+
+    def give_back(self, leases: Iterable[Lease]) -> None:
+        """What these held is free again. Leases on machines or devices that the snapshot lacks are ignored."""
+        capacity, snapshot = self.capacity, self.snapshot
+        self.clock += 1
+        self.given_back = self.clock
+        for lease in leases:
+            row = snapshot.index_of.get(lease.machine_id)
+            if row is None:
+                continue
+            capacity.cpu[row] += lease.cpu_milli
+            capacity.memory[row] += lease.memory_bytes
+            capacity.disk[row] += lease.disk_bytes
+            for device_id, milli in lease.devices:
+                column = self._column_of(row, device_id)
+                if column is None:
+                    continue
+                capacity.device[row, column] += milli
+                if capacity.device[row, column] >= MILLI_PER_UNIT:
+                    capacity.tenant[row, column] = NOBODY
+            self.last_change[row] = self.clock
+
+    def _column_of(self, row: int, device_id: DeviceId) -> int | None:
+        for column, device in enumerate(self.snapshot.machines[row].devices):
+            if device.id is device_id or device.id == device_id:
+                return column
+        return None
+
+    def _share(self, row: int, column: int, milli: int) -> DeviceShare:
+        share = self._shares.get((row, column, milli))
+        if share is None:
+            device = self.snapshot.machines[row].devices[column]
+            share = self._shares[row, column, milli] = DeviceShare(device.id, device.index, milli)
+        return share
+
+
+def device_classes(snapshot: Snapshot) -> tuple[Ints, int]:
+    """(M, G): devices with equal numbers are equal to every request."""
+    if not snapshot.device_total.size:
+        return np.zeros(snapshot.device_total.shape, dtype=np.int64), 1
+    columns = (snapshot.device_total, snapshot.device_model, snapshot.device_vram, snapshot.device_capability)
+    kinds = np.stack([column.ravel() for column in columns], axis=1)
+    _, numbers = np.unique(kinds, axis=0, return_inverse=True)
+    return numbers.reshape(snapshot.device_total.shape).astype(np.int64), int(numbers.max()) + 1

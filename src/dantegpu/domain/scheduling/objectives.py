@@ -1,0 +1,66 @@
+"""The objectives that rank by a few numbers in turn: `cheapest` and `spread`. A score is those numbers in one.
+
+A float holds 53 bits without rounding: 20 for the price's rank among all prices, 17 for free milli-GPUs and 16 for free
+cores in sixteenths. What is larger counts as the largest; it only settles ties.
+"""
+
+from typing import assert_never
+
+import numpy as np
+
+from dantegpu.domain.scheduling.board import Board
+from dantegpu.domain.scheduling.fragmentation import FragmentationScorer
+from dantegpu.domain.scheduling.mix import RequestMix
+from dantegpu.domain.scheduling.policy import Objective
+from dantegpu.domain.scheduling.ranking import Columns, Floats, Pairs, Scorer
+from dantegpu.domain.scheduling.snapshot import Ints
+from dantegpu.domain.units import MILLI_PER_UNIT
+
+_GPU_BITS, _CORE_BITS, _PRICE_BITS = 17, 16, 20
+_CORE_PARTS = 16
+
+
+class KeyScorer:
+    """Ranks by price, then free GPUs, then free cores (`cheapest`), or by the most free GPUs and cores (`spread`)."""
+
+    def __init__(self, board: Board, objective: Objective) -> None:
+        self._capacity = board.capacity
+        self._spread = objective is Objective.SPREAD
+        snapshot = board.snapshot
+        self._ranks = np.stack((_rank(snapshot.price_cpu), _rank(snapshot.price_gpu)))
+
+    def score(self, pairs: Pairs) -> tuple[Floats, Columns]:
+        cores = self._capacity.cpu.take(pairs.row) * _CORE_PARTS // MILLI_PER_UNIT
+        gpus = np.minimum(pairs.free.sum(axis=1), (1 << _GPU_BITS) - 1)
+        cores = np.minimum(cores, (1 << _CORE_BITS) - 1)
+        rank = self._ranks[(pairs.count > 0).astype(np.int64), pairs.row]
+        if self._spread:
+            gpus, cores = (1 << _GPU_BITS) - 1 - gpus, (1 << _CORE_BITS) - 1 - cores
+            key = ((gpus << _CORE_BITS | cores) << _PRICE_BITS) | rank
+        else:
+            key = ((rank << _GPU_BITS | gpus) << _CORE_BITS) | cores
+        return key.astype(np.float64), _fullest(pairs)
+
+
+def scorer_of(objective: Objective, board: Board, mix: RequestMix) -> Scorer:
+    match objective:
+        case Objective.FRAGMENTATION:
+            return FragmentationScorer(board, mix.shapes())
+        case Objective.CHEAPEST | Objective.SPREAD:
+            return KeyScorer(board, objective)
+        case _:
+            assert_never(objective)
+
+
+def _fullest(pairs: Pairs) -> Columns:
+    """Of a fraction's candidates the device with the least free, else -1."""
+    if not pairs.free.shape[1]:
+        return np.full(len(pairs.row), -1, dtype=np.int16)
+    fullest = np.where(pairs.usable, pairs.free, np.iinfo(np.int64).max).argmin(axis=1)
+    return np.where((pairs.count > 0) & (pairs.milli < MILLI_PER_UNIT), fullest, -1).astype(np.int16)
+
+
+def _rank(prices: Ints) -> Ints:
+    """0 for the lowest price, equal for equal ones."""
+    _, ranks = np.unique(prices, return_inverse=True)
+    return np.minimum(ranks, (1 << _PRICE_BITS) - 1)

@@ -1,0 +1,113 @@
+"""Which GPUs may be leased: health, strangers on them, and memory that an ended attempt has left behind."""
+
+import os
+import subprocess
+from collections.abc import Sequence
+
+import pytest
+
+from dantegpu.daemon import devices
+from dantegpu.daemon.devices import DeviceWatch
+from dantegpu.daemon.probe.devices import GpuSample
+
+GIB = 1 << 30
+
+
+class Bench:
+    """A watch over two GPUs whose samples a test sets."""
+
+    def __init__(self) -> None:
+        self.samples = [GpuSample(0, vram_used_bytes=GIB // 4), GpuSample(1, vram_used_bytes=GIB // 4)]
+        self.changes = 0
+        self.watch = DeviceWatch(self.sample, [0, 1])
+        self.watch.on_change.append(self.changed)
+
+    async def sample(self) -> Sequence[GpuSample]:
+        return self.samples
+
+    def changed(self) -> None:
+        self.changes += 1
+
+    def look(self, *samples: GpuSample, own: set[int] | None = None) -> None:
+        self.samples = list(samples) or self.samples
+        self.watch.look(self.samples, set() if own is None else own)
+
+
+@pytest.fixture
+def bench() -> Bench:
+    bench = Bench()
+    bench.look()
+    return bench
+
+
+def test_a_device_with_a_fault_is_taken_out_and_comes_back_when_it_is_well(bench: Bench):
+    bench.look(GpuSample(0, problem="XID error 79"), GpuSample(1))
+    assert bench.watch.problems == {0: "XID error 79"}
+    assert bench.watch.refusal([1]) == ""
+    assert "GPU 0 XID error 79" in bench.watch.refusal([1, 0])
+    bench.look(GpuSample(0), GpuSample(1))
+    assert bench.watch.problems == {}
+    assert bench.changes == 2
+
+
+def test_a_device_that_a_stranger_uses_is_taken_out_for_as_long_as_he_does(bench: Bench):
+    stranger = subprocess.Popen(["sleep", "600"])
+    try:
+        bench.look(GpuSample(0, pids=frozenset({stranger.pid})), GpuSample(1, pids=frozenset({os.getpid()})),
+                   own={os.getpid()})  # fmt: skip
+        assert bench.watch.problems == {0: "is used by 1 processes of the machine itself"}
+    finally:
+        stranger.kill()
+        stranger.wait()
+    # The driver may name it for a moment longer than it lives.
+    bench.look(GpuSample(0, pids=frozenset({stranger.pid})), GpuSample(1))
+    assert bench.watch.problems == {}
+
+
+def test_where_an_executor_cannot_tell_its_processes_nobody_on_a_leased_device_is_a_stranger(bench: Bench):
+    bench.watch.held("att", [0])
+    samples = [GpuSample(0, pids=frozenset({os.getpid()})), GpuSample(1, pids=frozenset({os.getpid()}))]
+    bench.watch.look(samples, None)
+    assert list(bench.watch.problems) == [1]
+
+
+async def test_a_device_is_given_on_only_when_its_memory_is_free(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(devices, "FREED_POLL_SECONDS", 0.001)
+    bench.watch.held("att", [0])
+    fills = [GIB * 20, GIB * 20, GIB // 4]
+
+    async def sample() -> Sequence[GpuSample]:
+        return [GpuSample(0, vram_used_bytes=fills.pop(0) if len(fills) > 1 else fills[0])]
+
+    monkeypatch.setattr(bench.watch, "_sample", sample)
+    await bench.watch.released("att", [0])
+    assert fills == [GIB // 4]
+    assert bench.watch.problems == {}
+
+
+async def test_a_device_whose_memory_stays_full_is_withheld_until_it_is_free(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(devices, "FREED_TIMEOUT_SECONDS", 0.0)
+    bench.watch.held("att", [0])
+    full = GpuSample(0, vram_used_bytes=GIB * 20 + GIB // 4)
+    bench.samples = [full, GpuSample(1)]
+    await bench.watch.released("att", [0])
+    assert bench.watch.problems == {0: "is withheld: 20GB of its memory were not freed by the last job"}
+    bench.look(full, GpuSample(1))
+    assert bench.watch.problems
+    bench.look(GpuSample(0, vram_used_bytes=GIB // 4), GpuSample(1))
+    assert bench.watch.problems == {}
+
+
+async def test_a_shared_device_is_not_asked_for_its_memory_while_others_use_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(devices, "FREED_TIMEOUT_SECONDS", 0.0)
+    bench.watch.held("one", [0])
+    bench.watch.held("two", [0])
+    bench.samples = [GpuSample(0, vram_used_bytes=GIB * 20)]
+    await bench.watch.released("one", [0])
+    assert bench.watch.problems == {}
+    await bench.watch.released("two", [0])
+    assert list(bench.watch.problems) == [0]
