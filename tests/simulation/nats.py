@@ -78,10 +78,10 @@ class SimSubscription:
         self._reading = False
 
     async def unsubscribe(self) -> None:
-        self.active = False
+        self.client.forget(self)
 
     async def drain(self) -> None:
-        self.active = False
+        self.client.forget(self)
 
     def receive(self, message: SimMsg) -> None:
         """Handlers of a subscription run one after the other, in the client's process."""
@@ -368,10 +368,8 @@ class SimClient:
 
     async def close(self) -> None:
         self._open = self.is_connected = False
-        for subscription in self._subscriptions:
-            subscription.active = False
-            if subscription in self._broker.subscriptions:
-                self._broker.subscriptions.remove(subscription)
+        for subscription in list(self._subscriptions):
+            self.forget(subscription)
         if self in self._broker.clients:
             self._broker.clients.remove(self)
 
@@ -414,12 +412,14 @@ class SimClient:
         except TimeoutError:
             raise NatsTimeout from None
         finally:
-            self._forget(subscription)
+            self.forget(subscription)
 
-    def _forget(self, subscription: SimSubscription) -> None:
-        subscription.active = False
-        self._subscriptions.remove(subscription)
-        self._broker.subscriptions.remove(subscription)
+    def forget(self, subscription: SimSubscription) -> None:
+        if subscription.active:
+            subscription.active = False
+            if subscription in self._subscriptions:  # not one of a stream's consumer
+                self._subscriptions.remove(subscription)
+                self._broker.subscriptions.remove(subscription)
 
     async def subscribe(
         self, subject: str, queue: str = "", cb: Callable[[Any], Awaitable[None]] | None = None
@@ -489,7 +489,6 @@ class SimJetStream:
             raise NatsTimeout from None
 
     async def _reach(self) -> None:
-        await asyncio.sleep(self._broker.delay_seconds())
         if not self._broker.up or not self._client.is_connected or self._client.cut:
             raise ServiceUnavailableError
 

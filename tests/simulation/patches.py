@@ -33,6 +33,7 @@ START_SECONDS = 1_767_225_600.0
 """The wall time at which every run begins: 2026-01-01, UTC."""
 WINDOW_SECONDS = 20
 OPEN_AHEAD_SECONDS = 6.0
+STREAM_CHECK_SECONDS = 12.0
 _PACKAGES = ("dantegpu.kit", "dantegpu.services", "dantegpu.daemon", "dantegpu.domain")
 
 
@@ -178,6 +179,7 @@ def installed() -> Generator[None]:
         put(ids, "_uuid7", _Uuid7())
         put(ids, "_encode", lru_cache(maxsize=10_000)(vars(ids)["_encode"]))  # the same few ids, again and again
         put(bus, "Client", _client)
+        put(bus, "STREAM_CHECK_SECONDS", STREAM_CHECK_SECONDS)
         for built in (scheduler_module, billing_module):
             put(built, "Database", _database)
             put(built, "Migrations", _NoMigrations)

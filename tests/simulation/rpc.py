@@ -147,7 +147,7 @@ class SimChannel:
             return
         door.waiting[answer] = None
         answer.add_done_callback(lambda it: door.waiting.pop(it, None))
-        door.process.call(lambda: door.process.spawn(self._serve(door, path, data, metadata, names, answer)))
+        door.process.spawn(self._serve(door, path, data, metadata, names, answer))
 
     async def _serve(
         self, door: _Door, path: str, data: bytes, metadata: Sequence[tuple[str, Any]], names: tuple[str, str],

@@ -5,6 +5,7 @@ import gc
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -84,7 +85,11 @@ def simulated() -> Generator[Path]:
     hook = sys.unraisablehook
     base = "/dev/shm" if Path("/dev/shm").is_dir() else None
     collecting = gc.isenabled()
-    with tempfile.TemporaryDirectory(prefix="dante-sim-", dir=base) as folder, patches.installed():
+    with (
+        tempfile.TemporaryDirectory(prefix="dante-sim-", dir=base) as folder,
+        patches.installed(),
+        warnings.catch_warnings(action="ignore", category=RuntimeWarning),
+    ):
         # Worlds end in the middle of everything: what their coroutines do when they are thrown away means nothing.
         sys.unraisablehook = lambda unraisable: None
         gc.disable()

@@ -25,9 +25,11 @@ from dantegpu.contracts.gen.dante.v1 import (
 )
 from dantegpu.daemon.agent import Agent
 from dantegpu.daemon.attempt import Attempt, Tools
+from dantegpu.daemon.devices import DeviceWatch
 from dantegpu.daemon.executors.base import DeviceGrant
 from dantegpu.daemon.leases import LeaseFile
 from dantegpu.daemon.link import Link
+from dantegpu.daemon.probe.devices import GpuSample
 from dantegpu.daemon.settings import DaemonSettings
 from dantegpu.daemon.workspace import Workspace
 from dantegpu.domain.ids import JobId, TeamId, UserId
@@ -59,7 +61,7 @@ MARKET = "market"
 LEASE_SECONDS = 10.0
 LEASE_GRACE_SECONDS = 2.5
 SERVICE_START_SECONDS = 1.0
-DATABASE_AT_ONCE_CHANCE = 0.65
+DATABASE_AT_ONCE_CHANCE = 0.8
 _SCHEDULER_SETTINGS = SchedulerSettings(
     lease_seconds=LEASE_SECONDS, lease_grace_seconds=LEASE_GRACE_SECONDS, stop_grace_seconds=2.0,
     stop_timeout_seconds=40.0, timer_seconds=1.0, settlement_seconds=4.0, orphan_sweep_seconds=15.0,
@@ -323,7 +325,7 @@ class World:
             tx.abort("server closed the connection unexpectedly")
         elif at in ("statement", "commit") and chance > DATABASE_AT_ONCE_CHANCE:
             # Most statements are so fast that nobody else comes in between: it would cost, and show little more.
-            await asyncio.sleep(0.006 * (chance - DATABASE_AT_ONCE_CHANCE))
+            await asyncio.sleep(0.01 * (chance - DATABASE_AT_ONCE_CHANCE))
             if process is not None:
                 process.failpoint()
 
@@ -389,6 +391,7 @@ class World:
                     DeviceGrant(uuid=f"GPU-{machine.name}-{i}", model="RTX 4090", index=i) for i in range(machine.gpus)
                 ],
                 changed=_nobody_listens,
+                watch=DeviceWatch(_no_samples, range(machine.gpus)),
             )
             agent = Agent(
                 _DAEMON_SETTINGS, machine.id, machine.inventory(), cast(Any, SimProbe()), cast(Any, executor), tools,
@@ -479,6 +482,10 @@ def _is_crash(error: BaseException) -> bool:
         return any(_is_crash(inner) for inner in cast("BaseExceptionGroup[BaseException]", error).exceptions)
     expected = ServiceError | NatsError | JetStreamError | TimeoutError | OSError | LostLeadership | ProcessKilled
     return not isinstance(error, expected)
+
+
+async def _no_samples() -> list[GpuSample]:
+    return []
 
 
 def _nobody_listens(attempt: Attempt) -> None:

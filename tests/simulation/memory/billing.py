@@ -262,7 +262,9 @@ async def _receipt(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
     rows = [
         row
         for row in tx.scan("holds")
-        if row["job_id"] == params["job_id"] and team in (None, row["payer_team_id"], row["provider_team_id"])
+        if row["job_id"] == params["job_id"]
+        and (params["attempt_ids"] is None or row["attempt_id"] in params["attempt_ids"])
+        and team in (None, row["payer_team_id"], row["provider_team_id"])
     ]
     charged = [row["charged_udgpu"] for row in rows if row["charged_udgpu"] is not None]
     rows.sort(key=lambda row: (row["opened_at"], row["attempt_id"], row["window_index"]), reverse=True)

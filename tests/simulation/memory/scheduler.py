@@ -5,8 +5,10 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
+from dantegpu.kit.db import Queries
 from dantegpu.services.scheduler.module import MIGRATIONS
 from dantegpu.services.scheduler.store import QUERIES
+from dantegpu.services.scheduler.store_arrays import QUERIES as ARRAY_QUERIES
 from tests.simulation.memory.columns import columns_of, defaults_of, records, typed
 from tests.simulation.memory.engine import Handler, MemoryTx, Row, Schema, Table
 from tests.simulation.memory.kit import KIT_STATEMENTS, kit_tables
@@ -61,16 +63,19 @@ def scheduler_schema() -> Schema:
     )
     machines = Table("machines", ("machine_id",), defaults_of(_COLUMNS["machines"]))
     events = Table("job_events", ("job_id", "seq"))
+    arrays = Table("arrays", ("id",), defaults_of(_COLUMNS["arrays"]))
     return Schema(
-        "scheduler", [*kit_tables(), jobs, attempts, usage, leases, machines, events], {**KIT_STATEMENTS, **_STATEMENTS}
+        "scheduler",
+        [*kit_tables(), jobs, attempts, usage, leases, machines, events, arrays],
+        {**KIT_STATEMENTS, **_STATEMENTS},
     )
 
 
-def statement(name: str) -> Callable[[Handler], Handler]:
+def statement(name: str, queries: Queries = QUERIES) -> Callable[[Handler], Handler]:
     """The function below is the query `name` in memory."""
 
     def keep(handler: Handler) -> Handler:
-        _STATEMENTS[QUERIES[name]] = handler
+        _STATEMENTS[queries[name]] = handler
         return handler
 
     return keep
@@ -123,6 +128,7 @@ async def _list_jobs(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
         for row in tx.scan("jobs")
         if params["team_id"] in (None, row["team_id"])
         and (params["before"] is None or row["id"] < params["before"])
+        and row["array_id"] is None
         and (params["states"] is None or row["state"] in params["states"])
     ]
     return sorted(found, key=lambda row: row["id"], reverse=True)[: params["limit"]]
@@ -322,6 +328,12 @@ async def _attempts_to_settle(tx: MemoryTx, params: Mapping[str, Any]) -> list[R
     return [{"id": row["id"]} for row in _rows(tx, "attempts", params["ids"]) if not row["settled"]]
 
 
+@statement("open_arrays", ARRAY_QUERIES)
+async def _open_arrays(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
+    # Nothing makes an array here: insert_arrays has no function in memory.
+    return list(tx.scan("arrays"))
+
+
 # --- machines ---------------------------------------------------------------------------------------------------------
 
 
@@ -451,7 +463,8 @@ async def _jobs_to_mark_settled(tx: MemoryTx, params: Mapping[str, Any]) -> list
     unsettled = {row["job_id"] for row in tx.scan("attempts") if not row["settled"]}
 
     def due(row: Row) -> bool:
-        return row["ended_at"] is not None and not row["settled"] and row["id"] not in unsettled
+        whole = row["array_size"] is not None
+        return row["ended_at"] is not None and not row["settled"] and not whole and row["id"] not in unsettled
 
     ids = sorted(row["id"] for row in tx.scan("jobs") if due(row))[: params["limit"]]
     return [row for row in await _locked(tx, "jobs", ids) if due(row)]
