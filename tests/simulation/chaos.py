@@ -25,6 +25,7 @@ class Chaos:
         self._actions: dict[Fault, Callable[[], None]] = {
             Fault.SCHEDULER_KILLED: lambda: self._kill(self._random.choice(SCHEDULERS), 4.0),
             Fault.SCHEDULER_STOPPED: lambda: self._stop(self._random.choice(SCHEDULERS), 14.0),
+            Fault.LEADER_STOPPED: self._stop_leader,
             Fault.BILLING_KILLED: lambda: self._kill(BILLING, 3.0),
             Fault.DAEMON_KILLED: lambda: self._kill(self._a_machine(), DAEMON_BACK_SECONDS),
             Fault.DAEMON_STOPPED: lambda: self._stop(self._a_machine(), 20.0),
@@ -75,7 +76,7 @@ class Chaos:
         world.broker.weather.late_chance = world.broker.weather.twice_chance = 0.0
         world.broker.weather.lost_ack_chance = 0.0
         world.network.weather.lost_request_chance = world.network.weather.lost_reply_chance = 0.0
-        world.unknown_commit_chance = 0.0
+        world.unknown_commit_chance = world.stop_next_plan_seconds = 0.0
         world.network.cut.clear()
         world.database_up = True
         for machine in world.machines:
@@ -121,6 +122,10 @@ class Chaos:
         seconds = self._random.uniform(1.0, most_seconds)
         if process.running:
             self._at_a_step(process, lambda: self._world.freeze(process, seconds))
+
+    def _stop_leader(self) -> None:
+        """Whoever applies the next plan stops in the middle of it, for longer than its lease."""
+        self._world.stop_next_plan_seconds = self._random.uniform(5.5, 12.0)
 
     def _lose_machine(self) -> None:
         machine = self._random.choice(self._world.machines)

@@ -5,15 +5,16 @@ the schema's rules on purpose: a planted bug may take a constraint away.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
 from dantegpu.domain.ids import AttemptId
 from tests.simulation.hardware import Hardware, JobProcess
+from tests.simulation.loop import Process
 from tests.simulation.memory.billing import ledger_problems
-from tests.simulation.memory.engine import Change, Row
+from tests.simulation.memory.engine import Change, MemoryTx, Row
 from tests.simulation.memory.scheduler import TERMINAL
 from tests.simulation.world import Accepted, World
 
@@ -35,9 +36,16 @@ class Checks:
         self._attempts = world.database.schemas["scheduler"].tables["attempts"].rows
         self._leases = world.database.schemas["scheduler"].tables["device_leases"].rows
         self._billing = world.database.schemas["billing"].tables
+        self._leaders = world.database.schemas["scheduler"].tables["leader"].rows
+        self._holders: dict[UUID, Process | None] = {}
         self._billed: dict[UUID, list[tuple[datetime, datetime, int, UUID]]] = {}
         self._look = {
-            "scheduler": {"jobs": self._job, "attempts": self._attempt, "leader": self._leader},
+            "scheduler": {
+                "jobs": self._job,
+                "attempts": self._attempt,
+                "leader": self._leader,
+                "device_leases": self._lease,
+            },
             "billing": {"holds": self._hold, "transfers": self._transfer, "balances": self._balance},
         }
         world.watchers.commit = self.committed
@@ -55,9 +63,11 @@ class Checks:
         if (accepted.job_id.uuid,) not in self._jobs:
             self._violate("I1", f"{accepted.job_id} was answered with 2xx and is not committed")
 
-    def committed(self, schema: str, changes: Iterable[Change]) -> None:
+    def committed(self, tx: MemoryTx, changes: Sequence[Change]) -> None:
         """One transaction became visible."""
+        schema = tx.schema.name
         look = self._look[schema]
+        self._fenced(tx, changes)
         for change in changes:
             if (check := look.get(change.table)) is not None:
                 check(change.before, change.after)
@@ -182,6 +192,22 @@ class Checks:
             self._violate("I2", f"a device of {hardware.name} is leased twice")
         if sum(row["cpu_milli"] for row in live) > inventory.cpu_milli:
             self._violate("I2", f"more CPUs of {hardware.name} are leased than it has")
+
+    def _fenced(self, tx: MemoryTx, changes: Sequence[Change]) -> None:
+        """Only who holds the leader's lease at the moment of the commit may place anything."""
+        for change in changes:
+            if change.table == "leader" and change.after is not None:
+                self._holders.setdefault(change.after["holder"], tx.process)
+        if any(change.table == "attempts" and change.before is None for change in changes):
+            holder = self._leaders[("placement",)]["holder"]
+            if self._holders[holder] is not tx.process:
+                self._violate("I2", f"{tx.process and tx.process.name} placed a job and does not lead any more")
+
+    def _lease(self, before: Row | None, after: Row | None) -> None:
+        if after is None:
+            self._violate("I2", "a lease of a device was deleted")
+        elif after["released"] and self._attempts[(after["attempt_id"],)]["ended_at"] is None:
+            self._violate("I6", f"{after['device_id']} was given back while {after['attempt_id']} is still live")
 
     def _leader(self, before: Row | None, after: Row | None) -> None:
         if before is not None and after is not None and after["epoch"] < before["epoch"]:

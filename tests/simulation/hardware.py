@@ -28,6 +28,7 @@ from dantegpu.daemon.executors.base import (
     StopReason,
 )
 from dantegpu.daemon.journal import Journal
+from dantegpu.daemon.probe.devices import GpuSample
 from dantegpu.daemon.probe.machine import Utilisation
 from dantegpu.daemon.workspace import Workspace
 from dantegpu.domain.ids import AttemptId, DeviceId, MachineId, TeamId
@@ -288,6 +289,9 @@ class SimProbe:
 
     def utilisation(self) -> Utilisation:
         return Utilisation(0.0, 0, [])
+
+    def sample_gpus(self) -> list[GpuSample]:
+        return []
 
 
 class SimShipper:

@@ -10,6 +10,7 @@ class Fault(StrEnum):
 
     SCHEDULER_KILLED = "scheduler killed"
     SCHEDULER_STOPPED = "scheduler stopped"
+    LEADER_STOPPED = "leader stopped in mid-transaction"
     BILLING_KILLED = "billing killed"
     DAEMON_KILLED = "daemon killed"
     DAEMON_STOPPED = "daemon stopped"
@@ -69,9 +70,9 @@ def scenario_of(seed: int) -> Scenario:
     random = Random(f"scenario {seed}")
     teams = random.randint(1, 2)
     faults = [fault for fault in Fault if random.random() < 0.35]
-    chaos_seconds = random.uniform(20, 40)
+    chaos_seconds = random.uniform(15, 32)
     machines = tuple(random.randint(1, 2) for _ in range(random.randint(1, 3)))
-    jobs = [_job(random, teams, max(machines), chaos_seconds) for _ in range(random.randint(3, 6))]
+    jobs = [_job(random, teams, max(machines), chaos_seconds) for _ in range(random.randint(3, 5))]
     return Scenario(
         seed=seed,
         machines=machines,
@@ -92,7 +93,7 @@ def _job(random: Random, teams: int, most_gpus: int, chaos_seconds: float) -> Jo
         team=random.randrange(teams),
         gpus=gpus,
         cpu_milli=random.choice((500, 1500, 2500)),
-        runs_seconds=random.uniform(15, 35) if long else random.uniform(0.05, 6),
+        runs_seconds=random.uniform(12, 30) if long else random.uniform(0.05, 5),
         exit_code=random.choice((0, 0, 0, 1, 3)),
         stubborn=random.random() < 0.2,
         max_duration_seconds=random.choice((15, 120, 120, 120)),

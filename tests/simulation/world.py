@@ -3,7 +3,7 @@
 import asyncio
 import shutil
 import sys
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -139,7 +139,7 @@ class SimTransfers:
 class Watchers:
     """Who looks at each step. Set by the checks."""
 
-    commit: Callable[[str, "list[Change]"], None]
+    commit: Callable[[MemoryTx, Sequence[Change]], None]
     started: Callable[[Hardware, JobProcess], None]
     ended: Callable[[Hardware, JobProcess], None]
     answered: Callable[[Accepted], None]
@@ -164,6 +164,7 @@ class World:
         self.database = MemoryServer(self.clock.now)
         self.database_up = True
         self.unknown_commit_chance = 0.0
+        self.stop_next_plan_seconds = 0.0
         self.folder = folder
         self.tracing = tracing
         self.trace: list[TraceLine] = []
@@ -291,7 +292,7 @@ class World:
     def build(self) -> None:
         """Start everything."""
         self.database.pause = self._database_pause
-        self.database.on_commit = lambda schema, changes: self.watchers.commit(schema, list(changes))
+        self.database.on_commit = self.watchers.commit
         self.teams = [TeamId.new() for _ in range(self.scenario.teams)]
         for number, team in enumerate(self.teams, 1):
             self.name(team, f"team{number}")
@@ -318,6 +319,8 @@ class World:
         process = tx.process
         if process is not None:
             process.failpoint()
+            if self.stop_next_plan_seconds and at in ("statement", "commit") and tx.schema.name == "scheduler":
+                self._stop_if_planning(process, tx)
         chance = self.network_random.random()
         if not self.database_up:
             tx.abort("the database system is shutting down")
@@ -328,6 +331,11 @@ class World:
             await asyncio.sleep(0.01 * (chance - DATABASE_AT_ONCE_CHANCE))
             if process is not None:
                 process.failpoint()
+
+    def _stop_if_planning(self, process: Process, tx: MemoryTx) -> None:
+        if tx.adds_to("attempts"):
+            seconds, self.stop_next_plan_seconds = self.stop_next_plan_seconds, 0.0
+            self.loop.outside.run(self.freeze, process, seconds)
 
     async def _connected_bus(self, name: str) -> Bus:
         bus = Bus("sim", None, name=name)

@@ -156,11 +156,16 @@ async def _resolve_holds_if_open(tx: MemoryTx, params: Mapping[str, Any]) -> int
         params["ids"], params["used_seconds"], params["charged"], params["provider"], params["fee"], strict=True
     )
     results = {row_id: dict(zip(_RESULTS, (*values, params["now"]), strict=True)) for row_id, *values in columns}
-    still_open = [row for row in await _locked(tx, "holds", results) if row["state"] == "open"]
+    still_open = [row for row in await _locked(tx, "holds", results) if may_resolve(row)]
     for row in still_open:
         result = results[row["id"]]
         resolve_hold(tx, row, state="posted" if result["charged_udgpu"] > 0 else "voided", **result)
     return len(still_open)
+
+
+def may_resolve(row: Row) -> bool:
+    """Whether the query resolve_holds_if_open touches this hold."""
+    return row["state"] == "open"
 
 
 def resolve_hold(tx: MemoryTx, row: Row, **changes: Any) -> None:

@@ -95,7 +95,7 @@ async def _no_pause(tx: "MemoryTx", at: str) -> None:
     await asyncio.sleep(0)
 
 
-def _nobody_looks(schema: str, changes: Sequence[Change]) -> None:
+def _nobody_looks(tx: "MemoryTx", changes: Sequence[Change]) -> None:
     return
 
 
@@ -108,7 +108,7 @@ class MemoryServer:
         self.locks: dict[tuple[str, str, Key], _Lock] = {}
         self.sessions: dict[MemoryTx, None] = {}
         self.pause: Callable[[MemoryTx, str], Awaitable[None]] = _no_pause
-        self.on_commit: Callable[[str, Sequence[Change]], None] = _nobody_looks
+        self.on_commit: Callable[[MemoryTx, Sequence[Change]], None] = _nobody_looks
         self.deadlocks = 0
 
     def add(self, schema: Schema) -> None:
@@ -204,6 +204,10 @@ class MemoryTx(Tx):
         self.active_at_seconds = asyncio.get_running_loop().time()
 
     # --- rows ---------------------------------------------------------------------------------------------------------
+
+    def adds_to(self, table: str) -> bool:
+        """Whether it has inserted rows."""
+        return any(key not in self.schema.tables[table].rows for key in self._written.get(table, ()))
 
     def table(self, name: str) -> Table:
         return self.schema.tables[name]
@@ -366,7 +370,7 @@ class MemoryTx(Tx):
                     rows[key] = row
                 changes.append(Change(name, before, row))
         self._end()
-        self.server.on_commit(self.schema.name, changes)
+        self.server.on_commit(self, changes)
         await self.server.pause(self, "committed")
         if self._broken:
             raise psycopg.OperationalError(self._broken)
