@@ -12,9 +12,9 @@ from typing import Any
 from nats.aio.msg import Msg
 
 from dantegpu.contracts.gen.dante.v1 import machine_pb2
+from dantegpu.daemon import agent
 from dantegpu.daemon.attempt import Attempt
-from dantegpu.daemon.executors.base import StopReason
-from dantegpu.domain import ledger
+from dantegpu.daemon.executors.base import Adoption
 from dantegpu.domain.ids import MachineId
 from dantegpu.domain.job import reports
 from dantegpu.domain.job.transitions import transition
@@ -24,6 +24,7 @@ from dantegpu.kit.lease import Leadership
 from dantegpu.services.billing import service as billing
 from dantegpu.services.scheduler.service import transitions
 from dantegpu.services.scheduler.service.machines import Machines
+from tests.simulation.hardware import SimExecutor
 from tests.simulation.memory import billing as billing_memory
 from tests.simulation.memory import scheduler as scheduler_memory
 from tests.simulation.memory.engine import MemoryTx, Row
@@ -104,17 +105,6 @@ def hold_closed_twice(put: Put) -> None:
     put(billing_memory, "may_resolve", lambda row: True)  # pyright: ignore[reportUnknownLambdaType]
 
 
-def hold_closed_twice_in_the_service(put: Put) -> None:
-    """As hold_closed_twice, with the schema as it is: what the schema refuses shows as a service that fails."""
-    really = ledger.close_hold
-
-    def close_hold(hold: Any, used_seconds: int) -> Any:
-        return really(replace(hold, charged_udgpu=None), used_seconds)
-
-    put(billing, "close_hold", close_hold)
-    hold_closed_twice(put)
-
-
 def device_freed_before_the_process_died(put: Put) -> None:
     """A machine reports the end as soon as it has asked the process to end."""
     really = Attempt._end  # pyright: ignore[reportPrivateUsage]
@@ -141,7 +131,6 @@ def device_freed_when_the_stop_was_asked_for(put: Put) -> None:
 
 def killed_too_late(put: Put) -> None:
     """The daemon ends what has lost its lease a whole lease later."""
-    from dantegpu.daemon import agent
 
     def lease_until(sent_at: float, lease_ms: int) -> float:
         return sent_at + 2 * lease_ms / 1000
@@ -151,8 +140,6 @@ def killed_too_late(put: Put) -> None:
 
 def started_again_after_a_restart(put: Put) -> None:
     """A restarted daemon does not look whether an attempt was started already."""
-    from dantegpu.daemon.executors.base import Adoption
-    from tests.simulation.hardware import SimExecutor
 
     async def adopt(self: Any, handle: Any) -> Adoption:
         self._workspace.attempt(handle.attempt_id).started.unlink(missing_ok=True)
@@ -189,6 +176,3 @@ def planted(bug: Callable[[Put], None]) -> Generator[None]:
     finally:
         for owner, name, value in reversed(undo):
             setattr(owner, name, value)
-
-
-__all__ = ["BUGS", "StopReason", "planted"]

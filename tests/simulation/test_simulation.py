@@ -7,15 +7,18 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.simulation.bugs import BUGS, Put, planted
 from tests.simulation.run import run_seeds, simulated
 from tests.simulation.scenario import Fault, scenario_of
 
 SEEDS = 2000
 CHUNK = 100
+SEEDS_TO_FIND_A_BUG = 200
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -29,6 +32,13 @@ def test_every_fault_happens_to_many_seeds():
     seeds = [scenario_of(seed) for seed in range(1, SEEDS + 1)]
     count = {fault: sum(fault in scenario.faults for scenario in seeds) for fault in Fault}
     assert min(count.values()) > SEEDS / 5
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
+def test_a_planted_bug_is_found_soon(bug: Callable[[Put], None]):
+    with planted(bug):
+        found = next((result for result in run_seeds(range(1, SEEDS_TO_FIND_A_BUG + 1)) if result.violations), None)
+    assert found is not None, f"{bug.__doc__} Nobody noticed in {SEEDS_TO_FIND_A_BUG} seeds."
 
 
 def _traced(seed: int, hash_seed: str) -> list[dict[str, object]]:

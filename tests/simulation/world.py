@@ -320,7 +320,7 @@ class World:
         if process is not None:
             process.failpoint()
             if self.stop_next_plan_seconds and at in ("statement", "commit") and tx.schema.name == "scheduler":
-                self._stop_if_planning(process, tx)
+                await self._stop_if_planning(process, tx)
         chance = self.network_random.random()
         if not self.database_up:
             tx.abort("the database system is shutting down")
@@ -332,10 +332,11 @@ class World:
             if process is not None:
                 process.failpoint()
 
-    def _stop_if_planning(self, process: Process, tx: MemoryTx) -> None:
+    async def _stop_if_planning(self, process: Process, tx: MemoryTx) -> None:
         if tx.adds_to("attempts"):
             seconds, self.stop_next_plan_seconds = self.stop_next_plan_seconds, 0.0
             self.loop.outside.run(self.freeze, process, seconds)
+            await asyncio.sleep(0)
 
     async def _connected_bus(self, name: str) -> Bus:
         bus = Bus("sim", None, name=name)

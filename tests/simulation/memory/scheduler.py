@@ -5,13 +5,12 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from dantegpu.kit.db import Queries
 from dantegpu.services.scheduler.module import MIGRATIONS
 from dantegpu.services.scheduler.store import QUERIES
-from dantegpu.services.scheduler.store_arrays import QUERIES as ARRAY_QUERIES
 from tests.simulation.memory.columns import columns_of, defaults_of, records, typed
 from tests.simulation.memory.engine import Handler, MemoryTx, Row, Schema, Table
 from tests.simulation.memory.kit import KIT_STATEMENTS, kit_tables
+from tests.simulation.memory.lifetimes import LIFETIME_STATEMENTS
 
 LIVE = frozenset({"PLACED", "STARTING", "RUNNING", "STOPPING"})
 TERMINAL = frozenset({"SUCCEEDED", "FAILED", "CANCELLED"})
@@ -63,19 +62,19 @@ def scheduler_schema() -> Schema:
     )
     machines = Table("machines", ("machine_id",), defaults_of(_COLUMNS["machines"]))
     events = Table("job_events", ("job_id", "seq"))
-    arrays = Table("arrays", ("id",), defaults_of(_COLUMNS["arrays"]))
+    after = Table("job_after", ("job_id", "after_id"))
     return Schema(
         "scheduler",
-        [*kit_tables(), jobs, attempts, usage, leases, machines, events, arrays],
-        {**KIT_STATEMENTS, **_STATEMENTS},
+        [*kit_tables(), jobs, attempts, usage, leases, machines, events, after],
+        {**KIT_STATEMENTS, **LIFETIME_STATEMENTS, **_STATEMENTS},
     )
 
 
-def statement(name: str, queries: Queries = QUERIES) -> Callable[[Handler], Handler]:
+def statement(name: str) -> Callable[[Handler], Handler]:
     """The function below is the query `name` in memory."""
 
     def keep(handler: Handler) -> Handler:
-        _STATEMENTS[queries[name]] = handler
+        _STATEMENTS[QUERIES[name]] = handler
         return handler
 
     return keep
@@ -326,12 +325,6 @@ async def _resolve_attempts(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row
 @statement("attempts_to_settle")
 async def _attempts_to_settle(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
     return [{"id": row["id"]} for row in _rows(tx, "attempts", params["ids"]) if not row["settled"]]
-
-
-@statement("open_arrays", ARRAY_QUERIES)
-async def _open_arrays(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
-    # Nothing makes an array here: insert_arrays has no function in memory.
-    return list(tx.scan("arrays"))
 
 
 # --- machines ---------------------------------------------------------------------------------------------------------
