@@ -14,7 +14,6 @@ from random import Random
 from typing import Any, override
 
 from dantegpu.contracts.gen.dante.v1 import machine_pb2
-from dantegpu.daemon import journal as journal_module
 from dantegpu.daemon.executors.base import (
     Adoption,
     AlreadyStarted,
@@ -27,7 +26,7 @@ from dantegpu.daemon.executors.base import (
     Stats,
     StopReason,
 )
-from dantegpu.daemon.journal import Journal
+from dantegpu.daemon.journal import AttemptRow, Journal
 from dantegpu.daemon.probe.devices import GpuSample
 from dantegpu.daemon.probe.machine import Utilisation
 from dantegpu.daemon.workspace import Workspace
@@ -153,33 +152,28 @@ class DiskJournal(Journal):
         self._machine = machine
 
     @override
-    def open(self) -> None:
-        database = self._machine.journal_file
-        if not database.execute("PRAGMA user_version").fetchone()[0]:
-            schema = journal_module.SCHEMA
-            database.executescript(f"BEGIN; {schema} PRAGMA user_version={journal_module.SCHEMA_VERSION}; COMMIT;")
-        self._database = database
+    def _connect(self) -> sqlite3.Connection:
+        return self._machine.journal_file
 
     @override
     def close(self) -> None:
         self._database = None
 
     @override
-    def add(self, row: journal_module.AttemptRow) -> None:
+    def add(self, row: AttemptRow) -> None:
         _step()
         super().add(row)
         _step()
 
     @override
-    def save(self, row: journal_module.AttemptRow) -> None:
+    def save(self, row: AttemptRow) -> None:
         _step()
         super().save(row)
         _step()
 
     @override
-    def remove(self, attempt_id: AttemptId) -> None:
-        _step()
-        super().remove(attempt_id)
+    async def committed(self) -> None:
+        await super().committed()
         _step()
 
 
@@ -209,7 +203,7 @@ class SimExecutor(Executor):
         handle = Handle(self.name, spec.attempt_id, "{}")
         folder = self._workspace.attempt(spec.attempt_id)
         folder.create()
-        folder.handle.write_text(handle.dumps())
+        folder.write_handle(handle.dumps())
         return handle
 
     @override
