@@ -99,7 +99,8 @@ def an_attempt(job: JobRow, epoch: int = 1, machine: MachineId = MACHINE, **fiel
     return {
         "id": AttemptId.new().uuid, "job_id": job.id, "team_id": job.team_id, "epoch": epoch,
         "machine_id": machine.uuid, "provider_team_id": TEAM.uuid, "simulated": False, "sandbox": "", "cpu_milli": 100,
-        "memory_bytes": 1, "disk_bytes": 0, "rate_udgpu_per_hour": 3600, "max_duration_seconds": 1000,
+        "memory_bytes": 1, "disk_bytes": 0, "rate_udgpu_per_hour": 3600, "max_duration_seconds": 1000, "node_rank": 0,
+        "nodes": 1,
     } | fields  # fmt: skip
 
 
@@ -186,7 +187,7 @@ async def test_after_an_error_a_transaction_does_nothing_more(db: Database):
     async with db.transaction() as tx:
         job = await a_job(tx)
     async with db.transaction() as tx:
-        with pytest.raises(CheckViolation):
+        with pytest.raises(PlanConflict):
             await open_attempts(tx, an_attempt(job, epoch=0))
         with pytest.raises(InFailedSqlTransaction):
             await a_job(tx)
@@ -237,7 +238,7 @@ async def test_a_way_through_the_transition_table_is_written_back(db: Database):
         job = await a_job(tx)
     fields = an_attempt(job)
     device_row = {"device_id": device, "device_index": 0, "milli": 1000}
-    opening = Opening({name: fields[name] for name in fields if name not in ("id", "epoch")}, (device_row,), "")
+    opening = Opening((fields,), ((device_row,),), "")
     events: list[tuple[Any, Opening | None]] = [
         (lifecycle.Placed(attempt, MACHINE), opening),
         (lifecycle.StopRequested(by="somebody", why=StopReason.USER), None),
@@ -292,6 +293,34 @@ async def test_two_plans_for_one_job_at_the_same_time_are_one(db: Database):
         return True
 
     assert sorted(await asyncio.gather(plan(1), plan(2))) == [False, True]
+
+
+async def test_a_gang_is_placed_whole_or_not_at_all(db: Database):
+    machines = [MachineId.new(), MachineId.new()]
+    async with db.transaction() as tx:
+        job = await a_job(tx)
+
+    def node(rank: int, epoch: int = 1, machine: MachineId | None = None) -> dict[str, Any]:
+        return an_attempt(job, epoch, machine or machines[rank], node_rank=rank, nodes=2)
+
+    async def refused(*rows: dict[str, Any]) -> bool:
+        try:
+            async with db.transaction() as tx:
+                await open_attempts(tx, *rows)
+        except PlanConflict:
+            return True
+        return False
+
+    assert await refused(node(0))
+    assert await refused(node(0), node(1, machine=machines[0]))
+    whole = [node(0), node(1)]
+    assert not await refused(*whole)
+    assert await refused(node(0, epoch=2), node(1, epoch=2))
+    async with db.transaction() as tx:
+        desired = await store.desired_attempts(tx, [machine.uuid for machine in machines], at(1))
+        of_job = await store.attempts_of_jobs(tx, [job.id])
+    assert [row.node_machines for row in desired] == [[machine.uuid for machine in machines]] * 2
+    assert [row.id for row in of_job] == [row["id"] for row in whole]
 
 
 async def test_a_device_is_leased_up_to_its_whole_and_given_back_once(db: Database):

@@ -102,7 +102,7 @@ def hold_closed_twice(put: Put) -> None:
 
     put(billing.store, "find_holds", find_holds)
     put(billing_memory, "resolve_hold", resolve)
-    put(billing_memory, "may_resolve", lambda row: True)  # pyright: ignore[reportUnknownLambdaType]
+    put(billing_memory, "may_resolve", _whatever)
 
 
 def device_freed_before_the_process_died(put: Put) -> None:
@@ -148,6 +148,28 @@ def started_again_after_a_restart(put: Put) -> None:
     put(SimExecutor, "adopt", adopt)
 
 
+def gang_half_placed(put: Put) -> None:
+    """Of a gang's nodes the last one is left out, and nothing in the schema minds."""
+    really = transitions.store.insert_attempts
+
+    async def insert_attempts(tx: Any, rows: Sequence[Mapping[str, Any]], **options: Any) -> None:
+        kept = [row for row in rows if row["nodes"] == 1 or row["node_rank"] < row["nodes"] - 1]
+        await really(tx, kept, **options)
+
+    async def lease_devices(tx: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+        known = await transitions.store.attempts_by_id(tx, [row["attempt_id"] for row in rows])
+        await leasing(tx, [row for row in rows if row["attempt_id"] in known])
+
+    leasing = transitions.store.lease_devices
+    put(transitions.store, "insert_attempts", insert_attempts)
+    put(transitions.store, "lease_devices", lease_devices)
+    put(scheduler_memory, "gang_is_whole", _whatever)
+
+
+def _whatever(*arguments: Any) -> bool:
+    return True
+
+
 BUGS: Sequence[Callable[[Put], None]] = (
     leader_without_epoch_check,
     report_without_epoch_check,
@@ -158,6 +180,7 @@ BUGS: Sequence[Callable[[Put], None]] = (
     device_freed_when_the_stop_was_asked_for,
     killed_too_late,
     started_again_after_a_restart,
+    gang_half_placed,
 )
 
 

@@ -120,10 +120,14 @@ class Checks:
         for other in self._attempts.values():
             if other["job_id"] != new["job_id"] or other["id"] == new["id"]:
                 continue
-            if other["ended_at"] is None:
+            same_gang = other["epoch"] == new["epoch"] and other["node_rank"] != new["node_rank"]
+            if other["ended_at"] is None and not same_gang:
                 self._violate("I2", f"{new['id']} and {other['id']} are live at the same time")
-            if other["epoch"] >= new["epoch"]:
+            if other["epoch"] >= new["epoch"] and not same_gang:
                 self._violate("I2", f"{new['id']} has epoch {new['epoch']}, an older one has {other['epoch']}")
+        gang = [it for it in self._attempts.values() if (it["job_id"], it["epoch"]) == (new["job_id"], new["epoch"])]
+        if len(gang) != new["nodes"]:
+            self._violate("I2", f"{len(gang)} of the {new['nodes']} nodes of job {new['job_id']} were placed")
         self._capacity(new["machine_id"])
         hold = self._hold_of(new["id"], 0)
         if hold is None or hold["state"] != "open":
@@ -158,7 +162,7 @@ class Checks:
             hardware
             for hardware, process in self._running()
             if (row := self._attempts.get((process.attempt_id.uuid,))) is not None
-            and row["job_id"] == attempt["job_id"]
+            and (row["job_id"], row["node_rank"]) == (attempt["job_id"], attempt["node_rank"])
             and not self._unsupervised(hardware)
         ]
         if len(running) > 1:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from random import Random
 
+GANG_SHARE = 0.25
+
 
 class Fault(StrEnum):
     """What may go wrong in a run. Each seed has some of them."""
@@ -38,6 +40,8 @@ class JobPlan:
     at_seconds: float
     team: int
     gpus: int
+    nodes: int
+    """Machines that run it at once: more than one is a gang."""
     cpu_milli: int
     runs_seconds: float
     exit_code: int
@@ -72,7 +76,7 @@ def scenario_of(seed: int) -> Scenario:
     faults = [fault for fault in Fault if random.random() < 0.35]
     chaos_seconds = random.uniform(15, 32)
     machines = tuple(random.randint(1, 2) for _ in range(random.randint(1, 3)))
-    jobs = [_job(random, teams, max(machines), chaos_seconds) for _ in range(random.randint(3, 5))]
+    jobs = [_job(random, teams, machines, chaos_seconds) for _ in range(random.randint(3, 5))]
     return Scenario(
         seed=seed,
         machines=machines,
@@ -85,13 +89,15 @@ def scenario_of(seed: int) -> Scenario:
     )
 
 
-def _job(random: Random, teams: int, most_gpus: int, chaos_seconds: float) -> JobPlan:
-    gpus = min(most_gpus, random.choice((0, 1, 1, 1, 2)))
+def _job(random: Random, teams: int, machines: tuple[int, ...], chaos_seconds: float) -> JobPlan:
+    nodes = min(len(machines), 2) if random.random() < GANG_SHARE else 1
+    gpus = min(max(machines) if nodes == 1 else min(machines), random.choice((0, 1, 1, 1, 2)))
     long = random.random() < 0.3
     return JobPlan(
         at_seconds=random.uniform(0.5, chaos_seconds * 0.7),
         team=random.randrange(teams),
         gpus=gpus,
+        nodes=nodes,
         cpu_milli=random.choice((500, 1500, 2500)),
         runs_seconds=random.uniform(12, 30) if long else random.uniform(0.05, 5),
         exit_code=random.choice((0, 0, 0, 1, 3)),

@@ -479,6 +479,7 @@ def spec_of(plan: JobPlan) -> jobs_pb2.JobSpec:
             gpu=str(plan.gpus) if plan.gpus else "", cpu_milli=plan.cpu_milli, memory_bytes=1 << 30
         ),
         max_duration_seconds=plan.max_duration_seconds,
+        nodes=plan.nodes,
     )
     if plan.retries_errors:
         spec.retry.on_events.append("error")

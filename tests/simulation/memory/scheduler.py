@@ -5,6 +5,8 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
+from psycopg import errors as pg
+
 from dantegpu.services.scheduler.module import MIGRATIONS
 from dantegpu.services.scheduler.store import QUERIES
 from tests.simulation.memory.columns import columns_of, defaults_of, records, typed
@@ -47,10 +49,16 @@ def scheduler_schema() -> Schema:
             "windows_closed": lambda row: 0 <= row["windows_closed"] <= row["windows_opened"],
             "cost_udgpu": lambda row: row["cost_udgpu"] >= 0,
             "settled": lambda row: not row["settled"] or row["ended_at"] is not None,
+            "node_rank": lambda row: 0 <= row["node_rank"] < row["nodes"],
         },
         uniques={
-            "attempts_job_id_epoch_key": lambda row: (row["job_id"], row["epoch"]),
-            "attempts_one_live_per_job": lambda row: (row["job_id"],) if row["ended_at"] is None else None,
+            "attempts_job_id_epoch_node_rank_key": lambda row: (row["job_id"], row["epoch"], row["node_rank"]),
+            "attempts_one_live_per_node": lambda row: (
+                (row["job_id"], row["node_rank"]) if row["ended_at"] is None else None
+            ),
+            "attempts_one_live_per_machine": lambda row: (
+                (row["job_id"], row["machine_id"]) if row["ended_at"] is None and row["nodes"] > 1 else None
+            ),
         },
     )
     usage = Table("device_usage", ("device_id",), checks={"leased_milli": lambda row: 0 <= row["leased_milli"] <= 1000})
@@ -182,7 +190,17 @@ async def _insert_attempts(tx: MemoryTx, params: Mapping[str, Any]) -> int:
     new = [typed(_COLUMNS["attempts"], record) for record in records(params["rows"])]
     for row in new:
         await tx.insert("attempts", row | opened)
+    for row in new:
+        if row["nodes"] > 1 and not gang_is_whole(tx, row):
+            raise pg.CheckViolation(f"job {row['job_id']} has {row['nodes']} nodes; all of an epoch are placed at once")
     return len(new)
+
+
+def gang_is_whole(tx: MemoryTx, new: Row) -> bool:
+    """The trigger attempts_gang_is_whole."""
+    mine = [row for row in tx.scan("attempts") if row["job_id"] == new["job_id"]]
+    whole = sum(row["epoch"] == new["epoch"] and row["nodes"] == new["nodes"] for row in mine) == new["nodes"]
+    return whole and all(row["ended_at"] is not None for row in mine if row["epoch"] != new["epoch"])
 
 
 @statement("lease_devices")
@@ -232,7 +250,7 @@ async def _save_attempts(tx: MemoryTx, params: Mapping[str, Any]) -> int:
             continue
         kept = {
             name: known[name] if row.get(name) is None else row[name]
-            for name in ("stop_reason", "message", "results", "sandbox")
+            for name in ("stop_reason", "message", "results", "sandbox", "report_seq")
         }
         first = {
             name: row.get(name) if known[name] is None else known[name] for name in ("stop_requested_at", "running_at")
@@ -256,7 +274,14 @@ async def _lock_attempts(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
 async def _attempts_of_jobs(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
     wanted = set(params["job_ids"])
     found = [row for row in tx.scan("attempts") if row["job_id"] in wanted]
-    return sorted(found, key=lambda row: (row["job_id"], row["epoch"]))
+    return sorted(found, key=lambda row: (row["job_id"], row["epoch"], row["node_rank"]))
+
+
+@statement("gang_nodes")
+async def _gang_nodes(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
+    epochs = {row["id"]: row["epoch"] for row in _rows(tx, "jobs", params["job_ids"])}
+    found = [row for row in tx.scan("attempts") if epochs.get(row["job_id"]) == row["epoch"]]
+    return sorted(found, key=lambda row: (row["job_id"], row["node_rank"]))
 
 
 @statement("leases_of_attempts")
@@ -306,16 +331,24 @@ async def _out_of_lease(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
 
 @statement("report_positions")
 async def _report_positions(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
-    return [
-        {"id": row["attempt_id"], "report_seq": row["report_seq"]}
-        for row in _rows(tx, "jobs", params["job_ids"])
-        if row["machine_id"] == params["machine_id"]
+    jobs = [row for row in _rows(tx, "jobs", params["job_ids"]) if row["machine_id"] == params["machine_id"]]
+    wanted = set(params["job_ids"])
+    nodes = [
+        row
+        for row in tx.scan("attempts")
+        if row["job_id"] in wanted
+        and row["machine_id"] == params["machine_id"]
+        and row["ended_at"] is None
+        and row["nodes"] > 1
+    ]
+    return [{"id": row["attempt_id"], "report_seq": row["report_seq"]} for row in jobs] + [
+        {"id": row["id"], "report_seq": row["report_seq"]} for row in nodes
     ]
 
 
 @statement("resolve_attempts")
 async def _resolve_attempts(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
-    names = ("id", "job_id", "team_id", "machine_id", "epoch")
+    names = ("id", "job_id", "team_id", "machine_id", "epoch", "node_rank")
     return [
         {name: row[name] for name in names} | {"live": row["ended_at"] is None}
         for row in _rows(tx, "attempts", params["ids"])
@@ -330,6 +363,17 @@ async def _attempts_to_settle(tx: MemoryTx, params: Mapping[str, Any]) -> list[R
 # --- machines ---------------------------------------------------------------------------------------------------------
 
 
+_DESIRED = ("id", "job_id", "team_id", "epoch", "machine_id", "stop_reason", "lease_expires_at", "node_rank")
+
+
+def _machines(tx: MemoryTx, attempt: Row) -> list[UUID]:
+    if attempt["nodes"] == 1:
+        return []
+    same = (attempt["job_id"], attempt["epoch"])
+    nodes = [row for row in tx.scan("attempts") if (row["job_id"], row["epoch"]) == same]
+    return [row["machine_id"] for row in sorted(nodes, key=lambda row: row["node_rank"])]
+
+
 @statement("desired_attempts")
 async def _desired_attempts(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
     wanted = set(params["machine_ids"])
@@ -337,9 +381,9 @@ async def _desired_attempts(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row
     for row in tx.scan("attempts"):
         if row["machine_id"] in wanted and row["ended_at"] is None and row["lease_expires_at"] > params["now"]:
             job = tx.get("jobs", (row["job_id"],))
-            names = ("id", "job_id", "team_id", "epoch", "machine_id", "stop_reason", "lease_expires_at")
             if job is not None:
-                found.append({name: row[name] for name in names} | {it: job[it] for it in ("spec", "traceparent")})
+                of_job = {"spec": job["spec"], "traceparent": job["traceparent"], "first_attempt_id": job["attempt_id"]}
+                found.append({name: row[name] for name in _DESIRED} | of_job | {"node_machines": _machines(tx, row)})
     return sorted(found, key=lambda row: row["id"])
 
 
@@ -366,7 +410,9 @@ async def _live_leases(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
     devices: dict[UUID, list[Row]] = {}
     for row in tx.scan("device_leases"):
         devices.setdefault(row["attempt_id"], []).append(row)
-    names = ("machine_id", "team_id", "cpu_milli", "memory_bytes", "disk_bytes")
+    names = (
+        "machine_id", "team_id", "cpu_milli", "memory_bytes", "disk_bytes", "running_at", "max_duration_seconds",
+    )  # fmt: skip
     found: list[Row] = []
     for row in tx.scan("attempts"):
         if row["ended_at"] is None:
