@@ -383,11 +383,15 @@ class MemoryTx(Tx):
         self._broken = why
         if self.ended:
             return
-        self._end()
+        # It must not be given a lock any more: nobody would ever give that back.
+        waiting = self._waits_for.waiting if self._waits_for is not None else []
+        mine = [entry for entry in waiting if entry[0] is self]
         if self._waits_for is not None:
-            for tx, _, granted in self._waits_for.waiting:
-                if tx is self and not granted.done():
-                    granted.set_result(None)
+            self._forget_waiting(self._waits_for)
+        self._end()
+        for _, _, granted in mine:
+            if not granted.done():
+                granted.set_result(None)
 
     def _end(self) -> None:
         if not self.ended:
