@@ -51,6 +51,8 @@ async def _live(world: World, checks: Checks) -> None:
             break
         if world.loop.time() > over_at:
             world.violate("end", f"{END_SECONDS:.0f} s after the repair: {checks.unfinished()}")
+    if world.database.deadlocks:
+        world.violate("crash", f"{world.database.deadlocks} deadlocks: rows are locked in id order, always")
     for crash in world.loop.crashes:
         world.violate("crash", repr(crash))
 
