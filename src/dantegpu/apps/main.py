@@ -17,6 +17,7 @@ PLATFORM_COMMANDS: Table = {
     "doctor": Entry("dantegpu.apps.commands.doctor:doctor", "Say what this machine lacks.", _PLATFORM),
     "serve": Entry("dantegpu.apps.commands.serve:serve", "Run one service of a platform.", _PLATFORM),
     "init": Entry("dantegpu.apps.commands.init:init", "Write the files of a platform over many processes.", _PLATFORM),
+    "sim": Entry("dantegpu.apps.commands.sim:sim", "Simulate the platform with faults, seed by seed.", _PLATFORM),
     "test": Entry("dantegpu.apps.testing:command", "Run the test suite of this clone.", _PLATFORM),
     "bench": Group(
         "Measure this machine's platform.",
