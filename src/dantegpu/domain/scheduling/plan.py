@@ -204,9 +204,9 @@ class _Round:
 
     def _place_drawn(self, draws: Sequence[Draw], order: Order, placements: list[Placement]) -> None:
         table, board = self._table, self._board
-        table.prepare([draw.group.shape for draw in draws])
+        table.prepare([draw.shape for draw in draws])
         for number, draw in enumerate(draws):
-            shape = draw.group.shape
+            shape = draw.shape
             found = table.best(shape)
             if found is None and number:
                 table.refresh(shape)
