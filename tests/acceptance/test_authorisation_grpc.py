@@ -82,6 +82,7 @@ ACCESS = {
     "MarketplaceService.ListAsks": For.LOGGED_IN,
     "MarketplaceService.ListOffers": For.LOGGED_IN,
     "MonitoringService.ReadLogs": For.USERS,
+    "MonitoringService.ReadMetrics": For.USERS,
     "RegistryService.RegisterMachine": For.SERVICES,
     "RegistryService.GetMachines": For.LOGGED_IN,
     "RegistryService.ListMachines": For.USERS,

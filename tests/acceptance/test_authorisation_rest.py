@@ -156,6 +156,7 @@ TABLE: Mapping[tuple[str, str], Rule] = {
     ("GET", "/v1/jobs/{job_id}/why"): of("owner", 200, "jobs:read"),
     ("GET", "/v1/jobs/{job_id}/events"): of("owner", 200, "jobs:read"),
     ("GET", "/v1/jobs/{job_id}/logs"): of("owner", 200, "jobs:read"),
+    ("GET", "/v1/jobs/{job_id}/metrics"): of("owner", 200, "jobs:read"),
     ("GET", "/v1/jobs/{job_id}/results"): of("owner", 200, "jobs:read"),
     ("GET", "/v1/jobs/{job_id}/receipt"): of("owner", 200, "jobs:read wallet:read"),
     ("GET", "/v1/wallet"): own(200, "wallet:read"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dantegpu.contracts.gen.dante.v1 import jobs_pb2, machine_pb2
-from dantegpu.daemon import devices
+from dantegpu.daemon import agent, devices, meter
 from dantegpu.daemon.probe import nvml
 from tests.fixtures.machines import MachinePlatform, RunningDaemon, daemon_settings, until
 from tests.fixtures.nvml import H100, Nvidia
@@ -109,3 +109,34 @@ async def test_a_card_that_a_job_leaves_full_is_withheld_before_the_end_is_told(
     await until(lambda: "withheld" in (problems(machine_platform) or [""])[0])
     nvidia.change(nvidia.cards[0], used=GIB // 4)
     await until(lambda: problems(machine_platform) == ["", ""])
+
+
+async def test_what_a_job_uses_is_told_while_it_runs_and_only_of_its_own_cards(
+    nvidia: Nvidia,
+    machine_platform: MachinePlatform,
+    gpu_daemon: RunningDaemon,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    for module in (agent, meter):
+        monkeypatch.setattr(module, "METRICS_INTERVAL_SECONDS", 0.2)
+    nvidia.change(nvidia.cards[1], util=90, used=30 * GIB)
+    script = "import os\nwhile not os.path.exists('go'): open('x', 'w').write('y' * 9999)"
+    attempt_id = await machine_platform.place("python3", "-c", script, devices=[lease(1)])
+    point = await until(lambda: next((p for p in machine_platform.metrics if p.number >= 2), None))
+    assert point.attempt_id == attempt_id
+    assert point.cpu_cores > 0.05
+    assert point.memory_bytes > 1 << 20
+    assert point.processes >= 1
+    assert [(use.index, use.gpu_utilisation, use.vram_used_bytes) for use in point.devices] == [(1, 0.9, 30 * GIB)]
+    nvidia.change(nvidia.cards[1], used=GIB // 4)
+    (gpu_daemon.settings.state / "work" / "attempts" / attempt_id / "work" / "go").touch()
+    await machine_platform.ended(attempt_id)
+
+
+async def test_a_short_job_is_not_measured(
+    machine_platform: MachinePlatform, gpu_daemon: RunningDaemon, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(agent, "METRICS_INTERVAL_SECONDS", 0.02)
+    attempt_id = await machine_platform.place("sleep", "0.5", devices=[lease(0)])
+    await machine_platform.ended(attempt_id)
+    assert machine_platform.metrics == []

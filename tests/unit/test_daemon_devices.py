@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from dantegpu.contracts.gen.dante.v1 import machine_pb2
 from dantegpu.daemon import devices
 from dantegpu.daemon.devices import DeviceWatch
 from dantegpu.daemon.probe.devices import GpuSample
@@ -16,10 +17,10 @@ GIB = 1 << 30
 class Bench:
     """A watch over two GPUs whose samples a test sets."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, shares: bool = False) -> None:
         self.samples = [GpuSample(0, vram_used_bytes=GIB // 4), GpuSample(1, vram_used_bytes=GIB // 4)]
         self.changes = 0
-        self.watch = DeviceWatch(self.sample, [0, 1])
+        self.watch = DeviceWatch(self.sample, [0, 1], shares=shares)
         self.watch.on_change.append(self.changed)
 
     async def sample(self) -> Sequence[GpuSample]:
@@ -33,6 +34,20 @@ class Bench:
         self.watch.look(self.samples, set() if own is None else own)
 
 
+def lease(index: int, milli: int = 1000) -> machine_pb2.DeviceLease:
+    return machine_pb2.DeviceLease(index=index, milli=milli)
+
+
+def test_a_device_is_shared_only_where_its_owner_allows_it_and_only_within_a_team():
+    whole, shared = Bench(), Bench(shares=True)
+    assert "leased as a whole only" in whole.watch.refusal([lease(0, 500)], "us")
+    assert shared.watch.refusal([lease(0, 500)], "us") == ""
+    shared.watch.held("att", "us", [0])
+    assert shared.watch.refusal([lease(0, 500)], "us") == ""
+    assert "in use by another team" in shared.watch.refusal([lease(0, 500)], "them")
+    assert shared.watch.refusal([lease(1)], "them") == ""
+
+
 @pytest.fixture
 def bench() -> Bench:
     bench = Bench()
@@ -43,8 +58,8 @@ def bench() -> Bench:
 def test_a_device_with_a_fault_is_taken_out_and_comes_back_when_it_is_well(bench: Bench):
     bench.look(GpuSample(0, problem="XID error 79"), GpuSample(1))
     assert bench.watch.problems == {0: "XID error 79"}
-    assert bench.watch.refusal([1]) == ""
-    assert "GPU 0 XID error 79" in bench.watch.refusal([1, 0])
+    assert bench.watch.refusal([lease(1)], "us") == ""
+    assert "GPU 0 XID error 79" in bench.watch.refusal([lease(1), lease(0)], "us")
     bench.look(GpuSample(0), GpuSample(1))
     assert bench.watch.problems == {}
     assert bench.changes == 2
@@ -65,7 +80,7 @@ def test_a_device_that_a_stranger_uses_is_taken_out_for_as_long_as_he_does(bench
 
 
 def test_where_an_executor_cannot_tell_its_processes_nobody_on_a_leased_device_is_a_stranger(bench: Bench):
-    bench.watch.held("att", [0])
+    bench.watch.held("att", "us", [0])
     samples = [GpuSample(0, pids=frozenset({os.getpid()})), GpuSample(1, pids=frozenset({os.getpid()}))]
     bench.watch.look(samples, None)
     assert list(bench.watch.problems) == [1]
@@ -73,7 +88,7 @@ def test_where_an_executor_cannot_tell_its_processes_nobody_on_a_leased_device_i
 
 async def test_a_device_is_given_on_only_when_its_memory_is_free(bench: Bench, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(devices, "FREED_POLL_SECONDS", 0.001)
-    bench.watch.held("att", [0])
+    bench.watch.held("att", "us", [0])
     fills = [GIB * 20, GIB * 20, GIB // 4]
 
     async def sample() -> Sequence[GpuSample]:
@@ -89,7 +104,7 @@ async def test_a_device_whose_memory_stays_full_is_withheld_until_it_is_free(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(devices, "FREED_TIMEOUT_SECONDS", 0.0)
-    bench.watch.held("att", [0])
+    bench.watch.held("att", "us", [0])
     full = GpuSample(0, vram_used_bytes=GIB * 20 + GIB // 4)
     bench.samples = [full, GpuSample(1)]
     await bench.watch.released("att", [0])
@@ -104,8 +119,8 @@ async def test_a_shared_device_is_not_asked_for_its_memory_while_others_use_it(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(devices, "FREED_TIMEOUT_SECONDS", 0.0)
-    bench.watch.held("one", [0])
-    bench.watch.held("two", [0])
+    bench.watch.held("one", "us", [0])
+    bench.watch.held("two", "us", [0])
     bench.samples = [GpuSample(0, vram_used_bytes=GIB * 20)]
     await bench.watch.released("one", [0])
     assert bench.watch.problems == {}

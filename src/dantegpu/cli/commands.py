@@ -14,6 +14,7 @@ _JOB_COMMANDS: Table = {
     "ps": Entry("dantegpu.cli.jobs:ps", "List jobs.", _JOBS),
     "show": Entry("dantegpu.cli.jobs:show", "Show a job with its attempts.", _JOBS),
     "logs": Entry("dantegpu.cli.logs:logs", "Print what a job wrote.", _JOBS),
+    "metrics": Entry("dantegpu.cli.metrics:metrics", "Show what a job uses, as curves.", _JOBS),
     "stop": Entry("dantegpu.cli.jobs:stop", "Stop jobs.", _JOBS),
     "results": Entry("dantegpu.cli.logs:results", "List or fetch the files that a job left.", _JOBS),
     "why": Entry("dantegpu.cli.jobs:why", "Say why a job waits, and what would help.", _JOBS),

@@ -20,6 +20,7 @@ ALL_HEARTBEATS: Final = f"{MACHINE_PREFIX}.*.heartbeat"
 ALL_SYNCS: Final = f"{MACHINE_PREFIX}.*.sync"
 ALL_REPORTS: Final = f"{MACHINE_PREFIX}.*.report"
 ALL_LOGS: Final = f"{MACHINE_PREFIX}.*.logs"
+ALL_METRICS: Final = f"{MACHINE_PREFIX}.*.metrics"
 ALL_URLS: Final = f"{MACHINE_PREFIX}.*.urls"
 
 
@@ -62,6 +63,10 @@ def machine_report(machine_id: MachineId) -> str:
 
 def machine_logs(machine_id: MachineId) -> str:
     return f"{MACHINE_PREFIX}.{machine_id}.logs"
+
+
+def machine_metrics(machine_id: MachineId) -> str:
+    return f"{MACHINE_PREFIX}.{machine_id}.metrics"
 
 
 def machine_urls(machine_id: MachineId) -> str:

@@ -14,6 +14,7 @@ from dantegpu.daemon.executors.process import ProcessExecutor
 from dantegpu.daemon.journal import AttemptRow, JournalError
 from dantegpu.daemon.leases import LeaseFile, ServerClock, lease_until
 from dantegpu.daemon.link import Link
+from dantegpu.daemon.meter import METRICS_INTERVAL_SECONDS, Meter, use_of
 from dantegpu.daemon.probe.devices import GpuSample
 from dantegpu.daemon.probe.machine import Probe
 from dantegpu.daemon.settings import DaemonSettings
@@ -55,6 +56,7 @@ class Agent:
         self._executor = executor
         self._tools = replace(tools, changed=self._changed)
         self._leases = leases
+        self._meter = Meter(probe.sample_gpus)
         self._attempts: dict[AttemptId, Attempt] = {}
         self._waiting: dict[AttemptId, Attempt] = {}
         """After a restart: journaled but not started; they start when the platform still wants them."""
@@ -96,6 +98,7 @@ class Agent:
         self._tasks.loop(self._sync, "sync")
         self._tasks.loop(self._report, "report")
         self._tasks.loop(self._beat, "heartbeat")
+        self._tasks.loop(self._measure, "metrics")
 
     async def stop(self) -> None:
         """Idempotent. Unless attempts are to be kept, they end now and the platform is told."""
@@ -142,6 +145,7 @@ class Agent:
             "dante_daemon_attempts_unacknowledged": sum(attempt.ended for attempt in attempts),
             "dante_daemon_connected": float(self._link is not None and self._link.connected),
             "dante_daemon_devices": len(self._inventory.devices),
+            **self._meter.gauges(),
         }
 
     # --- the line -----------------------------------------------------------------------------------------------------
@@ -228,20 +232,9 @@ class Agent:
             running_attempts=sum(not attempt.ended for attempt in self._attempts.values()),
             cpu_utilisation=sample.cpu,
             memory_used_bytes=sample.memory_used_bytes,
-            devices=[
-                machine_pb2.DeviceUtilisation(
-                    index=gpu.index,
-                    gpu_utilisation=gpu.utilisation,
-                    vram_used_bytes=gpu.vram_used_bytes,
-                    temperature_celsius=gpu.temperature_celsius,
-                    power_watts=gpu.power_watts,
-                    memory_utilisation=gpu.memory_utilisation,
-                    throttle_reasons=gpu.throttled,
-                    processes=len(gpu.pids),
-                )
-                for gpu in sample.gpus
-            ],
+            devices=[use_of(gpu) for gpu in sample.gpus],
         )
+        self._meter.look(sample.gpus)
         await self._look_at_devices(sample.gpus)
         self._beats_since_inventory += 1
         if self._beats_since_inventory > INVENTORY_EVERY_HEARTBEATS:
@@ -249,6 +242,12 @@ class Agent:
             heartbeat.inventory.CopyFrom(self._inventory)
             self._beats_since_inventory = 0
         await self._up.heartbeat(heartbeat)
+
+    async def _measure(self) -> None:
+        await asyncio.sleep(METRICS_INTERVAL_SECONDS)
+        points = await self._meter.measure(list(self._attempts.values()))
+        if points and self._up.connected:
+            await self._up.metrics(machine_pb2.MetricsReport(points=points))
 
     async def _look_at_devices(self, samples: Sequence[GpuSample]) -> None:
         own: set[int] | None = set()

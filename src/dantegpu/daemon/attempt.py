@@ -22,6 +22,7 @@ from dantegpu.daemon.executors.base import (
     ExecutorError,
     ExitStatus,
     Handle,
+    Stats,
     StopReason,
 )
 from dantegpu.daemon.journal import AttemptRow, Journal
@@ -116,6 +117,15 @@ class Attempt:
         """Indexes of the devices leased to it; unknown, so none, until a restarted daemon has heard of them again."""
         return [lease.index for lease in self.desired.devices] if self.desired is not None else []
 
+    @property
+    def ran_seconds(self) -> float:
+        """Since its start; 0 before."""
+        return self._ran_seconds()
+
+    async def stats(self) -> Stats | None:
+        """What it uses right now; None when nothing of it runs."""
+        return await self._tools.executor.stats(self._handle) if self._handle is not None and self.running else None
+
     async def processes(self) -> set[int] | None:
         """Pids of what runs of it; None where its executor cannot tell."""
         return await self._tools.executor.processes(self._handle) if self._handle is not None else set()
@@ -171,9 +181,9 @@ class Attempt:
         if desired is None:
             raise _Ended(jobs_pb2.OUTCOME_LOST, "the daemon was restarted before the attempt had started")
         spec = self._spec(desired)
-        if refusal := self._tools.watch.refusal(self.devices):
+        if refusal := self._tools.watch.refusal(desired.devices, desired.team_id):
             raise _Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, refusal)
-        self._tools.watch.held(desired.attempt_id, self.devices)
+        self._tools.watch.held(desired.attempt_id, desired.team_id, self.devices)
         with span("attempt.prepare"):
             await self._or_stopped(self._prepare(desired))
             self._handle = await self._tools.executor.prepare(spec)

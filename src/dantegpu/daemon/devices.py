@@ -10,8 +10,9 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, 
 
 import structlog
 
+from dantegpu.contracts.gen.dante.v1 import machine_pb2
 from dantegpu.daemon.probe.devices import GpuSample
-from dantegpu.domain.units import format_bytes
+from dantegpu.domain.units import MILLI_PER_UNIT, format_bytes
 
 log = structlog.get_logger(__name__)
 
@@ -26,13 +27,15 @@ type Sampler = Callable[[], Awaitable[Sequence[GpuSample]]]
 class DeviceWatch:
     """Samples of the machine's GPUs, folded."""
 
-    def __init__(self, sample: Sampler, indexes: Iterable[int]) -> None:
+    def __init__(self, sample: Sampler, indexes: Iterable[int], *, shares: bool = False) -> None:
         self.on_change: list[Callable[[], None]] = []
         """Called when a device was taken out or came back."""
         self._sample = sample
         self._idle_vram_bytes: dict[int, int] = {}
         """What each device used when no attempt was on it."""
-        self._holders: dict[int, set[str]] = {index: set() for index in indexes}
+        self._holders: dict[int, dict[str, str]] = {index: {} for index in indexes}
+        """Device -> attempts on it, and their teams."""
+        self._shares = shares
         self._left_behind: set[int] = set()
         self._strangers: dict[int, frozenset[int]] = {}
         self._problems: dict[int, str] = {}
@@ -42,27 +45,37 @@ class DeviceWatch:
         """Device -> why nothing may be placed on it. A device that is well is not in it."""
         return self._problems
 
-    def refusal(self, indexes: Collection[int]) -> str:
-        """Why an attempt may not start on these devices; empty when it may."""
-        return next((f"GPU {index} {self._problems[index]}" for index in indexes if index in self._problems), "")
+    def refusal(self, leases: Iterable[machine_pb2.DeviceLease], team: str) -> str:
+        """Why a team's attempt may not start on these devices; empty when it may.
 
-    def held(self, attempt: str, indexes: Iterable[int]) -> None:
+        The scheduler keeps to all of this; a machine does not have to take its word for it.
+        """
+        for lease in leases:
+            if problem := self._problems.get(lease.index):
+                return f"GPU {lease.index} {problem}"
+            if 0 < lease.milli < MILLI_PER_UNIT and not self._shares:
+                return f"GPU {lease.index} is leased as a whole only"
+            if any(other != team for other in self._holders.get(lease.index, {}).values()):
+                return f"GPU {lease.index} is in use by another team"
+        return ""
+
+    def held(self, attempt: str, team: str, indexes: Iterable[int]) -> None:
         """An attempt is about to use these devices (or was found using them)."""
         for index in indexes:
-            self._holders.setdefault(index, set()).add(attempt)
+            self._holders.setdefault(index, {})[attempt] = team
 
     async def released(self, attempt: str, indexes: Collection[int]) -> None:
         """The attempt has ended: wait until its memory is free. A device that stays full is withheld.
 
         Called before the end is reported, because the scheduler may lease the device again from then on.
         """
-        alone = [index for index in indexes if self._holders.get(index, set()) <= {attempt}]
+        alone = [index for index in indexes if self._holders.get(index, {}).keys() <= {attempt}]
         try:
             if alone:
                 await self._until_free(alone)
         finally:
             for index in indexes:
-                self._holders.get(index, set()).discard(attempt)
+                self._holders.get(index, {}).pop(attempt, None)
 
     async def _until_free(self, indexes: Sequence[int]) -> None:
         deadline = asyncio.get_running_loop().time() + FREED_TIMEOUT_SECONDS

@@ -183,6 +183,7 @@ def inventory_report(inventory: machine_pb2.Inventory) -> InventoryReport:
         daemon_version=inventory.daemon_version,
         region=inventory.region,
         simulated=inventory.simulated,
+        shares_devices=inventory.shares_devices,
     )
 
 

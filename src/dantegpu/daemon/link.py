@@ -84,6 +84,9 @@ class Link:
         subject = subjects.machine_report(self._identity.machine_id)
         await self._up.publish_stream(subject, report.SerializeToString(), message_id)
 
+    async def metrics(self, report: machine_pb2.MetricsReport) -> None:
+        await self._up.publish(subjects.machine_metrics(self._identity.machine_id), report)
+
     async def heartbeat(self, heartbeat: machine_pb2.Heartbeat) -> None:
         await self._up.publish(subjects.machine_heartbeat(self._identity.machine_id), heartbeat)
 

@@ -66,7 +66,7 @@ class Daemon:
         probe = Probe(state, simulate=self.settings.simulate_gpus, gpus=self.settings.gpus)
         executor, capabilities = await choose_executor(self.settings)
         found = await asyncio.to_thread(probe.probe_machine)
-        inventory = inventory_message(found, capabilities, self.settings.region)
+        inventory = inventory_message(found, capabilities, self.settings)
         journal = Journal(state / "journal.db")
         transfers = Transfers()
         try:
@@ -102,7 +102,11 @@ class Daemon:
             platform=link,
             sandbox=inventory.sandbox,
             devices=[_grant(gpu) for gpu in found.gpus.devices],
-            watch=DeviceWatch(lambda: asyncio.to_thread(probe.sample_gpus), [gpu.index for gpu in found.gpus.devices]),
+            watch=DeviceWatch(
+                lambda: asyncio.to_thread(probe.sample_gpus),
+                [gpu.index for gpu in found.gpus.devices],
+                shares=inventory.shares_devices or found.simulated,
+            ),
             changed=_nobody_listens,
         )
         leases = LeaseFile(self.settings.state / "leases.json")
@@ -165,7 +169,7 @@ async def choose_executor(settings: DaemonSettings) -> tuple[ProcessExecutor, Ca
     return executor, Capabilities(capabilities.sandbox, capabilities.limits, missing, capabilities.network)
 
 
-def inventory_message(found: Inventory, capabilities: Capabilities, region: str) -> machine_pb2.Inventory:
+def inventory_message(found: Inventory, capabilities: Capabilities, settings: DaemonSettings) -> machine_pb2.Inventory:
     """What the platform is told about this machine."""
     problems = describe_limits(capabilities.missing)
     if found.gpus.problem:
@@ -202,8 +206,9 @@ def inventory_message(found: Inventory, capabilities: Capabilities, region: str)
         executors=[ProcessExecutor.name],
         limits_missing=problems,
         daemon_version=_own_version(),
-        region=region,
+        region=settings.region,
         simulated=found.simulated,
+        shares_devices=settings.share_gpus,
     )
 
 

@@ -13,7 +13,7 @@ _REASONS = {200: "OK", 404: "Not Found", 405: "Method Not Allowed", 503: "Servic
 
 
 class OpsServer:
-    """Component. `problems`: what keeps the machine from working now; `gauges`: name -> value, for Prometheus."""
+    """Component. `problems`: what keeps the machine from working now; `gauges`: name (and labels) -> value."""
 
     def __init__(
         self, listen: str, problems: Callable[[], Mapping[str, str]], gauges: Callable[[], Mapping[str, float]]
@@ -60,9 +60,16 @@ class OpsServer:
             body = json.dumps({"status": "unavailable" if problems else "ok", "problems": problems})
             return _response(503 if problems else 200, "application/json", body)
         if path == "/metrics":
-            lines = [f"# TYPE {name} gauge\n{name} {value}\n" for name, value in self._gauges().items()]
-            return _response(200, "text/plain; version=0.0.4", "".join(lines))
+            return _response(200, "text/plain; version=0.0.4", _exposition(self._gauges()))
         return _response(404, "text/plain", "not found: /healthz, /readyz or /metrics\n")
+
+
+def _exposition(gauges: Mapping[str, float]) -> str:
+    """Prometheus's text format. A name may carry labels (`a{b="c"}`); those of one family stand together."""
+    families: dict[str, list[str]] = {}
+    for name, value in gauges.items():
+        families.setdefault(name.partition("{")[0], []).append(f"{name} {value}\n")
+    return "".join(f"# TYPE {family} gauge\n{''.join(lines)}" for family, lines in families.items())
 
 
 def _response(status: int, content_type: str, body: str) -> bytes:

@@ -23,6 +23,9 @@ class DaemonSettings(BaseSettings):
         default="auto",
         description="auto: where a driver shows; nvidia: ask its library anyway; none: rent none",
     )
+    share_gpus: bool = Field(
+        default=False, description="jobs of one team may share a GPU by time-slicing; nothing limits their GPU memory"
+    )
     sandbox: Literal["auto", "bubblewrap", "none"] = "auto"
     allow_network: bool = Field(default=False, description="jobs that ask for it may use this machine's network")
     region: str = ""

@@ -9,6 +9,7 @@ _state = click.option("--state", type=click.Path(path_type=Path), help="Folder f
 _simulate = click.option("--simulate-gpus", metavar="SPEC", help='Pretend to have GPUs, e.g. "RTX 4090:2" (marked).')
 _region = click.option("--region", help="Where the machine stands, e.g. eu-west.")
 _network = click.option("--allow-network", is_flag=True, help="Jobs that ask for it may use this machine's network.")
+_share = click.option("--share-gpus", is_flag=True, help="Jobs of one team may share a GPU by time-slicing.")
 _sandbox = click.option(
     "--sandbox", type=click.Choice(["auto", "bubblewrap", "none"]), help="none: only your own team's jobs come here."
 )
@@ -21,6 +22,7 @@ _sandbox = click.option(
 @_simulate
 @_region
 @_network
+@_share
 @_sandbox
 def join(url: str, token: str, **options: Any) -> None:
     """Make this machine a provider of the platform at URL and run its daemon until it is told to stop."""
@@ -32,6 +34,7 @@ def join(url: str, token: str, **options: Any) -> None:
 @_simulate
 @_region
 @_network
+@_share
 @_sandbox
 def run(**options: Any) -> None:
     """Run the daemon of a machine that has joined before."""

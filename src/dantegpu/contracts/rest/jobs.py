@@ -128,6 +128,41 @@ class LogChunk(Response):
     complete: bool = Field(description="The attempt's log ends here")
 
 
+class DeviceUse(Response):
+    """What one of the attempt's GPUs did."""
+
+    index: int = Field(description="On its machine")
+    gpu_utilisation: float = Field(description="0..1")
+    vram_used_bytes: int
+    memory_utilisation: float = Field(description="0..1, of the memory's bandwidth")
+    temperature_celsius: float
+    power_watts: float
+    throttle_reasons: list[str] = Field(default_factory=list, description="What slowed it down")
+
+
+class MetricsPoint(Response):
+    """What an attempt used on average over one interval; null: not measured on its machine."""
+
+    number: int = Field(description="1, 2, ...: of the intervals since it began, the one that ends here")
+    elapsed_seconds: float = Field(description="Since it began")
+    cpu_cores: float | None = None
+    memory_bytes: int | None = Field(default=None, description="With the files that the system keeps in memory for it")
+    read_bytes_per_second: float | None = Field(default=None, description="From disks")
+    written_bytes_per_second: float | None = Field(default=None, description="To disks")
+    processes: int
+    devices: list[DeviceUse]
+
+
+class Metrics(Response):
+    """What one attempt used over time. Jobs that run for less than an interval have none."""
+
+    job_id: str
+    epoch: int
+    interval_seconds: float
+    step: int = Field(description="Every step-th point is kept: a long series is thinned out")
+    points: list[MetricsPoint]
+
+
 class Constraint(Response):
     """One demand of the job, and how many machines it excludes."""
 

@@ -61,6 +61,7 @@ class InventoryReport(Request):
     daemon_version: str = Field(default="", max_length=50)
     region: str = Field(default="", max_length=50)
     simulated: bool = False
+    shares_devices: bool = False
 
 
 class EnrolMachine(Request):
@@ -141,6 +142,7 @@ class Machine(Response):
     daemon_version: str = ""
     region: str = ""
     simulated: bool
+    shares_devices: bool = Field(default=False, description="Jobs of one team may share a GPU (`gpu: 0.5`)")
     running_attempts: int
     cpu_utilisation: float = Field(description="0..1")
     memory_used_bytes: int

@@ -150,6 +150,9 @@ class Stats:
     memory_bytes: int | None
     memory_peak_bytes: int | None
     pids: int
+    read_bytes: int | None = None
+    written_bytes: int | None = None
+    """From and to disks, so far."""
 
 
 @dataclass(frozen=True, slots=True)

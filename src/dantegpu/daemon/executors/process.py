@@ -10,7 +10,7 @@ import os
 import signal
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
@@ -35,6 +35,7 @@ from dantegpu.daemon.executors.cells import ParkedShim
 from dantegpu.daemon.executors.processes import (
     boot_id,
     descendants,
+    disk_bytes,
     open_process,
     process_ended,
     process_info,
@@ -366,9 +367,10 @@ class ProcessExecutor(Executor):
 
     async def stats(self, handle: Handle) -> Stats:
         place, _ = self._open(handle)
-        if place.groups.folders:
-            return place.groups.stats()
-        return Stats(None, None, None, len(self._processes(handle, place)))
+        pids = self._processes(handle, place)
+        known = place.groups.stats() if place.groups.folders else Stats(None, None, None, len(pids))
+        read_bytes, written_bytes = disk_bytes(pids)
+        return replace(known, read_bytes=read_bytes, written_bytes=written_bytes)
 
     async def processes(self, handle: Handle) -> set[int]:
         place, _ = self._open(handle)

@@ -1,11 +1,15 @@
 """Processes of this machine, named so that a reused pid can never be mistaken for an old one."""
 
 import asyncio
+import itertools
 import os
 import signal
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+MAX_PROCESSES_READ = 512
+"""Of one attempt, for its disk traffic: a job with more of them must not slow the machine down by being measured."""
 _STAT_STATE = 0
 _STAT_PPID = 1
 _STAT_SESSION = 3
@@ -61,6 +65,23 @@ def descendants(root_pid: int) -> set[int]:
                 found.add(child)
                 waiting.append(child)
     return found
+
+
+def disk_bytes(pids: Iterable[int]) -> tuple[int, int]:
+    """(read, written) so far by these processes and by children of theirs that have ended, from and to disks.
+
+    Source: proc(5), /proc/pid/io; the kernel adds an ended child's to its parent's (wait_task_zombie).
+    """
+    read = written = 0
+    for pid in itertools.islice(pids, MAX_PROCESSES_READ):
+        try:
+            text = Path(f"/proc/{pid}/io").read_text()
+        except OSError:
+            continue  # gone, or another user's
+        numbers = dict(line.split(": ") for line in text.splitlines())
+        read += int(numbers.get("read_bytes", 0))
+        written += int(numbers.get("write_bytes", 0))
+    return read, written
 
 
 def processes_with_env(entry: bytes) -> set[int]:

@@ -3,6 +3,7 @@
 import os
 import platform
 import socket
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +51,7 @@ class Probe:
         self._data = data
         self._simulated: tuple[Gpu, ...] = simulated_gpus(simulate)
         self._drivers: list[GpuDriver] = []
+        self._sampling = threading.Lock()
         if not self._simulated and gpus in ("auto", "nvidia"):
             self._drivers.append(Nvml(required=gpus == "nvidia"))
         if not self._simulated and gpus in ("auto", "amd"):
@@ -88,7 +90,8 @@ class Probe:
 
     def sample_gpus(self) -> Sequence[GpuSample]:
         """Every real GPU, as it is right now."""
-        return [sample for driver in self._drivers for sample in driver.sample()]
+        with self._sampling:
+            return [sample for driver in self._drivers for sample in driver.sample()]
 
     def close(self) -> None:
         for driver in self._drivers:

@@ -23,6 +23,7 @@ from dantegpu.contracts.rest.jobs import (
     JobPage,
     Jobs,
     LogChunk,
+    Metrics,
     ResultDownload,
     Results,
 )
@@ -160,6 +161,11 @@ class JobsApi:
             if not data or piece.next_offset >= log_size_bytes(headers):
                 return
             epoch, offset = piece.epoch, piece.next_offset
+
+    def metrics(self, job_id: str, *, epoch: int = 0, after: int = 0, node: int = 0) -> Metrics:
+        """What one attempt (0: the latest that has any) used, a point every few seconds; those behind `after` only."""
+        params: Params = {"epoch": epoch, "after": after, "node": node}
+        return self._transport.call(Metrics, "GET", f"/v1/jobs/{job_id}/metrics", params=params)
 
     def results(self, job_id: str) -> Results:
         """The published result files, each with a URL that is valid for a few minutes."""

@@ -10,6 +10,7 @@ from dantegpu.contracts.gen.dante.v1 import (
     jobs_pb2,
     machine_pb2,
     marketplace_pb2,
+    monitoring_pb2,
     registry_pb2,
 )
 from dantegpu.contracts.rest import accounts, billing, jobs, machines
@@ -116,6 +117,37 @@ def job_event(proto: jobs_pb2.JobEvent) -> jobs.JobEvent:
     )
 
 
+def metrics(job_id: str, proto: monitoring_pb2.ReadMetricsResponse) -> jobs.Metrics:
+    points = [_metrics_point(point, proto.interval_seconds) for point in proto.points]
+    return jobs.Metrics(
+        job_id=job_id, epoch=proto.epoch, interval_seconds=proto.interval_seconds, step=proto.step, points=points
+    )
+
+
+def _metrics_point(proto: machine_pb2.MetricsPoint, interval_seconds: float) -> jobs.MetricsPoint:
+    return jobs.MetricsPoint(
+        number=proto.number,
+        elapsed_seconds=proto.number * interval_seconds,
+        cpu_cores=proto.cpu_cores if proto.HasField("cpu_cores") else None,
+        memory_bytes=proto.memory_bytes if proto.HasField("memory_bytes") else None,
+        read_bytes_per_second=proto.read_bytes_per_second if proto.HasField("read_bytes_per_second") else None,
+        written_bytes_per_second=proto.written_bytes_per_second if proto.HasField("written_bytes_per_second") else None,
+        processes=proto.processes,
+        devices=[
+            jobs.DeviceUse(
+                index=use.index,
+                gpu_utilisation=use.gpu_utilisation,
+                vram_used_bytes=use.vram_used_bytes,
+                memory_utilisation=use.memory_utilisation,
+                temperature_celsius=use.temperature_celsius,
+                power_watts=use.power_watts,
+                throttle_reasons=list(use.throttle_reasons),
+            )
+            for use in proto.devices
+        ],
+    )
+
+
 def explanation(proto: jobs_pb2.Explanation) -> jobs.Explanation:
     return jobs.Explanation(
         job_id=proto.job_id,
@@ -165,6 +197,7 @@ def machine(proto: registry_pb2.Machine) -> machines.Machine:
         daemon_version=inventory.daemon_version,
         region=inventory.region,
         simulated=inventory.simulated,
+        shares_devices=inventory.shares_devices,
         running_attempts=proto.running_attempts,
         cpu_utilisation=proto.cpu_utilisation,
         memory_used_bytes=proto.memory_used_bytes,
@@ -227,6 +260,7 @@ def inventory_to_proto(report: machines.InventoryReport) -> machine_pb2.Inventor
         daemon_version=report.daemon_version,
         region=report.region,
         simulated=report.simulated,
+        shares_devices=report.shares_devices,
     )
 
 

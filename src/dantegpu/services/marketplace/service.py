@@ -238,6 +238,7 @@ def _public(machine: registry_pb2.Machine) -> registry_pb2.Machine:
             executors=machine.inventory.executors,
             sandbox=machine.inventory.sandbox,
             region=machine.inventory.region,
+            shares_devices=machine.inventory.shares_devices,
         ),
     )
     for device in machine.inventory.devices:

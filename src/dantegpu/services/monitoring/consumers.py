@@ -1,4 +1,4 @@
-"""NATS edge of the monitoring service: log chunks by request and reply, stored in batches."""
+"""NATS edge of the monitoring service: log chunks by request and reply, metrics, both stored in batches."""
 
 import asyncio
 
@@ -11,6 +11,7 @@ from dantegpu.domain.ids import AttemptId, InvalidId, JobId, MachineId
 from dantegpu.kit.bus import Bus
 from dantegpu.kit.errors import ServiceError
 from dantegpu.kit.lifecycle import Tasks, Wakeup
+from dantegpu.services.monitoring.series import DROP_BATCH, SeriesService
 from dantegpu.services.monitoring.service import LOOP_BATCH, Appended, Chunk, LogService, Stored
 
 log = structlog.get_logger(__name__)
@@ -21,6 +22,10 @@ BATCH_BYTES_MAX = 8 << 20
 WAITING_BYTES_MAX = 16 << 20
 """Above it nothing is taken from the NATS client, whose own queue is bounded, too; what does not fit there is sent
 again by the machine."""
+
+POINTS_WAITING_MAX = 20_000
+BATCH_POINTS_MAX = 2_000
+DROP_INTERVAL_SECONDS = 600.0
 
 type _Request = tuple[Msg, MachineId, machine_pb2.LogAppend]
 
@@ -89,6 +94,46 @@ class LogConsumers:
         await self._service.end_abandoned()
         if await self._service.archive_ended() < LOOP_BATCH:
             await self._archive_now.wait(self._archive_interval_seconds)
+
+
+class MetricConsumers:
+    """Component. Nobody waits for an answer: what does not fit, or comes while the database is away, is dropped."""
+
+    def __init__(self, bus: Bus, series: SeriesService) -> None:
+        self._bus = bus
+        self._series = series
+        self._waiting: asyncio.Queue[tuple[MachineId, machine_pb2.MetricsPoint]] = asyncio.Queue(POINTS_WAITING_MAX)
+        self._drop_now = Wakeup()
+        self._tasks = Tasks("metrics")
+
+    async def start(self) -> None:
+        await self._bus.subscribe(subjects.ALL_METRICS, self._receive, queue=QUEUE_GROUP)
+        self._tasks.loop(self._store_batch, "store")
+        self._tasks.loop(self._drop_old, "drop old")
+
+    async def stop(self) -> None:
+        await self._tasks.stop()
+
+    async def _receive(self, message: Msg) -> None:
+        machine_id = subjects.machine_of(message.subject)
+        for point in machine_pb2.MetricsReport.FromString(message.data).points:
+            if self._waiting.full():
+                log.warning("metrics_dropped", machine_id=str(machine_id))
+                return
+            self._waiting.put_nowait((machine_id, point))
+
+    async def _store_batch(self) -> None:
+        batch = [await self._waiting.get()]
+        while len(batch) < BATCH_POINTS_MAX and not self._waiting.empty():
+            batch.append(self._waiting.get_nowait())
+        try:
+            await self._series.add(batch)
+        except ServiceError as error:
+            log.warning("metrics_not_stored", points=len(batch), error=error.message)
+
+    async def _drop_old(self) -> None:
+        if await self._series.drop_old() < DROP_BATCH:
+            await self._drop_now.wait(DROP_INTERVAL_SECONDS)
 
 
 def _parse(chunk: machine_pb2.LogChunk) -> Chunk | None:

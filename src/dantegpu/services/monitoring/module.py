@@ -7,8 +7,9 @@ from dantegpu.kit.db import Database
 from dantegpu.kit.deps import Deps
 from dantegpu.kit.lifecycle import Service
 from dantegpu.kit.migrate import Migrations
-from dantegpu.services.monitoring.consumers import LogConsumers
+from dantegpu.services.monitoring.consumers import LogConsumers, MetricConsumers
 from dantegpu.services.monitoring.rpc import MonitoringRpc
+from dantegpu.services.monitoring.series import SeriesService
 from dantegpu.services.monitoring.service import LogService
 from dantegpu.services.monitoring.settings import MonitoringSettings
 
@@ -22,15 +23,17 @@ def build(deps: Deps, settings: MonitoringSettings) -> Service:
     jobs = jobs_pb2_grpc.JobServiceStub(deps.channels.to("scheduler-orchestrator-service"))
     storage = storage_pb2_grpc.StorageServiceStub(deps.channels.to("storage-service"))
     service = LogService(db, jobs, storage, deps.clock, settings)
+    series = SeriesService(db, service.resolve, deps.clock, settings)
     return Service(
         name=settings.service_name,
         components=[
             Migrations(dsn, SCHEMA, MIGRATIONS),
             db,
             LogConsumers(deps.bus, service, settings.archive_interval_seconds),
+            MetricConsumers(deps.bus, series),
         ],
         register_rpc=lambda server: monitoring_pb2_grpc.add_MonitoringServiceServicer_to_server(
-            MonitoringRpc(service), server
+            MonitoringRpc(service, series), server
         ),
         checks={"database": db.ready, "nats": deps.bus.ready},
     )

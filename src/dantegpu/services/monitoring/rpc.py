@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, override
 from dantegpu.contracts.gen.dante.v1 import monitoring_pb2, monitoring_pb2_grpc
 from dantegpu.domain.ids import JobId
 from dantegpu.kit.actor import current_actor
+from dantegpu.services.monitoring.series import INTERVAL_SECONDS, SeriesService
 from dantegpu.services.monitoring.service import LogService
 
 if TYPE_CHECKING:
@@ -14,8 +15,9 @@ if TYPE_CHECKING:
 
 
 class MonitoringRpc(monitoring_pb2_grpc.MonitoringServiceServicer):
-    def __init__(self, service: LogService) -> None:
+    def __init__(self, service: LogService, series: SeriesService) -> None:
         self._service = service
+        self._series = series
 
     @override
     async def ReadLogs(
@@ -31,4 +33,15 @@ class MonitoringRpc(monitoring_pb2_grpc.MonitoringServiceServicer):
             size_bytes=read.size_bytes,
             complete=read.complete,
             truncated=read.truncated,
+        )
+
+    @override
+    async def ReadMetrics(
+        self, request: monitoring_pb2.ReadMetricsRequest, context: "Context"
+    ) -> monitoring_pb2.ReadMetricsResponse:
+        found = await self._series.read(
+            current_actor(), JobId.parse(request.job_id), request.epoch, request.after_number, request.node_rank
+        )
+        return monitoring_pb2.ReadMetricsResponse(
+            epoch=found.epoch, interval_seconds=INTERVAL_SECONDS, step=found.step, points=found.points
         )

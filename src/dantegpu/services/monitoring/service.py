@@ -101,7 +101,7 @@ class LogService:
 
     async def append(self, chunks: Sequence[tuple[MachineId, Chunk]]) -> Appended:
         """Store what is new of the chunks, all in one transaction. Raises Unavailable."""
-        owners = await self._resolve({chunk.attempt_id for _, chunk in chunks})
+        owners = await self.resolve({chunk.attempt_id for _, chunk in chunks})
         stored: dict[tuple[MachineId, UUID], Stored] = {}
         own: list[tuple[MachineId, Chunk]] = []
         for machine_id, chunk in chunks:
@@ -162,7 +162,7 @@ class LogService:
         complete = truncated or (chunk.last and chunk.end == size_bytes)
         return replace(head, size_bytes=size_bytes, truncated=truncated, complete=complete), data
 
-    async def _resolve(self, attempt_ids: set[UUID]) -> dict[UUID, jobs_pb2.ResolvedAttempt]:
+    async def resolve(self, attempt_ids: set[UUID]) -> dict[UUID, jobs_pb2.ResolvedAttempt]:
         """Whose the attempts are; asked of the scheduler once per attempt. Unknown ones are left out."""
         found = {attempt_id: self._known[attempt_id] for attempt_id in attempt_ids if attempt_id in self._known}
         for attempt_id in found:

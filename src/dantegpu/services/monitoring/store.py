@@ -116,3 +116,59 @@ async def archived(tx: Tx, attempt_id: UUID) -> None:
     """The bytes are in storage: drop them here."""
     await tx.run(QUERIES["mark_archived"], attempt_id=attempt_id)
     await tx.run(QUERIES["delete_chunks"], attempt_id=attempt_id)
+
+
+@dataclass(frozen=True, slots=True)
+class SeriesRow:
+    """Whose an attempt's series is, and which of its points are kept: those with a number that `step` divides."""
+
+    attempt_id: UUID
+    job_id: UUID
+    team_id: UUID
+    epoch: int
+    node_rank: int
+    step: int
+    points: int
+    updated_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class PointRow:
+    number: int
+    point: bytes
+
+
+async def lock_series(tx: Tx, attempts: Sequence[tuple[AttemptRow, int]], now: datetime) -> dict[UUID, SeriesRow]:
+    """Series of the attempts (each with its node's rank), made where missing, locked in id order."""
+    attempt_ids = [attempt.attempt_id for attempt, _ in attempts]
+    await tx.run(
+        QUERIES["make_metric_heads"], attempt_ids=attempt_ids, job_ids=[attempt.job_id for attempt, _ in attempts],
+        team_ids=[attempt.team_id for attempt, _ in attempts], epochs=[attempt.epoch for attempt, _ in attempts],
+        ranks=[rank for _, rank in attempts], now=now,
+    )  # fmt: skip
+    rows = await tx.all(SeriesRow, QUERIES["lock_metric_heads"], attempt_ids=attempt_ids)
+    return {row.attempt_id: row for row in rows}
+
+
+async def add_points(tx: Tx, points: Sequence[tuple[UUID, int, bytes]], points_max: int, now: datetime) -> None:
+    """Points as (attempt, number, what it says), into locked series; those that grow too long are thinned out."""
+    attempt_ids = [attempt_id for attempt_id, _, _ in points]
+    await tx.run(
+        QUERIES["add_metric_points"], attempt_ids=attempt_ids, numbers=[number for _, number, _ in points],
+        points=[point for _, _, point in points], now=now,
+    )  # fmt: skip
+    while await tx.run(QUERIES["thin_metrics"], attempt_ids=attempt_ids, points_max=points_max):
+        pass  # a batch may bring more than one halving takes away
+
+
+async def series_of_job(tx: Tx, job_id: UUID, epoch: int, node_rank: int) -> SeriesRow | None:
+    """The series of that epoch; 0 = the latest one."""
+    return await tx.one(SeriesRow, QUERIES["metric_head_of_job"], job_id=job_id, epoch=epoch, node_rank=node_rank)
+
+
+async def points_after(tx: Tx, attempt_id: UUID, after: int) -> list[PointRow]:
+    return await tx.all(PointRow, QUERIES["metric_points_after"], attempt_id=attempt_id, after=after)
+
+
+async def drop_old_series(tx: Tx, before: datetime, limit: int) -> int:
+    return await tx.run(QUERIES["drop_old_metrics"], before=before, limit=limit)

@@ -270,6 +270,21 @@ async def _stored_log(platform: Platform, job_id: str, epoch: int, offset: int, 
     return StreamingResponse(pieces(), media_type="text/plain; charset=utf-8", headers=headers)
 
 
+@router.get("/v1/jobs/{job_id}/metrics", summary="What a job used over time")
+async def job_metrics(
+    job_id: JobIdPath,
+    _actor: JobReader,
+    platform: Platform,
+    epoch: Annotated[int, Query(ge=0, le=MAX_LOG_EPOCH, description="Which attempt; 0: the latest with any")] = 0,
+    after: Annotated[int, Query(ge=0, le=1 << 30, description="Only points behind this number")] = 0,
+    node: Annotated[int, Query(ge=0, le=10_000, description="Which of the job's nodes")] = 0,
+) -> jobs.Metrics:
+    """CPU, memory, disks and GPUs, a point every few seconds. Ask again with `after` for what has come since."""
+    await get_job(platform.clients, job_id)
+    request = monitoring_pb2.ReadMetricsRequest(job_id=job_id, epoch=epoch, after_number=after, node_rank=node)
+    return convert.metrics(job_id, await rpc.call(platform.clients.monitoring.ReadMetrics, request))
+
+
 @router.get("/v1/jobs/{job_id}/results", summary="What a job left in $DANTE_OUTPUT, with download addresses")
 async def job_results(job_id: JobIdPath, _actor: JobReader, platform: Platform) -> jobs.Results:
     job = await get_job(platform.clients, job_id)

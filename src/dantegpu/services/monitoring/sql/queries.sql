@@ -52,3 +52,53 @@ UPDATE log_heads SET archived = true WHERE attempt_id = %(attempt_id)s AND NOT a
 
 -- name: delete_chunks
 DELETE FROM log_chunks WHERE attempt_id = %(attempt_id)s;
+
+-- name: make_metric_heads
+INSERT INTO metric_heads (attempt_id, job_id, team_id, epoch, node_rank, updated_at)
+SELECT *, %(now)s FROM unnest(%(attempt_ids)s::uuid[], %(job_ids)s::uuid[], %(team_ids)s::uuid[], %(epochs)s::bigint[],
+                              %(ranks)s::integer[]) AS new (attempt_id, job_id, team_id, epoch, node_rank)
+ORDER BY attempt_id ON CONFLICT DO NOTHING;
+
+-- name: lock_metric_heads
+SELECT * FROM metric_heads WHERE attempt_id = ANY(%(attempt_ids)s) ORDER BY attempt_id FOR UPDATE;
+
+-- name: add_metric_points
+-- A point that came before changes nothing; the counts are of what was new.
+WITH added AS (
+    INSERT INTO metric_points (attempt_id, number, point)
+    SELECT * FROM unnest(%(attempt_ids)s::uuid[], %(numbers)s::integer[], %(points)s::bytea[])
+    ON CONFLICT DO NOTHING RETURNING attempt_id
+), counted AS (
+    SELECT attempt_id, count(*)::integer AS more FROM added GROUP BY attempt_id
+)
+UPDATE metric_heads SET points = points + more, updated_at = %(now)s FROM counted
+WHERE metric_heads.attempt_id = counted.attempt_id;
+
+-- name: thin_metrics
+-- Series with too many points: twice the step, and what it does not hit goes.
+WITH full_heads AS (
+    SELECT attempt_id, step * 2 AS step FROM metric_heads
+    WHERE attempt_id = ANY(%(attempt_ids)s) AND points > %(points_max)s
+), gone AS (
+    DELETE FROM metric_points USING full_heads
+    WHERE metric_points.attempt_id = full_heads.attempt_id AND metric_points.number %% full_heads.step <> 0
+    RETURNING metric_points.attempt_id
+), counted AS (
+    SELECT attempt_id, count(*)::integer AS fewer FROM gone GROUP BY attempt_id
+)
+UPDATE metric_heads SET step = full_heads.step, points = points - coalesce(counted.fewer, 0)
+FROM full_heads LEFT JOIN counted USING (attempt_id)
+WHERE metric_heads.attempt_id = full_heads.attempt_id;
+
+-- name: metric_head_of_job
+SELECT * FROM metric_heads
+WHERE job_id = %(job_id)s AND node_rank = %(node_rank)s AND (%(epoch)s = 0 OR epoch = %(epoch)s)
+ORDER BY epoch DESC LIMIT 1;
+
+-- name: metric_points_after
+SELECT number, point FROM metric_points WHERE attempt_id = %(attempt_id)s AND number > %(after)s ORDER BY number;
+
+-- name: drop_old_metrics
+DELETE FROM metric_heads WHERE attempt_id IN (
+    SELECT attempt_id FROM metric_heads WHERE updated_at <= %(before)s ORDER BY updated_at LIMIT %(limit)s
+);

@@ -155,7 +155,7 @@ class Inventory:
             schedulable=machine.status in _SCHEDULABLE,
             runs_images="container" in inventory.executors,
             sandboxed=inventory.sandbox not in ("", "none"),
-            allows_fractions=any(device.simulated for device in inventory.devices),
+            allows_fractions=inventory.shares_devices or any(device.simulated for device in inventory.devices),
         )
 
 

@@ -109,6 +109,7 @@ class Inventory(message.Message):
     DAEMON_VERSION_FIELD_NUMBER: builtins.int
     REGION_FIELD_NUMBER: builtins.int
     SIMULATED_FIELD_NUMBER: builtins.int
+    SHARES_DEVICES_FIELD_NUMBER: builtins.int
     ADDRESS_FIELD_NUMBER: builtins.int
     hostname: builtins.str
     cpu_milli: builtins.int
@@ -125,6 +126,8 @@ class Inventory(message.Message):
     region: builtins.str
     simulated: builtins.bool
     """any device is simulated"""
+    shares_devices: builtins.bool
+    """its owner lets one team's jobs share a GPU by time-slicing"""
     address: builtins.str
     """where the other nodes of a gang reach this machine"""
     @builtins.property
@@ -155,11 +158,12 @@ class Inventory(message.Message):
         daemon_version: builtins.str = ...,
         region: builtins.str = ...,
         simulated: builtins.bool = ...,
+        shares_devices: builtins.bool = ...,
         address: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "cpu_milli", b"cpu_milli", "cuda_version", b"cuda_version", "daemon_version", b"daemon_version", "devices", b"devices", "disk_bytes", b"disk_bytes", "driver_version", b"driver_version", "executors", b"executors", "hostname", b"hostname", "kernel", b"kernel", "limits_missing", b"limits_missing", "memory_bytes", b"memory_bytes", "os", b"os", "region", b"region", "sandbox", b"sandbox", "simulated", b"simulated"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "cpu_milli", b"cpu_milli", "cuda_version", b"cuda_version", "daemon_version", b"daemon_version", "devices", b"devices", "disk_bytes", b"disk_bytes", "driver_version", b"driver_version", "executors", b"executors", "hostname", b"hostname", "kernel", b"kernel", "limits_missing", b"limits_missing", "memory_bytes", b"memory_bytes", "os", b"os", "region", b"region", "sandbox", b"sandbox", "shares_devices", b"shares_devices", "simulated", b"simulated"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -626,6 +630,84 @@ class LogAck(message.Message):
     _ClearFieldArgType: _TypeAlias = typing.Literal["attempt_id", b"attempt_id", "offset", b"offset", "refused", b"refused"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class MetricsReport(message.Message):
+    """Core publish on dante.machine.<m>.metrics, every few seconds while attempts run. One that is lost is not missed."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    POINTS_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def points(self) -> containers.RepeatedCompositeFieldContainer[MetricsPoint]: ...
+    def __init__(
+        self,
+        *,
+        points: abc.Iterable[MetricsPoint] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["points", b"points"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class MetricsPoint(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    ATTEMPT_ID_FIELD_NUMBER: builtins.int
+    NUMBER_FIELD_NUMBER: builtins.int
+    CPU_CORES_FIELD_NUMBER: builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: builtins.int
+    READ_BYTES_PER_SECOND_FIELD_NUMBER: builtins.int
+    WRITTEN_BYTES_PER_SECOND_FIELD_NUMBER: builtins.int
+    PROCESSES_FIELD_NUMBER: builtins.int
+    DEVICES_FIELD_NUMBER: builtins.int
+    attempt_id: builtins.str
+    number: builtins.int
+    """1, 2, ...: of the intervals since the attempt began, the one that ends here"""
+    cpu_cores: builtins.float
+    """used on average over the interval; unset: not measured there"""
+    memory_bytes: builtins.int
+    read_bytes_per_second: builtins.float
+    written_bytes_per_second: builtins.float
+    processes: builtins.int
+    @builtins.property
+    def devices(self) -> containers.RepeatedCompositeFieldContainer[DeviceUtilisation]:
+        """those leased to it"""
+
+    def __init__(
+        self,
+        *,
+        attempt_id: builtins.str = ...,
+        number: builtins.int = ...,
+        cpu_cores: builtins.float | None = ...,
+        memory_bytes: builtins.int | None = ...,
+        read_bytes_per_second: builtins.float | None = ...,
+        written_bytes_per_second: builtins.float | None = ...,
+        processes: builtins.int = ...,
+        devices: abc.Iterable[DeviceUtilisation] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["_cpu_cores", b"_cpu_cores", "_memory_bytes", b"_memory_bytes", "_read_bytes_per_second", b"_read_bytes_per_second", "_written_bytes_per_second", b"_written_bytes_per_second", "cpu_cores", b"cpu_cores", "memory_bytes", b"memory_bytes", "read_bytes_per_second", b"read_bytes_per_second", "written_bytes_per_second", b"written_bytes_per_second"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_cpu_cores", b"_cpu_cores", "_memory_bytes", b"_memory_bytes", "_read_bytes_per_second", b"_read_bytes_per_second", "_written_bytes_per_second", b"_written_bytes_per_second", "attempt_id", b"attempt_id", "cpu_cores", b"cpu_cores", "devices", b"devices", "memory_bytes", b"memory_bytes", "number", b"number", "processes", b"processes", "read_bytes_per_second", b"read_bytes_per_second", "written_bytes_per_second", b"written_bytes_per_second"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__cpu_cores: _TypeAlias = typing.Literal["cpu_cores"]  # noqa: Y015
+    _WhichOneofArgType__cpu_cores: _TypeAlias = typing.Literal["_cpu_cores", b"_cpu_cores"]  # noqa: Y015
+    _WhichOneofReturnType__memory_bytes: _TypeAlias = typing.Literal["memory_bytes"]  # noqa: Y015
+    _WhichOneofArgType__memory_bytes: _TypeAlias = typing.Literal["_memory_bytes", b"_memory_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__read_bytes_per_second: _TypeAlias = typing.Literal["read_bytes_per_second"]  # noqa: Y015
+    _WhichOneofArgType__read_bytes_per_second: _TypeAlias = typing.Literal["_read_bytes_per_second", b"_read_bytes_per_second"]  # noqa: Y015
+    _WhichOneofReturnType__written_bytes_per_second: _TypeAlias = typing.Literal["written_bytes_per_second"]  # noqa: Y015
+    _WhichOneofArgType__written_bytes_per_second: _TypeAlias = typing.Literal["_written_bytes_per_second", b"_written_bytes_per_second"]  # noqa: Y015
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cpu_cores) -> _WhichOneofReturnType__cpu_cores | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_bytes) -> _WhichOneofReturnType__memory_bytes | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__read_bytes_per_second) -> _WhichOneofReturnType__read_bytes_per_second | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__written_bytes_per_second) -> _WhichOneofReturnType__written_bytes_per_second | None: ...
 
 @typing.final
 class UrlsRequest(message.Message):

@@ -22,19 +22,24 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from dantegpu.contracts.gen.dante.v1 import machine_pb2 as dante_dot_v1_dot_machine__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x64\x61nte/v1/monitoring.proto\x12\x08\x64\x61nte.v1\"h\n\x0fReadLogsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x0e\n\x06offset\x18\x03 \x01(\x03\x12\x13\n\x0blimit_bytes\x18\x04 \x01(\x05\x12\x11\n\tnode_rank\x18\x05 \x01(\x05\"x\n\x10ReadLogsResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12\x10\n\x08\x63omplete\x18\x05 \x01(\x08\x12\x11\n\ttruncated\x18\x06 \x01(\x08\x32V\n\x11MonitoringService\x12\x41\n\x08ReadLogs\x12\x19.dante.v1.ReadLogsRequest\x1a\x1a.dante.v1.ReadLogsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x64\x61nte/v1/monitoring.proto\x12\x08\x64\x61nte.v1\x1a\x16\x64\x61nte/v1/machine.proto\"h\n\x0fReadLogsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x0e\n\x06offset\x18\x03 \x01(\x03\x12\x13\n\x0blimit_bytes\x18\x04 \x01(\x05\x12\x11\n\tnode_rank\x18\x05 \x01(\x05\"x\n\x10ReadLogsResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12\x10\n\x08\x63omplete\x18\x05 \x01(\x08\x12\x11\n\ttruncated\x18\x06 \x01(\x08\"\\\n\x12ReadMetricsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x14\n\x0c\x61\x66ter_number\x18\x03 \x01(\x05\x12\x11\n\tnode_rank\x18\x04 \x01(\x05\"t\n\x13ReadMetricsResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12\x18\n\x10interval_seconds\x18\x02 \x01(\x01\x12\x0c\n\x04step\x18\x03 \x01(\x05\x12&\n\x06points\x18\x04 \x03(\x0b\x32\x16.dante.v1.MetricsPoint2\xa2\x01\n\x11MonitoringService\x12\x41\n\x08ReadLogs\x12\x19.dante.v1.ReadLogsRequest\x1a\x1a.dante.v1.ReadLogsResponse\x12J\n\x0bReadMetrics\x12\x1c.dante.v1.ReadMetricsRequest\x1a\x1d.dante.v1.ReadMetricsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'dante.v1.monitoring_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_READLOGSREQUEST']._serialized_start=39
-  _globals['_READLOGSREQUEST']._serialized_end=143
-  _globals['_READLOGSRESPONSE']._serialized_start=145
-  _globals['_READLOGSRESPONSE']._serialized_end=265
-  _globals['_MONITORINGSERVICE']._serialized_start=267
-  _globals['_MONITORINGSERVICE']._serialized_end=353
+  _globals['_READLOGSREQUEST']._serialized_start=63
+  _globals['_READLOGSREQUEST']._serialized_end=167
+  _globals['_READLOGSRESPONSE']._serialized_start=169
+  _globals['_READLOGSRESPONSE']._serialized_end=289
+  _globals['_READMETRICSREQUEST']._serialized_start=291
+  _globals['_READMETRICSREQUEST']._serialized_end=383
+  _globals['_READMETRICSRESPONSE']._serialized_start=385
+  _globals['_READMETRICSRESPONSE']._serialized_end=501
+  _globals['_MONITORINGSERVICE']._serialized_start=504
+  _globals['_MONITORINGSERVICE']._serialized_end=666
 # @@protoc_insertion_point(module_scope)

@@ -3,8 +3,11 @@
 isort:skip_file
 """
 
+from collections import abc as abc
+from dantegpu.contracts.gen.dante.v1 import machine_pb2 as machine_pb2
 from google.protobuf import descriptor as descriptor
 from google.protobuf import message as message
+from google.protobuf.internal import containers as containers
 import builtins as builtins
 import sys
 import typing as typing
@@ -81,5 +84,65 @@ class ReadLogsResponse(message.Message):
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["complete", b"complete", "data", b"data", "epoch", b"epoch", "offset", b"offset", "size_bytes", b"size_bytes", "truncated", b"truncated"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ReadMetricsRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: builtins.int
+    EPOCH_FIELD_NUMBER: builtins.int
+    AFTER_NUMBER_FIELD_NUMBER: builtins.int
+    NODE_RANK_FIELD_NUMBER: builtins.int
+    job_id: builtins.str
+    epoch: builtins.int
+    """0 = the latest attempt that has any"""
+    after_number: builtins.int
+    """only points behind this one"""
+    node_rank: builtins.int
+    """whose, of a job with several nodes"""
+    def __init__(
+        self,
+        *,
+        job_id: builtins.str = ...,
+        epoch: builtins.int = ...,
+        after_number: builtins.int = ...,
+        node_rank: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["after_number", b"after_number", "epoch", b"epoch", "job_id", b"job_id", "node_rank", b"node_rank"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ReadMetricsResponse(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: builtins.int
+    INTERVAL_SECONDS_FIELD_NUMBER: builtins.int
+    STEP_FIELD_NUMBER: builtins.int
+    POINTS_FIELD_NUMBER: builtins.int
+    epoch: builtins.int
+    interval_seconds: builtins.float
+    """between points numbered 1 apart"""
+    step: builtins.int
+    """every step-th point is kept: a long series is thinned out"""
+    @builtins.property
+    def points(self) -> containers.RepeatedCompositeFieldContainer[machine_pb2.MetricsPoint]:
+        """in order"""
+
+    def __init__(
+        self,
+        *,
+        epoch: builtins.int = ...,
+        interval_seconds: builtins.float = ...,
+        step: builtins.int = ...,
+        points: abc.Iterable[machine_pb2.MetricsPoint] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["epoch", b"epoch", "interval_seconds", b"interval_seconds", "points", b"points", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...

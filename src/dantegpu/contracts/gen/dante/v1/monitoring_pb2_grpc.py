@@ -40,6 +40,11 @@ class MonitoringServiceStub:
                 request_serializer=dante_dot_v1_dot_monitoring__pb2.ReadLogsRequest.SerializeToString,
                 response_deserializer=dante_dot_v1_dot_monitoring__pb2.ReadLogsResponse.FromString,
                 _registered_method=True)
+        self.ReadMetrics = channel.unary_unary(
+                '/dante.v1.MonitoringService/ReadMetrics',
+                request_serializer=dante_dot_v1_dot_monitoring__pb2.ReadMetricsRequest.SerializeToString,
+                response_deserializer=dante_dot_v1_dot_monitoring__pb2.ReadMetricsResponse.FromString,
+                _registered_method=True)
 
 
 class MonitoringServiceServicer:
@@ -53,6 +58,12 @@ class MonitoringServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReadMetrics(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MonitoringServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +71,11 @@ def add_MonitoringServiceServicer_to_server(servicer, server):
                     servicer.ReadLogs,
                     request_deserializer=dante_dot_v1_dot_monitoring__pb2.ReadLogsRequest.FromString,
                     response_serializer=dante_dot_v1_dot_monitoring__pb2.ReadLogsResponse.SerializeToString,
+            ),
+            'ReadMetrics': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReadMetrics,
+                    request_deserializer=dante_dot_v1_dot_monitoring__pb2.ReadMetricsRequest.FromString,
+                    response_serializer=dante_dot_v1_dot_monitoring__pb2.ReadMetricsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +106,33 @@ class MonitoringService:
             '/dante.v1.MonitoringService/ReadLogs',
             dante_dot_v1_dot_monitoring__pb2.ReadLogsRequest.SerializeToString,
             dante_dot_v1_dot_monitoring__pb2.ReadLogsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadMetrics(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dante.v1.MonitoringService/ReadMetrics',
+            dante_dot_v1_dot_monitoring__pb2.ReadMetricsRequest.SerializeToString,
+            dante_dot_v1_dot_monitoring__pb2.ReadMetricsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -18,6 +18,7 @@ class MonitoringServiceStub:
     def __init__(self, channel: aio.Channel) -> None: ...
     ReadLogs: aio.UnaryUnaryMultiCallable[monitoring_pb2.ReadLogsRequest, monitoring_pb2.ReadLogsResponse]
     """The caller (gateway) has checked that the job is the actor's."""
+    ReadMetrics: aio.UnaryUnaryMultiCallable[monitoring_pb2.ReadMetricsRequest, monitoring_pb2.ReadMetricsResponse]
 
 class MonitoringServiceServicer(metaclass=abc_1.ABCMeta):
     """monitoring-logging-service"""
@@ -29,5 +30,12 @@ class MonitoringServiceServicer(metaclass=abc_1.ABCMeta):
         context: aio.ServicerContext[monitoring_pb2.ReadLogsRequest, abc.Awaitable[monitoring_pb2.ReadLogsResponse]],
     ) -> abc.Awaitable[monitoring_pb2.ReadLogsResponse]:
         """The caller (gateway) has checked that the job is the actor's."""
+
+    @abc_1.abstractmethod
+    def ReadMetrics(
+        self,
+        request: monitoring_pb2.ReadMetricsRequest,
+        context: aio.ServicerContext[monitoring_pb2.ReadMetricsRequest, abc.Awaitable[monitoring_pb2.ReadMetricsResponse]],
+    ) -> abc.Awaitable[monitoring_pb2.ReadMetricsResponse]: ...
 
 def add_MonitoringServiceServicer_to_server(servicer: MonitoringServiceServicer, server: aio.Server) -> None: ...
