@@ -6,7 +6,7 @@
 from dantegpu.domain.scheduling.constraints import Constraint, ConstraintCount, PendingJob
 from dantegpu.domain.scheduling.explain import Relaxation, Why, explain
 from dantegpu.domain.scheduling.plan import Blocked, DeviceShare, Placement, Plan, SchedulerState, Unplaced, schedule
-from dantegpu.domain.scheduling.policy import DEFAULT_POLICY, Objective, Policy
+from dantegpu.domain.scheduling.policy import DEFAULT_POLICY, Objective, Policy, Quota, borrowed
 from dantegpu.domain.scheduling.queue import JobGroup, JobQueue, QueuedJob
 from dantegpu.domain.scheduling.ranking import Refusal
 from dantegpu.domain.scheduling.snapshot import Lease, Snapshot, SnapshotBuilder, TeamUse
@@ -26,6 +26,7 @@ __all__ = [
     "Plan",
     "Policy",
     "QueuedJob",
+    "Quota",
     "Refusal",
     "Relaxation",
     "SchedulerState",
@@ -34,6 +35,7 @@ __all__ = [
     "TeamUse",
     "Unplaced",
     "Why",
+    "borrowed",
     "explain",
     "schedule",
 ]

@@ -1,4 +1,4 @@
-"""Who goes next: by priority, then fair between teams, then by age.
+"""Who goes next: teams within their quotas, then by priority, then fair between teams, then by age.
 
 A round draws jobs, and each that is drawn counts as placed for the fairness of what follows. What then finds no place
 is put back with all that was drawn after it, so the order is the same as if each job were drawn after the one before it
@@ -9,54 +9,12 @@ import heapq
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from dantegpu.domain.resources import ResourceRequest
 from dantegpu.domain.scheduling.policy import Policy
 from dantegpu.domain.scheduling.queue import JobGroup, JobQueue, QueuedJob, Shape
-from dantegpu.domain.scheduling.snapshot import Lease, Snapshot, TeamUse
+from dantegpu.domain.scheduling.shares import Shares
 
 _EVERYBODY = -1
 """The team of all jobs where teams make no difference."""
-
-
-class Shares:
-    """What each team uses of the whole fleet. Teams are numbers here (`Shape.team`): a round asks very often.
-
-    Source: Ghodsi et al., "Dominant Resource Fairness", NSDI 2011.
-    """
-
-    def __init__(self, snapshot: Snapshot) -> None:
-        self._use = {team_id.uuid.int: use for team_id, use in snapshot.team_use.items()}
-        self._totals = (
-            max(int(snapshot.device_total.sum()), 1),
-            max(int(snapshot.cpu_total.sum()), 1),
-            max(int(snapshot.memory_total.sum()), 1),
-        )
-        self._shares = {team: self._dominant(use) for team, use in self._use.items()}
-
-    def of(self, team: int) -> float:
-        """The team's dominant share, 0..1."""
-        return self._shares.get(team, 0.0)
-
-    def add(self, team: int, request: ResourceRequest, times: int = 1) -> None:
-        """The team holds so much more (less, when `times` is negative)."""
-        milli = request.gpu.total_milli * times if request.gpu is not None else 0
-        self._change(team, milli, request.cpu_milli * times, request.memory_bytes * times)
-
-    def remove_lease(self, lease: Lease) -> None:
-        """The team no longer holds this."""
-        milli = sum([milli for _, milli in lease.devices])
-        self._change(lease.team_id.uuid.int, -milli, -lease.cpu_milli, -lease.memory_bytes)
-
-    def _change(self, team: int, gpu_milli: int, cpu_milli: int, memory_bytes: int) -> None:
-        use = self._use[team] = self._use.get(team, _NOTHING).plus(gpu_milli, cpu_milli, memory_bytes)
-        self._shares[team] = self._dominant(use)
-
-    def _dominant(self, use: TeamUse) -> float:
-        gpu, cpu, memory = self._totals
-        return max(use.gpu_milli / gpu, use.cpu_milli / cpu, use.memory_bytes / memory)
-
-
-_NOTHING = TeamUse()
 
 
 class _Run:
@@ -84,8 +42,9 @@ type _Turn = tuple[float, float, int, int, int]
 
 
 class Draw(NamedTuple):
-    """One job that is to be placed now; `place` is its index in its group."""
+    """One job that is to be placed now; `place` is its index in its group, `step` where the order was."""
 
+    step: int
     run: _Run
     shape: Shape
     job: QueuedJob
@@ -98,8 +57,7 @@ class _Level:
     Entries that are no longer true stay in the heaps until they come up: an older turn of a team has a lower stamp.
     """
 
-    def __init__(self, number: int, groups: Sequence[JobGroup], fair: bool) -> None:
-        self.number = number
+    def __init__(self, groups: Sequence[JobGroup], fair: bool) -> None:
         self._runs: dict[int, list[_Run]] = {}
         for group in groups:
             team = group.shape.team if fair else _EVERYBODY
@@ -164,22 +122,27 @@ class Order:
         """`closed`: no job of the shape fits anywhere any more; such groups are not drawn from."""
         self._shares = shares
         self._closed = closed
-        self._levels = [_Level(number, groups, policy.fair_share) for number, (_, groups) in enumerate(queue.levels())]
-        self._current = 0
+        levels = [_Level(groups, policy.fair_share) for _, groups in queue.levels()]
+        # Twice through all priorities: what belongs to teams by their quotas, then what is left.
+        own = [(level, True) for level in levels] if policy.quotas else []
+        self._steps = [*own, *((level, False) for level in levels)]
+        self._step = 0
         self.refused: list[tuple[JobGroup, int]] = []
         """Groups that have jobs for which there is no room, and the place of the first of them."""
 
     def draw(self, count: int) -> list[Draw]:
         """Up to `count` jobs in their order. None means that nobody is left."""
         drawn: list[Draw] = []
-        while self._current < len(self._levels):
-            self._draw_from(self._levels[self._current], count, drawn)
+        while self._step < len(self._steps):
+            self._draw_from(*self._steps[self._step], count, drawn)
             if len(drawn) == count:
                 break
-            self._current += 1
+            self._step += 1
+            if self._step < len(self._steps):
+                self._steps[self._step][0].turns = None
         return drawn
 
-    def _draw_from(self, level: _Level, count: int, drawn: list[Draw]) -> None:
+    def _draw_from(self, level: _Level, own: bool, count: int, drawn: list[Draw]) -> None:
         shares, closed = self._shares, self._closed
         turns = level.turns if level.turns is not None else level.line_up(shares)
         while turns and len(drawn) < count:
@@ -194,8 +157,10 @@ class Order:
             if closed(shape):
                 self.refused.append((run.group, place))
                 level.leave(head)
+            elif own and not shares.within_quota(shape.team, shape.request):
+                continue  # until what is left is given to all
             else:
-                drawn.append(Draw(run, shape, run.group.jobs[place], place))
+                drawn.append(Draw(self._step, run, shape, run.group.jobs[place], place))
                 shares.add(shape.team, shape.request)
                 level.advance(head)
             level.take_turn(team, shares)
@@ -207,7 +172,8 @@ class Order:
             draw.run.level.back_to(draw.run, draw.place)
         for level, team in {(draw.run.level, draw.run.team): None for draw in draws}:
             level.take_turn(team, self._shares)
-        first = min(draw.run.level.number for draw in draws)
-        self._current = min(first, self._current)
-        for level in self._levels[first + 1 :]:
-            level.turns = None  # the shares that it was lined up by are others now
+        first = draws[0].step
+        if first < self._step:
+            self._step = first
+            for level, _ in self._steps[first:]:
+                level.turns = None  # the shares that it was lined up by are others now

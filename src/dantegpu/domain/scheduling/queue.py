@@ -77,6 +77,8 @@ class JobGroup:
     jobs: list[QueuedJob] = field(default_factory=list[QueuedJob])
     start: int = 0
     waiting: int = 0
+    version: int = 0
+    """Rises with every job that comes in."""
 
     @property
     def team_id(self) -> TeamId:
@@ -99,6 +101,7 @@ class JobGroup:
 
     def insert(self, job: QueuedJob) -> None:
         self.waiting += 1
+        self.version += 1
         if not self.jobs or self.jobs[-1].age <= job.age:
             self.jobs.append(job)
         else:

@@ -18,7 +18,7 @@ from dantegpu.domain.clock import Clock
 from dantegpu.domain.ids import InvalidId, JobId, TeamId
 from dantegpu.domain.job import JobState, QueueReason, StopReason
 from dantegpu.domain.resources import InvalidGpuSpec
-from dantegpu.domain.scheduling import DEFAULT_POLICY, Snapshot, Why, explain, schedule
+from dantegpu.domain.scheduling import Snapshot, Why, explain, schedule
 from dantegpu.kit import rpc
 from dantegpu.kit.actor import SERVICE, Actor
 from dantegpu.kit.db import Database, Tx
@@ -29,8 +29,9 @@ from dantegpu.kit.telemetry import current_traceparent
 from dantegpu.services.scheduler import store, store_arrays
 from dantegpu.services.scheduler.errors import InputNotUploaded, InvalidJob, JobNotFound, NoOfferFits, TaskNotFound
 from dantegpu.services.scheduler.service.arrays import split, stop_array
+from dantegpu.services.scheduler.service.fleet import live_leases
 from dantegpu.services.scheduler.service.inventory import Inventory
-from dantegpu.services.scheduler.service.placement import live_leases, pending_of, pending_of_spec, request_of
+from dantegpu.services.scheduler.service.placement import pending_of, pending_of_spec, request_of
 from dantegpu.services.scheduler.service.transitions import JobBatch, Wakeups, event_message
 from dantegpu.services.scheduler.settings import SchedulerSettings
 from dantegpu.services.scheduler.store import AttemptRow, JobRow, LeaseRow
@@ -175,8 +176,10 @@ class Intake:
         now = self._clock.now()
         pending = [pending_of_spec(JobId.new(), team_id, now, spec) for spec in specs]
         async with self._db.transaction() as tx:
-            leases = await live_leases(tx)
-        plan = schedule(Snapshot.from_machines(self._inventory.machines(), leases), pending, DEFAULT_POLICY, now=now)
+            leases = (await live_leases(tx)).values()
+        plan = schedule(
+            Snapshot.from_machines(self._inventory.machines(), leases), pending, self._settings.policy, now=now
+        )
         if plan.unplaced:
             first = plan.unplaced[0]
             detail = f" ({first.detail})" if first.detail else ""
@@ -298,7 +301,7 @@ class Intake:
     async def explain(self, tx: Tx, actor: Actor, job_ids: Sequence[JobId]) -> list[JobExplanation]:
         await self._inventory.ready()
         rows = await self._own_jobs(tx, actor, job_ids)
-        snapshot = Snapshot.from_machines(self._inventory.machines(), await live_leases(tx))
+        snapshot = Snapshot.from_machines(self._inventory.machines(), (await live_leases(tx)).values())
         now = self._clock.now()
         found: list[JobExplanation] = []
         for row in rows:

@@ -3,8 +3,9 @@
 import asyncio
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
+from functools import lru_cache
 from uuid import UUID
 
 import structlog
@@ -16,16 +17,16 @@ from dantegpu.contracts.envelope import UnexpectedEvent, unwrap
 from dantegpu.contracts.gen.dante.v1 import billing_pb2, billing_pb2_grpc, events_pb2, jobs_pb2
 from dantegpu.domain import job as lifecycle
 from dantegpu.domain.clock import Clock
-from dantegpu.domain.ids import AttemptId, DeviceId, InvalidId, JobId, MachineId, TeamId
+from dantegpu.domain.ids import AttemptId, InvalidId, JobId, MachineId, TeamId
 from dantegpu.domain.job import JobState, QueueReason
 from dantegpu.domain.pricing import WINDOW_SECONDS
 from dantegpu.domain.resources import MachineInfo, ResourceRequest, parse_gpu_spec
-from dantegpu.domain.scheduling import DEFAULT_POLICY, Lease, PendingJob, Placement, Snapshot, Unplaced, schedule
+from dantegpu.domain.scheduling import Blocked, PendingJob, Placement, Plan, Snapshot, schedule
 from dantegpu.domain.units import format_dgpu
 from dantegpu.kit import rpc
 from dantegpu.kit.actor import SERVICE
 from dantegpu.kit.bus import Bus, unsubscribe
-from dantegpu.kit.db import Database, Tx
+from dantegpu.kit.db import Database
 from dantegpu.kit.errors import ServiceError
 from dantegpu.kit.lease import Leadership, LostLeadership
 from dantegpu.kit.lifecycle import Wakeup
@@ -33,8 +34,10 @@ from dantegpu.kit.outbox import Outbox
 from dantegpu.kit.telemetry import span
 from dantegpu.services.scheduler import store
 from dantegpu.services.scheduler.errors import PlanConflict
+from dantegpu.services.scheduler.service.fleet import Fleet
 from dantegpu.services.scheduler.service.inventory import Inventory
 from dantegpu.services.scheduler.service.transitions import JobBatch, Opening, Wakeups
+from dantegpu.services.scheduler.service.waiting import Note, WaitingJobs
 from dantegpu.services.scheduler.settings import SchedulerSettings
 from dantegpu.services.scheduler.store import JobRow
 
@@ -43,11 +46,9 @@ log = structlog.get_logger(__name__)
 LOAD_PAGE = 1000
 MAX_PLACEMENTS_PER_ROUND = 1000
 MAX_REASONS_PER_ROUND = 1000
-NO_FUNDS_RETRY_SECONDS = 10.0
+MAX_REASONS_BESIDE_PLACEMENTS = 100
 IDLE_ROUND_SECONDS = 5.0
 """A round also runs this often while something waits: what woke nobody is found all the same."""
-TEAM_PAUSE_SECONDS = 1.0
-"""A team that could not pay is left out of rounds for so long: its other jobs must not keep the rounds busy."""
 SWEEP_SECONDS = 15.0
 """How often the queue in memory is compared with PostgreSQL."""
 
@@ -77,40 +78,13 @@ def pending_of_spec(job_id: JobId, team_id: TeamId, submitted_at: datetime, spec
 def request_of(spec: jobs_pb2.JobSpec) -> ResourceRequest:
     """Raises InvalidGpuSpec or ValueError when the spec asks for what cannot be."""
     resources = spec.resources
-    return ResourceRequest(
-        gpu=parse_gpu_spec(resources.gpu) if resources.gpu else None,
-        cpu_milli=resources.cpu_milli,
-        memory_bytes=resources.memory_bytes,
-        disk_bytes=resources.disk_bytes,
-    )
+    return _request(resources.gpu, resources.cpu_milli, resources.memory_bytes, resources.disk_bytes)
 
 
-async def live_leases(tx: Tx) -> list[Lease]:
-    return [
-        Lease(
-            machine_id=MachineId(row.machine_id),
-            team_id=TeamId(row.team_id),
-            cpu_milli=row.cpu_milli,
-            memory_bytes=row.memory_bytes,
-            disk_bytes=row.disk_bytes,
-            devices=tuple((DeviceId(device), milli) for device, milli in zip(row.device_ids, row.millis, strict=True)),
-        )
-        for row in await store.live_leases(tx)
-    ]
-
-
-@dataclass(slots=True)
-class _Waiting:
-    job: PendingJob
-    max_duration_seconds: int
-    told: tuple[str, str]
-    """The reason and detail that the database has."""
-    traceparent: str
-    """Of the submission."""
-    array_id: UUID | None = None
-    """A task's array, under whose id its attempts are paid for."""
-    blocked_until_seconds: float = 0.0
-    """Monotonic; no funds: billing is not asked again before, unless money came in."""
+@lru_cache(maxsize=4096)
+def _request(gpu: str, cpu_milli: int, memory_bytes: int, disk_bytes: int) -> ResourceRequest:
+    """Jobs that ask for the same share one object: many wait."""
+    return ResourceRequest(parse_gpu_spec(gpu) if gpu else None, cpu_milli, memory_bytes, disk_bytes)
 
 
 class PlacementLeader:
@@ -135,8 +109,9 @@ class PlacementLeader:
         self._wakeups = wakeups
         self._clock = clock
         self._settings = settings
-        self._queue: dict[UUID, _Waiting] = {}
-        self._paused_teams: dict[TeamId, float] = {}
+        self._queue = WaitingJobs(clock)
+        self._fleet = Fleet(db, inventory, clock)
+        self._policy = settings.policy
         self._again = Wakeup()
         self._sweep_now = Wakeup()
         # What NATS lost is still in PostgreSQL.
@@ -146,6 +121,10 @@ class PlacementLeader:
 
     def notify(self) -> None:
         self._again.notify()
+
+    def ended(self, attempts: Sequence[UUID]) -> None:
+        """What these held is free; the transaction in which they ended has been committed."""
+        self._fleet.ended(attempts)
 
     def drop_ended(self) -> None:
         """Compare the queue with PostgreSQL soon."""
@@ -158,9 +137,10 @@ class PlacementLeader:
     async def lead(self) -> None:
         """Until cancelled: the queue from PostgreSQL, then rounds."""
         self._queue.clear()
-        self._paused_teams.clear()
-        await self._load()
+        self._fleet.watch(True)
         async with AsyncExitStack() as stack:
+            stack.callback(self._fleet.watch, False)
+            await self._load()
             wallets = await self._bus.subscribe(subjects.ALL_WALLET_EVENTS, self._wallet_changed)
             stack.push_async_callback(unsubscribe, wallets)
             consuming = await self._bus.consume(subjects.JOBS, subjects.PLACEMENT_CONSUMER, self._submitted)
@@ -196,24 +176,26 @@ class PlacementLeader:
                     log.error("job_unreadable", job_id=str(JobId(row.id)), error=str(error))
                     continue
                 told = (row.reason or "", row.reason_detail)
-                self._queue[row.id] = _Waiting(pending, duration, told, row.traceparent, row.array_id)
+                self._queue.add(pending, Note(duration, told, row.traceparent, row.array_id))
         self._again.notify()
 
     async def _load(self) -> None:
         """Every QUEUED job of PostgreSQL that is not in memory, and nothing in memory that is not QUEUED."""
-        after: JobRow | None = None
-        seen: set[UUID] = set()
-        before = set(self._queue)
+        after: UUID | None = None
+        gone = self._queue.ids()
         while True:
             async with self._db.transaction() as tx:
-                rows = await store.queued_jobs(tx, after=after, limit=LOAD_PAGE)
-            seen.update(row.id for row in rows)
-            self._add(row for row in rows if row.id not in self._queue)
-            if len(rows) < LOAD_PAGE:
+                ids = await store.queued_ids(tx, after=after, limit=LOAD_PAGE)
+                missing = [job_id for job_id in ids if job_id not in self._queue]
+                rows = await store.jobs_by_id(tx, missing) if missing else {}
+            gone.difference_update(ids)
+            if rows:
+                self._add(rows.values())
+            if len(ids) < LOAD_PAGE:
                 break
-            after = rows[-1]
-        for gone in before - seen:
-            self._queue.pop(gone, None)
+            after = ids[-1]
+        for job_id in gone:
+            self._queue.discard(job_id)
 
     async def _sweeps(self) -> None:
         while True:
@@ -225,11 +207,7 @@ class PlacementLeader:
 
     async def _wallet_changed(self, message: Msg) -> None:
         _, event = unwrap(message.data, events_pb2.WalletChanged)
-        team_id = TeamId.parse(event.team_id)
-        self._paused_teams.pop(team_id, None)
-        for waiting in self._queue.values():
-            if waiting.job.team_id == team_id:
-                waiting.blocked_until_seconds = 0.0
+        self._queue.money_came_in(TeamId.parse(event.team_id))
         self._again.notify()
 
     # --- rounds -------------------------------------------------------------------------------------------------------
@@ -246,49 +224,45 @@ class PlacementLeader:
                     # Somebody changed what the plan was made of. The constraint held; the next round sees the truth.
                     log.warning("plan_rejected", error=str(error))
             if not again:
-                await self._again.wait(self._pause_seconds())
-
-    def _pause_seconds(self) -> float | None:
-        if not self._queue:
-            return None
-        now = self._clock.now()
-        due = [w.job.not_before for w in self._queue.values() if w.job.not_before and w.job.not_before > now]
-        until_due = (min(due) - now).total_seconds() if due else IDLE_ROUND_SECONDS
-        return max(0.02, min(IDLE_ROUND_SECONDS, until_due))
+                await self._again.wait(self._queue.pause_seconds(IDLE_ROUND_SECONDS))
 
     async def _round(self) -> bool:
         """One plan, applied. True when the next round should follow at once."""
-        now = self._clock.now()
-        monotonic = self._clock.monotonic()
-        ready = self._ready(monotonic)
-        if not ready:
+        if not self._queue.ready:
             return False
-        with span("placement round", jobs=str(len(ready))):
-            async with self._db.transaction() as tx:
-                leases = await live_leases(tx)
-            snapshot = Snapshot.from_machines(self._inventory.machines(), leases)
-            plan = schedule(snapshot, ready, DEFAULT_POLICY, now=now)
-            chosen = plan.placements[:MAX_PLACEMENTS_PER_ROUND]
-            attempts = {placement.job_id.uuid: AttemptId.new() for placement in chosen}
-            refused = await self._open_holds(chosen, attempts, snapshot)
+        now = self._clock.now()
+        with span("placement round", jobs=str(len(self._queue))):
+            snapshot = await self._fleet.look()
+            queue, limit = self._queue.queue, MAX_PLACEMENTS_PER_ROUND
+            plan = schedule(snapshot, queue, self._policy, now=now, state=self._fleet.state, limit=limit)
             try:
-                unused = await self._apply(chosen, attempts, refused, plan.unplaced, snapshot, now)
-            except (PlanConflict, LostLeadership):
-                # Rolled back for certain. After anything else the commit may have happened, and the attempts need
-                # their holds (I5): settlement's sweep looks which of them exist.
-                await self._void(attempts.values())
+                refused = await self._carry_out(plan, snapshot, now)
+            except BaseException:
+                # What of the plan is true now is not known: the next round reads it.
+                self._fleet.forget()
+                self._queue.forget_told()
                 raise
-            if unused:
-                await self._void(unused)
-        return len(plan.placements) > len(chosen) or bool(refused and self._ready(monotonic))
+        return len(plan.placements) == limit or bool(refused and self._queue.ready)
 
-    def _ready(self, monotonic: float) -> list[PendingJob]:
-        self._paused_teams = {team: until for team, until in self._paused_teams.items() if until > monotonic}
-        return [
-            waiting.job
-            for waiting in self._queue.values()
-            if waiting.blocked_until_seconds <= monotonic and waiting.job.team_id not in self._paused_teams
-        ]
+    async def _carry_out(self, plan: Plan, snapshot: Snapshot, now: datetime) -> bool:
+        """Open the holds, write the plan. True when billing refused some of it."""
+        attempts = {placement.job_id.uuid: AttemptId.new() for placement in plan.placements}
+        refused = await self._open_holds(plan.placements, attempts, snapshot)
+        try:
+            unused = await self._apply(plan.placements, attempts, refused, plan.blocked, snapshot, now)
+        except (PlanConflict, LostLeadership):
+            # Rolled back for certain. After anything else the commit may have happened, and the attempts need
+            # their holds (I5): settlement's sweep looks which of them exist.
+            await self._void(attempts.values())
+            raise
+        idle = refused.keys() | unused.keys()
+        for placement in plan.placements:
+            if placement.job_id.uuid not in idle:
+                self._fleet.began(attempts[placement.job_id.uuid].uuid, placement.lease)
+        self._fleet.came_to_nothing(it.lease for it in plan.placements if it.job_id.uuid in idle)
+        if unused:
+            await self._void(unused.values())
+        return bool(refused)
 
     async def _open_holds(
         self, chosen: Sequence[Placement], attempts: dict[UUID, AttemptId], snapshot: Snapshot
@@ -324,7 +298,7 @@ class PlacementLeader:
         }
 
     def _array_of(self, placement: Placement) -> UUID | None:
-        waiting = self._queue.get(placement.job_id.uuid)
+        waiting = self._queue.note(placement.job_id.uuid)
         return waiting.array_id if waiting else None
 
     async def _apply(
@@ -332,16 +306,16 @@ class PlacementLeader:
         chosen: Sequence[Placement],
         attempts: dict[UUID, AttemptId],
         refused: dict[UUID, billing_pb2.HoldResult],
-        unplaced: Sequence[Unplaced],
+        blocked: Sequence[Blocked],
         snapshot: Snapshot,
         now: datetime,
-    ) -> list[AttemptId]:
-        """Write the plan. Returns the attempts that came to nothing because their job changed meanwhile."""
-        told = self._news(unplaced, refused)
+    ) -> dict[UUID, AttemptId]:
+        """Write the plan. Returns the attempts, by job, that came to nothing because their job changed meanwhile."""
+        told = self._news(blocked, refused, len(chosen))
         placed = [placement for placement in chosen if placement.job_id.uuid not in refused]
         if not placed and not told:
-            return []
-        unused: list[AttemptId] = []
+            return {}
+        unused: dict[UUID, AttemptId] = {}
         done: list[UUID] = []
         gone: list[UUID] = []
         async with self._db.transaction() as tx:
@@ -352,7 +326,7 @@ class PlacementLeader:
                 job_id = placement.job_id.uuid
                 job = batch.get(job_id)
                 if job is None or job.state is not JobState.QUEUED:
-                    unused.append(attempts[job_id])
+                    unused[job_id] = attempts[job_id]
                     gone.append(job_id)
                     continue
                 machine = snapshot.machines[placement.machine_index]
@@ -368,15 +342,13 @@ class PlacementLeader:
                     batch.apply(job_id, lifecycle.StillWaiting(QueueReason(reason[0]), reason[1]))
             await batch.save(tx, self._outbox, self._wakeups, lease_seconds=self._settings.lease_seconds)
         for job_id in (*done, *gone):
-            self._queue.pop(job_id, None)
-        for job_id, reason in told.items():
-            if job_id in self._queue:
-                self._queue[job_id].told = reason
+            self._queue.discard(job_id)
+        self._queue.told(told.items())
         return unused
 
     def _span(self, placement: Placement, attempt_id: AttemptId) -> AbstractContextManager[object]:
         """The placement as a part of its submission's trace; the round has one of its own."""
-        waiting = self._queue.get(placement.job_id.uuid)
+        waiting = self._queue.note(placement.job_id.uuid)
         return span(
             "placement",
             waiting.traceparent if waiting else "",
@@ -386,32 +358,22 @@ class PlacementLeader:
         )
 
     def _news(
-        self, unplaced: Sequence[Unplaced], refused: dict[UUID, billing_pb2.HoldResult]
+        self, blocked: Sequence[Blocked], refused: dict[UUID, billing_pb2.HoldResult], placed: int
     ) -> dict[UUID, tuple[str, str]]:
-        """Jobs whose reason is another one than the database has."""
-        news: dict[UUID, tuple[str, str]] = {}
-        for decision in unplaced:
-            waiting = self._queue.get(decision.job_id.uuid)
-            reason = (decision.reason.value, decision.detail)
-            # A retry's reason says what happened to the last attempt; a round has nothing to add to that.
-            if waiting and decision.reason is not QueueReason.WAITING_FOR_RETRY and waiting.told != reason:
-                news[decision.job_id.uuid] = reason
-            if len(news) >= MAX_REASONS_PER_ROUND:
-                break
+        """Jobs whose reason is another one than the database has. Placements go first: they are what rounds are for."""
+        news = self._queue.news(blocked, MAX_REASONS_BESIDE_PLACEMENTS if placed else MAX_REASONS_PER_ROUND)
         for job_id, refusal in refused.items():
-            waiting = self._queue.get(job_id)
-            if waiting is None:
+            note = self._queue.note(job_id)
+            if note is None:
                 continue
-            monotonic = self._clock.monotonic()
-            waiting.blocked_until_seconds = monotonic + NO_FUNDS_RETRY_SECONDS
-            self._paused_teams[waiting.job.team_id] = monotonic + TEAM_PAUSE_SECONDS
+            self._queue.without_funds(job_id)
             reason = _refusal_reason(refusal)
-            if waiting.told != reason:
+            if note.told != reason:
                 news[job_id] = reason
         return news
 
     def _opening(self, placement: Placement, machine: MachineInfo) -> Opening:
-        waiting = self._queue.get(placement.job_id.uuid)
+        waiting = self._queue.note(placement.job_id.uuid)
         known = self._inventory.machine(machine.id)
         return Opening(
             attempt={

@@ -1,7 +1,7 @@
 """The one way in which jobs and attempts change: lock, ask the transition table, write everything back at once."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -28,6 +28,8 @@ class Wakeups:
     machines: Callable[[set[UUID]], None] = field(default=lambda machine_ids: None)
     settlement: Callable[[], None] = field(default=lambda: None)
     placement: Callable[[], None] = field(default=lambda: None)
+    ended: Callable[[Sequence[UUID]], None] = field(default=lambda attempt_ids: None)
+    """Attempts that ended in the transaction that was just committed."""
     arrays: Callable[[], None] = field(default=lambda: None)
     dropped: Callable[[], None] = field(default=lambda: None)
     """Many waiting jobs ended at once: placement's queue holds what is over."""
@@ -285,6 +287,7 @@ class JobBatch:
         if self._machines:
             wakeups.machines(self._machines)
         if self._closed:
+            wakeups.ended(self._closed)
             wakeups.placement()
         if self._closed or any(self._jobs[job_id].state.terminal for job_id in self._changed):
             wakeups.settlement()
