@@ -107,7 +107,7 @@ class SchedulerState:
             self._round.give_back(list(leases))
 
     def begin(self, snapshot: Snapshot, policy: Policy, arrivals: dict[Shape, int], now: datetime) -> "_Round":
-        held = self._round.held if self._round is not None else {}
+        held: Mapping[int, float] = self._round.held if self._round is not None else {}
         self.past.advance(held, policy.half_life_seconds, now)
         if policy.objective is Objective.FRAGMENTATION:
             for shape, count in arrivals.items():

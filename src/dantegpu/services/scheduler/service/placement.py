@@ -176,7 +176,7 @@ class PlacementLeader:
                     log.error("job_unreadable", job_id=str(JobId(row.id)), error=str(error))
                     continue
                 told = (row.reason or "", row.reason_detail)
-                self._queue.add(pending, Note(duration, told, row.traceparent, row.array_id))
+                self._queue.add(pending, Note(duration, told, row.traceparent, row.array_id, row.deadline_at))
         self._again.notify()
 
     async def _load(self) -> None:

@@ -1,8 +1,9 @@
 """The leader's queue in memory: the jobs of PostgreSQL that are QUEUED, and what has been told about each."""
 
+import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from uuid import UUID
 
 from dantegpu.domain.clock import Clock
@@ -27,6 +28,8 @@ class Note:
     """Of the submission."""
     array_id: UUID | None = None
     """A task's array, under whose id its attempts are paid for."""
+    deadline_at: datetime | None = None
+    """Not placed from then on."""
 
 
 @dataclass(slots=True)
@@ -46,6 +49,7 @@ class WaitingJobs:
         self.queue = JobQueue()
         self._notes: dict[UUID, Note] = {}
         self._marks: dict[JobGroup, _Mark] = {}
+        self._deadlines: list[tuple[datetime, UUID]] = []
 
     def __len__(self) -> int:
         return len(self._notes)
@@ -60,11 +64,14 @@ class WaitingJobs:
         self.queue = JobQueue()
         self._notes.clear()
         self._marks.clear()
+        self._deadlines.clear()
 
     def add(self, job: PendingJob, note: Note) -> None:
         """Add the job, or take its new version."""
         self.queue.add(job)
         self._notes[job.id.uuid] = note
+        if note.deadline_at is not None:
+            heapq.heappush(self._deadlines, (note.deadline_at, job.id.uuid))
 
     def discard(self, job_id: UUID) -> None:
         self._notes.pop(job_id, None)
@@ -76,7 +83,14 @@ class WaitingJobs:
     @property
     def ready(self) -> bool:
         """Is there anybody for a round now?"""
-        self.queue.wake(self._clock.now())
+        now = self._clock.now()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            at, job_id = heapq.heappop(self._deadlines)
+            note = self._notes.get(job_id)
+            if note is not None and note.deadline_at == at:
+                # Its note stays until PostgreSQL says that it has ended, or a sweep would add it again.
+                self.queue.discard(JobId(job_id))
+        self.queue.wake(now)
         return self.queue.ready
 
     def pause_seconds(self, most: float) -> float | None:
