@@ -3,6 +3,7 @@
 `explain(snapshot, job, now)` answers why one job waits and what the smallest change would open.
 """
 
+from dantegpu.domain.scheduling.backfill import MARGIN_SECONDS, Decision, RoundPlan, Running, is_large, plan_round
 from dantegpu.domain.scheduling.constraints import Constraint, ConstraintCount, PendingJob
 from dantegpu.domain.scheduling.explain import Relaxation, Why, explain
 from dantegpu.domain.scheduling.plan import Blocked, DeviceShare, Placement, Plan, SchedulerState, Unplaced, schedule
@@ -13,9 +14,11 @@ from dantegpu.domain.scheduling.snapshot import Lease, Snapshot, SnapshotBuilder
 
 __all__ = [
     "DEFAULT_POLICY",
+    "MARGIN_SECONDS",
     "Blocked",
     "Constraint",
     "ConstraintCount",
+    "Decision",
     "DeviceShare",
     "JobGroup",
     "JobQueue",
@@ -29,6 +32,8 @@ __all__ = [
     "Quota",
     "Refusal",
     "Relaxation",
+    "RoundPlan",
+    "Running",
     "SchedulerState",
     "Snapshot",
     "SnapshotBuilder",
@@ -37,5 +42,7 @@ __all__ = [
     "Why",
     "borrowed",
     "explain",
+    "is_large",
+    "plan_round",
     "schedule",
 ]

@@ -6,7 +6,7 @@ A million waiting jobs are a few thousand groups. A job here is a small record; 
 import heapq
 from bisect import insort
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import count
 
@@ -148,6 +148,12 @@ class JobQueue:
 
     def get(self, job_id: JobId) -> QueuedJob | None:
         return self._jobs.get(job_id.uuid.int)
+
+    def pending(self, job: QueuedJob) -> PendingJob:
+        """The job as it was added, so far as its shape says."""
+        assert job.group is not None, "a job that waits"
+        submitted_at, like = datetime.fromtimestamp(job.at, UTC), job.group.shape.job
+        return replace(like, id=job.id, submitted_at=submitted_at, priority=job.group.priority, not_before=None)
 
     def add(self, job: PendingJob) -> QueuedJob:
         """Add the job, or take its new version instead of the one that is here."""

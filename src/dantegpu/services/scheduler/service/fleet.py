@@ -15,6 +15,7 @@ from dantegpu.domain.scheduling import Lease, SchedulerState, Snapshot
 from dantegpu.kit.db import Database, Tx
 from dantegpu.services.scheduler import store
 from dantegpu.services.scheduler.service.inventory import Inventory
+from dantegpu.services.scheduler.store import LiveLeaseRow
 
 READ_AGAIN_SECONDS = 5.0
 _READ_COST_FACTOR = 50
@@ -23,17 +24,18 @@ _READ_COST_FACTOR = 50
 
 async def live_leases(tx: Tx) -> dict[UUID, Lease]:
     """What each live attempt holds."""
-    return {
-        row.attempt_id: Lease(
-            machine_id=MachineId(row.machine_id),
-            team_id=TeamId(row.team_id),
-            cpu_milli=row.cpu_milli,
-            memory_bytes=row.memory_bytes,
-            disk_bytes=row.disk_bytes,
-            devices=tuple((DeviceId(device), milli) for device, milli in zip(row.device_ids, row.millis, strict=True)),
-        )
-        for row in await store.live_leases(tx)
-    }
+    return {row.attempt_id: lease_of(row) for row in await store.live_leases(tx)}
+
+
+def lease_of(row: LiveLeaseRow) -> Lease:
+    return Lease(
+        machine_id=MachineId(row.machine_id),
+        team_id=TeamId(row.team_id),
+        cpu_milli=row.cpu_milli,
+        memory_bytes=row.memory_bytes,
+        disk_bytes=row.disk_bytes,
+        devices=tuple((DeviceId(device), milli) for device, milli in zip(row.device_ids, row.millis, strict=True)),
+    )
 
 
 class Fleet:
@@ -60,15 +62,16 @@ class Fleet:
     def forget(self) -> None:
         """What is known may be wrong: read everything before the next plan."""
         self._snapshot = None
+        self._read_again_at = 0.0
 
     def ended(self, attempts: Iterable[UUID]) -> None:
         """The transaction in which these ended has been committed."""
         if self._watching:
             self._ended.update(attempts)
 
-    def began(self, attempt_id: UUID, lease: Lease) -> None:
-        """The attempt of a placement is committed; the state has counted it when it was planned."""
-        self._live[attempt_id] = lease
+    def began(self, attempts: Iterable[tuple[UUID, Lease]]) -> None:
+        """These attempts are committed; the state has counted them when they were planned."""
+        self._live.update(attempts)
 
     def came_to_nothing(self, leases: Iterable[Lease]) -> None:
         """Placements of the last plan that are not made."""
@@ -77,7 +80,7 @@ class Fleet:
     async def look(self) -> Snapshot:
         """The snapshot for the next plan."""
         freed: list[Lease] = []
-        if self._snapshot is None or self._clock.monotonic() >= self._read_again_at:
+        if self._clock.monotonic() >= self._read_again_at:
             freed = await self._read()
         for attempt_id in self._ended:
             # One that began and ended between two rounds is here by now.

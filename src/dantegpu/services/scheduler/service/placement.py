@@ -3,9 +3,10 @@
 import asyncio
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack
-from dataclasses import replace
-from datetime import datetime
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 from functools import lru_cache
+from typing import Any
 from uuid import UUID
 
 import structlog
@@ -21,7 +22,19 @@ from dantegpu.domain.ids import AttemptId, InvalidId, JobId, MachineId, TeamId
 from dantegpu.domain.job import JobState, QueueReason
 from dantegpu.domain.pricing import WINDOW_SECONDS
 from dantegpu.domain.resources import MachineInfo, ResourceRequest, parse_gpu_spec
-from dantegpu.domain.scheduling import Blocked, PendingJob, Placement, Plan, Snapshot, schedule
+from dantegpu.domain.scheduling import (
+    MARGIN_SECONDS,
+    PendingJob,
+    Placement,
+    Plan,
+    Policy,
+    RoundPlan,
+    Running,
+    Snapshot,
+    is_large,
+    plan_round,
+    schedule,
+)
 from dantegpu.domain.units import format_dgpu
 from dantegpu.kit import rpc
 from dantegpu.kit.actor import SERVICE
@@ -34,12 +47,12 @@ from dantegpu.kit.outbox import Outbox
 from dantegpu.kit.telemetry import span
 from dantegpu.services.scheduler import store
 from dantegpu.services.scheduler.errors import PlanConflict
-from dantegpu.services.scheduler.service.fleet import Fleet
+from dantegpu.services.scheduler.service.fleet import Fleet, lease_of
 from dantegpu.services.scheduler.service.inventory import Inventory
 from dantegpu.services.scheduler.service.transitions import JobBatch, Opening, Wakeups
 from dantegpu.services.scheduler.service.waiting import Note, WaitingJobs
 from dantegpu.services.scheduler.settings import SchedulerSettings
-from dantegpu.services.scheduler.store import JobRow
+from dantegpu.services.scheduler.store import JobRow, LiveLeaseRow
 
 log = structlog.get_logger(__name__)
 
@@ -47,6 +60,9 @@ LOAD_PAGE = 1000
 MAX_PLACEMENTS_PER_ROUND = 1000
 MAX_REASONS_PER_ROUND = 1000
 MAX_REASONS_BESIDE_PLACEMENTS = 100
+MAX_BACKFILL_JOBS = 2000
+MAX_LARGE_JOBS = 100
+"""While a large job waits, a round looks at so many of the first small and large ones; the others wait their turn."""
 IDLE_ROUND_SECONDS = 5.0
 """A round also runs this often while something waits: what woke nobody is found all the same."""
 SWEEP_SECONDS = 15.0
@@ -72,6 +88,7 @@ def pending_of_spec(job_id: JobId, team_id: TeamId, submitted_at: datetime, spec
         priority=spec.priority,
         max_price_udgpu_per_hour=spec.max_price_udgpu_per_gpu_hour if has_limit else None,
         runs_image=bool(spec.image),
+        nodes=max(spec.nodes, 1),
     )
 
 
@@ -85,6 +102,47 @@ def request_of(spec: jobs_pb2.JobSpec) -> ResourceRequest:
 def _request(gpu: str, cpu_milli: int, memory_bytes: int, disk_bytes: int) -> ResourceRequest:
     """Jobs that ask for the same share one object: many wait."""
     return ResourceRequest(parse_gpu_spec(gpu) if gpu else None, cpu_milli, memory_bytes, disk_bytes)
+
+
+def plan_of(
+    machines: Iterable[MachineInfo],
+    live: Sequence[LiveLeaseRow],
+    pending: Sequence[PendingJob],
+    policy: Policy,
+    now: datetime,
+) -> tuple[Snapshot, Plan | RoundPlan]:
+    """What is there, and who gets it. Only where something large waits does a round cost what reservations cost."""
+    leases = [lease_of(row) for row in live]
+    snapshot = Snapshot.from_machines(machines, leases)
+    if not any(map(is_large, pending)):
+        return snapshot, schedule(snapshot, pending, policy, now=now)
+    running = [
+        Running(lease, (row.running_at or now) + timedelta(seconds=row.max_duration_seconds + MARGIN_SECONDS))
+        for lease, row in zip(leases, live, strict=True)
+    ]
+    return snapshot, plan_round(snapshot, running, pending, policy, now=now)
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """A job's place in a plan: one placement per node, by rank, and the attempt that each will open."""
+
+    job_id: UUID
+    placements: tuple[Placement, ...]
+    attempts: tuple[AttemptId, ...]
+
+    @staticmethod
+    def of(placements: Sequence[Placement], limit: int) -> "list[_Chosen]":
+        """About `limit` placements, job by job: a gang is never cut."""
+        by_job: dict[UUID, list[Placement]] = {}
+        for number, placement in enumerate(placements):
+            job_id = placement.job_id.uuid
+            if number >= limit and job_id not in by_job:
+                break
+            by_job.setdefault(job_id, []).append(placement)
+        return [
+            _Chosen(job_id, tuple(nodes), tuple(AttemptId.new() for _ in nodes)) for job_id, nodes in by_job.items()
+        ]
 
 
 class PlacementLeader:
@@ -232,47 +290,61 @@ class PlacementLeader:
             return False
         now = self._clock.now()
         with span("placement round", jobs=str(len(self._queue))):
-            snapshot = await self._fleet.look()
-            queue, limit = self._queue.queue, MAX_PLACEMENTS_PER_ROUND
-            plan = schedule(snapshot, queue, self._policy, now=now, state=self._fleet.state, limit=limit)
             try:
-                refused = await self._carry_out(plan, snapshot, now)
+                snapshot, plan = await self._plan(now)
+                chosen = _Chosen.of(plan.placements, MAX_PLACEMENTS_PER_ROUND)
+                refused = await self._carry_out(chosen, plan, snapshot, now)
             except BaseException:
                 # What of the plan is true now is not known: the next round reads it.
                 self._fleet.forget()
                 self._queue.forget_told()
                 raise
-        return len(plan.placements) == limit or bool(refused and self._queue.ready)
+        return len(plan.placements) >= MAX_PLACEMENTS_PER_ROUND or bool(refused and self._queue.ready)
 
-    async def _carry_out(self, plan: Plan, snapshot: Snapshot, now: datetime) -> bool:
+    async def _plan(self, now: datetime) -> tuple[Snapshot, Plan | RoundPlan]:
+        """Where nothing large waits, a round goes on from the one before; a reservation looks at everything anew."""
+        large = self._queue.first(MAX_LARGE_JOBS, is_large)
+        if not large:
+            snapshot, limit = await self._fleet.look(), MAX_PLACEMENTS_PER_ROUND
+            queue, state = self._queue.queue, self._fleet.state
+            return snapshot, schedule(snapshot, queue, self._policy, now=now, state=state, limit=limit)
+        self._fleet.forget()
+        async with self._db.transaction() as tx:
+            live = await store.live_leases(tx)
+        small = self._queue.first(MAX_BACKFILL_JOBS, lambda job: not is_large(job))
+        return plan_of(self._inventory.machines(), live, [*small, *large], self._policy, now)
+
+    async def _carry_out(
+        self, chosen: Sequence[_Chosen], plan: Plan | RoundPlan, snapshot: Snapshot, now: datetime
+    ) -> bool:
         """Open the holds, write the plan. True when billing refused some of it."""
-        attempts = {placement.job_id.uuid: AttemptId.new() for placement in plan.placements}
-        refused = await self._open_holds(plan.placements, attempts, snapshot)
+        refused = await self._open_holds(chosen, snapshot)
         try:
-            unused = await self._apply(plan.placements, attempts, refused, plan.blocked, snapshot, now)
+            unused = await self._apply(chosen, refused, plan, snapshot, now)
         except (PlanConflict, LostLeadership):
             # Rolled back for certain. After anything else the commit may have happened, and the attempts need
             # their holds (I5): settlement's sweep looks which of them exist.
-            await self._void(attempts.values())
+            await self._void(_attempts_of(chosen))
             raise
-        idle = refused.keys() | unused.keys()
-        for placement in plan.placements:
-            if placement.job_id.uuid not in idle:
-                self._fleet.began(attempts[placement.job_id.uuid].uuid, placement.lease)
-        self._fleet.came_to_nothing(it.lease for it in plan.placements if it.job_id.uuid in idle)
-        if unused:
-            await self._void(unused.values())
+        idle = refused.keys() | unused
+        for job in chosen:
+            leases = [placement.lease for placement in job.placements]
+            if job.job_id in idle:
+                self._fleet.came_to_nothing(leases)
+            else:
+                self._fleet.began(zip((attempt.uuid for attempt in job.attempts), leases, strict=True))
+        # Of a gang that is refused for one node, the holds of the others were opened for nothing.
+        partly = [job for job in chosen if job.job_id in refused and len(job.attempts) > 1]
+        await self._void(_attempts_of([*(job for job in chosen if job.job_id in unused), *partly]))
         return bool(refused)
 
-    async def _open_holds(
-        self, chosen: Sequence[Placement], attempts: dict[UUID, AttemptId], snapshot: Snapshot
-    ) -> dict[UUID, billing_pb2.HoldResult]:
+    async def _open_holds(self, chosen: Sequence[_Chosen], snapshot: Snapshot) -> dict[UUID, billing_pb2.HoldResult]:
         """Open the first window's hold of each placement; the refusals by job."""
         if not chosen:
             return {}
         requests = [
             billing_pb2.HoldRequest(
-                attempt_id=str(attempts[placement.job_id.uuid]),
+                attempt_id=str(attempt_id),
                 job_id=str(JobId(self._array_of(placement) or placement.job_id.uuid)),
                 window=0,
                 payer_team_id=str(placement.team_id),
@@ -281,7 +353,8 @@ class PlacementLeader:
                 window_seconds=WINDOW_SECONDS,
                 simulated=snapshot.machines[placement.machine_index].simulated,
             )
-            for placement in chosen
+            for job in chosen
+            for placement, attempt_id in zip(job.placements, job.attempts, strict=True)
         ]
         try:
             answer = await rpc.call(
@@ -289,13 +362,10 @@ class PlacementLeader:
             )
         except ServiceError:
             # Some may be open all the same, and would tie up money until the sweep finds them.
-            await self._void(attempts.values())
+            await self._void(_attempts_of(chosen))
             raise
-        return {
-            placement.job_id.uuid: result
-            for placement, result in zip(chosen, answer.results, strict=True)
-            if not result.opened
-        }
+        jobs = (job.job_id for job in chosen for _ in job.attempts)
+        return {job_id: result for job_id, result in zip(jobs, answer.results, strict=True) if not result.opened}
 
     def _array_of(self, placement: Placement) -> UUID | None:
         waiting = self._queue.note(placement.job_id.uuid)
@@ -303,37 +373,34 @@ class PlacementLeader:
 
     async def _apply(
         self,
-        chosen: Sequence[Placement],
-        attempts: dict[UUID, AttemptId],
+        chosen: Sequence[_Chosen],
         refused: dict[UUID, billing_pb2.HoldResult],
-        blocked: Sequence[Blocked],
+        plan: Plan | RoundPlan,
         snapshot: Snapshot,
         now: datetime,
-    ) -> dict[UUID, AttemptId]:
-        """Write the plan. Returns the attempts, by job, that came to nothing because their job changed meanwhile."""
-        told = self._news(blocked, refused, len(chosen))
-        placed = [placement for placement in chosen if placement.job_id.uuid not in refused]
+    ) -> set[UUID]:
+        """Write the plan. Returns jobs whose attempts came to nothing because the job changed meanwhile."""
+        told = self._news(plan, refused)
+        placed = [job for job in chosen if job.job_id not in refused]
         if not placed and not told:
-            return {}
-        unused: dict[UUID, AttemptId] = {}
+            return set()
+        unused: set[UUID] = set()
         done: list[UUID] = []
         gone: list[UUID] = []
         async with self._db.transaction() as tx:
             assert self.leadership is not None, "rounds run under a lease"
             await self.leadership.assert_held(tx)
-            batch = await JobBatch.lock(tx, [*(p.job_id.uuid for p in placed), *told], now)
-            for placement in placed:
-                job_id = placement.job_id.uuid
-                job = batch.get(job_id)
+            batch = await JobBatch.lock(tx, [*(job.job_id for job in placed), *told], now)
+            for place in placed:
+                job = batch.get(place.job_id)
                 if job is None or job.state is not JobState.QUEUED:
-                    unused[job_id] = attempts[job_id]
-                    gone.append(job_id)
+                    unused.add(place.job_id)
+                    gone.append(place.job_id)
                     continue
-                machine = snapshot.machines[placement.machine_index]
-                event = lifecycle.Placed(attempts[job_id], placement.machine_id)
-                with self._span(placement, attempts[job_id]):
-                    batch.apply(job_id, event, self._opening(placement, machine))
-                done.append(job_id)
+                first, *others = zip(place.attempts, (node.machine_id for node in place.placements), strict=True)
+                with self._span(place):
+                    batch.apply(place.job_id, lifecycle.Placed(*first, tuple(others)), self._opening(place, snapshot))
+                done.append(place.job_id)
             for job_id, reason in told.items():
                 job = batch.get(job_id)
                 if job is None or job.state is not JobState.QUEUED:
@@ -346,22 +413,24 @@ class PlacementLeader:
         self._queue.told(told.items())
         return unused
 
-    def _span(self, placement: Placement, attempt_id: AttemptId) -> AbstractContextManager[object]:
+    def _span(self, place: _Chosen) -> AbstractContextManager[object]:
         """The placement as a part of its submission's trace; the round has one of its own."""
-        waiting = self._queue.note(placement.job_id.uuid)
+        waiting = self._queue.note(place.job_id)
         return span(
             "placement",
             waiting.traceparent if waiting else "",
-            job_id=str(placement.job_id),
-            attempt_id=str(attempt_id),
-            machine_id=str(placement.machine_id),
+            job_id=str(JobId(place.job_id)),
+            attempt_id=str(place.attempts[0]),
+            machine_id=str(place.placements[0].machine_id),
         )
 
-    def _news(
-        self, blocked: Sequence[Blocked], refused: dict[UUID, billing_pb2.HoldResult], placed: int
-    ) -> dict[UUID, tuple[str, str]]:
+    def _news(self, plan: Plan | RoundPlan, refused: dict[UUID, billing_pb2.HoldResult]) -> dict[UUID, tuple[str, str]]:
         """Jobs whose reason is another one than the database has. Placements go first: they are what rounds are for."""
-        news = self._queue.news(blocked, MAX_REASONS_BESIDE_PLACEMENTS if placed else MAX_REASONS_PER_ROUND)
+        limit = MAX_REASONS_BESIDE_PLACEMENTS if plan.placements else MAX_REASONS_PER_ROUND
+        if isinstance(plan, Plan):
+            news = self._queue.news(plan.blocked, limit)
+        else:
+            news = self._queue.news_of(plan.unplaced, limit)
         for job_id, refusal in refused.items():
             note = self._queue.note(job_id)
             if note is None:
@@ -372,33 +441,43 @@ class PlacementLeader:
                 news[job_id] = reason
         return news
 
-    def _opening(self, placement: Placement, machine: MachineInfo) -> Opening:
+    def _opening(self, place: _Chosen, snapshot: Snapshot) -> Opening:
+        machines = [snapshot.machines[placement.machine_index] for placement in place.placements]
+        known = [self._inventory.machine(machine.id) for machine in machines]
+        names = [
+            f"{found.inventory.hostname if found else machine.id} ({machine.id})"
+            for found, machine in zip(known, machines, strict=True)
+        ]
+        rate = sum(placement.rate_udgpu_per_hour for placement in place.placements)
+        return Opening(
+            attempts=tuple(map(self._attempt, place.placements, machines)),
+            devices=tuple(
+                tuple(
+                    {"device_id": share.device_id.uuid, "device_index": share.index, "milli": share.milli}
+                    for share in placement.devices
+                )
+                for placement in place.placements
+            ),
+            message=f"on {', '.join(names)}, {format_dgpu(rate)} $dGPU per hour",
+        )
+
+    def _attempt(self, placement: Placement, machine: MachineInfo) -> dict[str, Any]:
         waiting = self._queue.note(placement.job_id.uuid)
         known = self._inventory.machine(machine.id)
-        return Opening(
-            attempt={
-                "job_id": placement.job_id.uuid,
-                "array_id": waiting.array_id if waiting else None,
-                "team_id": placement.team_id.uuid,
-                "machine_id": machine.id.uuid,
-                "provider_team_id": machine.team_id.uuid,
-                "simulated": any(machine.devices[share.index].simulated for share in placement.devices),
-                "sandbox": known.inventory.sandbox if known else "",
-                "cpu_milli": placement.cpu_milli,
-                "memory_bytes": placement.memory_bytes,
-                "disk_bytes": placement.disk_bytes,
-                "rate_udgpu_per_hour": placement.rate_udgpu_per_hour,
-                "max_duration_seconds": (
-                    waiting.max_duration_seconds if waiting else self._settings.max_duration_seconds
-                ),
-            },
-            devices=tuple(
-                {"device_id": share.device_id.uuid, "device_index": share.index, "milli": share.milli}
-                for share in placement.devices
-            ),
-            message=f"on {known.inventory.hostname if known else machine.id} ({machine.id}), "
-            f"{format_dgpu(placement.rate_udgpu_per_hour)} $dGPU per hour",
-        )
+        return {
+            "job_id": placement.job_id.uuid,
+            "array_id": waiting.array_id if waiting else None,
+            "team_id": placement.team_id.uuid,
+            "machine_id": machine.id.uuid,
+            "provider_team_id": machine.team_id.uuid,
+            "simulated": any(machine.devices[share.index].simulated for share in placement.devices),
+            "sandbox": known.inventory.sandbox if known else "",
+            "cpu_milli": placement.cpu_milli,
+            "memory_bytes": placement.memory_bytes,
+            "disk_bytes": placement.disk_bytes,
+            "rate_udgpu_per_hour": placement.rate_udgpu_per_hour,
+            "max_duration_seconds": waiting.max_duration_seconds if waiting else self._settings.max_duration_seconds,
+        }
 
     async def _void(self, attempts: Iterable[AttemptId]) -> None:
         """Give back holds whose attempt came to nothing. When this fails, settlement's sweep finds them."""
@@ -409,6 +488,10 @@ class PlacementLeader:
             await rpc.call(self._billing.CloseHolds, billing_pb2.CloseHoldsRequest(holds=closes), actor=SERVICE)
         except ServiceError as error:
             log.warning("holds_not_voided", holds=len(closes), error=error.message)
+
+
+def _attempts_of(chosen: Iterable[_Chosen]) -> list[AttemptId]:
+    return [attempt_id for job in chosen for attempt_id in job.attempts]
 
 
 def _refusal_reason(refusal: billing_pb2.HoldResult) -> tuple[str, str]:

@@ -1,14 +1,15 @@
 """The leader's queue in memory: the jobs of PostgreSQL that are QUEUED, and what has been told about each."""
 
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from uuid import UUID
 
 from dantegpu.domain.clock import Clock
 from dantegpu.domain.ids import JobId, TeamId
-from dantegpu.domain.scheduling import Blocked, JobGroup, JobQueue, PendingJob, QueuedJob, Refusal
+from dantegpu.domain.job import QueueReason
+from dantegpu.domain.scheduling import Blocked, Decision, JobGroup, JobQueue, PendingJob, QueuedJob, Refusal
 
 NO_FUNDS_RETRY_SECONDS = 10.0
 TEAM_PAUSE_SECONDS = 1.0
@@ -126,6 +127,33 @@ class WaitingJobs:
             if mark.rest is not None:
                 self._tell(mark, news, limit)
         return news
+
+    def news_of(self, unplaced: Iterable[Decision], limit: int) -> dict[UUID, Reason]:
+        """The same for jobs that are listed one by one."""
+        news: dict[UUID, Reason] = {}
+        for decision in unplaced:
+            note = self._notes.get(decision.job_id.uuid)
+            reason = (decision.reason.value, decision.detail)
+            # A retry's reason says what happened to the last attempt; a round has nothing to add to that.
+            if note is not None and decision.reason is not QueueReason.WAITING_FOR_RETRY and note.told != reason:
+                news[decision.job_id.uuid] = reason
+            if len(news) >= limit:
+                break
+        return news
+
+    def first(self, limit: int, which: Callable[[PendingJob], bool]) -> list[PendingJob]:
+        """The first jobs that may go on, by priority, then age, of the shapes that are asked for."""
+        found: list[PendingJob] = []
+        for _, groups in self.queue.levels():
+            wanted = [group.from_index(0) for group in groups if which(group.shape.job)]
+            for job in heapq.merge(*wanted, key=lambda job: job.age):
+                note = self._notes.get(job.id.uuid)
+                if note is not None:
+                    pending = self.queue.pending(job)
+                    found.append(replace(pending, max_duration_seconds=note.max_duration_seconds))
+                if len(found) >= limit:
+                    return found
+        return found
 
     def told(self, news: Iterable[tuple[UUID, Reason]]) -> None:
         """The database has these now."""
