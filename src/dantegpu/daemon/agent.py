@@ -8,9 +8,8 @@ from dataclasses import replace
 import structlog
 
 from dantegpu.contracts.gen.dante.v1 import jobs_pb2, machine_pb2
-from dantegpu.daemon.attempt import Attempt, Tools, boottime
-from dantegpu.daemon.executors.base import Adoption, ExecutorError
-from dantegpu.daemon.executors.process import ProcessExecutor
+from dantegpu.daemon.attempt import Attempt, Tools, boottime, sandbox_of
+from dantegpu.daemon.executors.base import Adoption, Executor, ExecutorError
 from dantegpu.daemon.executors.processes import boot_id
 from dantegpu.daemon.journal import AttemptRow, JournalError
 from dantegpu.daemon.leases import LeaseFile, ServerClock, lease_until
@@ -48,7 +47,7 @@ class Agent:
         machine_id: MachineId,
         inventory: machine_pb2.Inventory,
         probe: Probe,
-        executor: ProcessExecutor,
+        executor: Executor,
         tools: Tools,
         leases: LeaseFile,
     ) -> None:
@@ -352,7 +351,7 @@ class Agent:
             epoch=desired.epoch,
             seq=1,
             state=jobs_pb2.STARTING,
-            sandbox=self._tools.sandbox,
+            sandbox=sandbox_of(self._tools, desired),
         )
         row = AttemptRow(
             attempt_id, JobId.parse(desired.job_id), desired.epoch, status, log_limit=desired.log_limit_bytes,
