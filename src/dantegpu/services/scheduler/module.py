@@ -73,6 +73,7 @@ def build(deps: Deps, settings: SchedulerSettings) -> Service:
     wakeups.settlement = settlement.notify
     wakeups.placement = placement.notify
     wakeups.submitted = placement.submitted
+    wakeups.ended = placement.ended
     wakeups.arrays = arrays.notify
     wakeups.dropped = placement.drop_ended
 

@@ -34,6 +34,8 @@ class Wakeups:
     placement: Callable[[], None] = field(default=lambda: None)
     submitted: Callable[[Sequence[JobRow]], None] = field(default=lambda rows: None)
     """Sooner than the message about them, when placement is led from this process."""
+    ended: Callable[[Sequence[UUID]], None] = field(default=lambda attempt_ids: None)
+    """Attempts that ended in the transaction that was just committed."""
     arrays: Callable[[], None] = field(default=lambda: None)
     dropped: Callable[[], None] = field(default=lambda: None)
     """Many waiting jobs ended at once: placement's queue holds what is over."""
@@ -347,6 +349,7 @@ class JobBatch:
         if self._machines:
             wakeups.machines(self._machines)
         if self._closed:
+            wakeups.ended(self._closed)
             wakeups.placement()
         if self._closed or any(self._jobs[job_id].state.terminal for job_id in self._changed):
             wakeups.settlement()
