@@ -13,6 +13,7 @@ import structlog
 from dantegpu.contracts.gen.dante.v1 import jobs_pb2, machine_pb2
 from dantegpu.daemon.archive import ArchiveRefused, unpack
 from dantegpu.daemon.devices import DeviceWatch
+from dantegpu.daemon.environment import job_environment
 from dantegpu.daemon.executors.base import (
     Adoption,
     AlreadyStarted,
@@ -228,7 +229,7 @@ class Attempt:
             return AttemptSpec(
                 self.row.attempt_id,
                 command,
-                {**job.env, "DANTE_JOB_ID": str(self.row.job_id)},
+                job_environment(desired),
                 cpu_milli=job.resources.cpu_milli,
                 memory_bytes=job.resources.memory_bytes,
                 network=job.network,
