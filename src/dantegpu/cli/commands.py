@@ -97,6 +97,8 @@ _OPERATOR_COMMANDS: Table = {
             "credit": Entry("dantegpu.cli.money:admin_credit", "Give a team money."),
             "ledger": Entry("dantegpu.cli.money:admin_ledger", "Re-sum the whole ledger."),
             "teams": Entry("dantegpu.cli.money:admin_teams", "List all teams."),
+            "quarantines": Entry("dantegpu.cli.market:admin_quarantines", "List machines that are shut out, and why."),
+            "release-machine": Entry("dantegpu.cli.market:admin_release", "End a machine's quarantine."),
             "jobs": Entry("dantegpu.cli.jobs:admin_jobs", "List the jobs of all teams."),
         },
         _OPERATOR,

@@ -73,7 +73,7 @@ def provider_list(cli: Cli) -> None:
 
     def human() -> None:
         rows = [
-            [machine.id, machine.hostname, machine.status, gpus_of(machine), cores_of(machine),
+            [machine.id, machine.hostname, shown_status(machine), gpus_of(machine), cores_of(machine),
              str(machine.running_attempts), machine.sandbox, output.ago(machine.last_heartbeat_at)]
             for machine in machines
         ]  # fmt: skip
@@ -84,6 +84,11 @@ def provider_list(cli: Cli) -> None:
         output.print_table(headers, rows, right=[4, 5])
 
     cli.answer({"machines": machines}, human)
+
+
+def shown_status(machine: "Machine") -> str:
+    """A quarantine shows, as it keeps work away just like a status does."""
+    return f"{machine.status}, in quarantine" if machine.quarantine else machine.status
 
 
 def _all_machines(client: "Dante") -> "list[Machine]":
@@ -153,9 +158,11 @@ def _use(device: "Device") -> list[str]:
 
 
 def _print_machine(machine: "Machine") -> None:
+    shut = machine.quarantine
     output.print_fields([
         ("id", machine.id),
         ("host", machine.hostname),
+        ("in quarantine", f"until {output.local_time(shut.until)}: {shut.reason}" if shut else ""),
         ("status", machine.status),
         ("GPUs", gpus_of(machine)),
         ("cores", cores_of(machine)),
@@ -251,3 +258,32 @@ def provider_token(cli: Cli, expires: str, max_uses: int) -> None:
         )
 
     cli.answer({"join_token": made}, human)
+
+
+@command("quarantines")
+def admin_quarantines(cli: Cli) -> None:
+    """List machines that failed job after job and get no new work for a while."""
+    with cli.client() as client:
+        found = client.admin.quarantines()
+
+    def human() -> None:
+        rows = [[each.machine_id, output.local_time(each.until), each.reason] for each in found]
+        if rows:
+            output.print_table(["MACHINE", "UNTIL", "REASON"], rows)
+        else:
+            output.note("no machine is in quarantine")
+
+    cli.answer({"quarantines": found}, human)
+
+
+@command("release-machine")
+@click.argument("machine", metavar="MACHINE")
+def admin_release(cli: Cli, machine: str) -> None:
+    """End a machine's quarantine: it gets work again, and what failed before does not count any more."""
+    with cli.client() as client:
+        released = client.admin.release_machine(machine)
+
+    def human() -> None:
+        output.say(f"{machine} {'gets work again' if released else 'was not in quarantine'}")
+
+    cli.answer({"released": released}, human)

@@ -120,6 +120,21 @@ class Device(Response):
     processes: int | None = Field(default=None, description="That compute on it")
 
 
+class Quarantine(Response):
+    """A machine failed job after job: it gets no new work for a while."""
+
+    machine_id: str
+    reason: str
+    since: Timestamp
+    until: Timestamp
+
+
+class Quarantines(Response):
+    """Machines in quarantine."""
+
+    quarantines: list[Quarantine]
+
+
 class Machine(Response):
     """A provider's machine."""
 
@@ -146,6 +161,7 @@ class Machine(Response):
     running_attempts: int
     cpu_utilisation: float = Field(description="0..1")
     memory_used_bytes: int
+    quarantine: Quarantine | None = Field(default=None, description="Only of your own machines")
     joined_at: Timestamp
     last_heartbeat_at: Timestamp | None = None
 

@@ -172,6 +172,7 @@ def explanation(proto: jobs_pb2.Explanation) -> jobs.Explanation:
         reason_text=proto.reason_text or None,
         machines_total=proto.machines_total,
         machines_fitting=proto.machines_fitting,
+        machines_free=proto.machines_free,
         constraints=[
             jobs.Constraint(constraint=each.constraint, machines_excluded=each.machines_excluded, text=each.text)
             for each in proto.constraints
@@ -183,6 +184,7 @@ def explanation(proto: jobs_pb2.Explanation) -> jobs.Explanation:
                 to_value=each.to,
                 machines=each.machines,
                 available_now=each.available_now,
+                machines_free=each.machines_free,
             )
             for each in proto.relaxations
         ],
@@ -220,6 +222,12 @@ def machine(proto: registry_pb2.Machine) -> machines.Machine:
         memory_used_bytes=proto.memory_used_bytes,
         joined_at=when(proto.joined_at),
         last_heartbeat_at=when_set(proto.last_heartbeat_at),
+    )
+
+
+def quarantine(proto: jobs_pb2.Quarantine) -> machines.Quarantine:
+    return machines.Quarantine(
+        machine_id=proto.machine_id, reason=proto.reason, since=when(proto.since), until=when(proto.until)
     )
 
 
