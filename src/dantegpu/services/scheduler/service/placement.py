@@ -60,11 +60,13 @@ LOAD_PAGE = 1000
 MAX_PLACEMENTS_PER_ROUND = 1000
 MAX_REASONS_PER_ROUND = 1000
 MAX_REASONS_BESIDE_PLACEMENTS = 100
+MAX_TAKEN = 200_000
 MAX_BACKFILL_JOBS = 2000
 MAX_LARGE_JOBS = 100
 """While a large job waits, a round looks at so many of the first small and large ones; the others wait their turn."""
 IDLE_ROUND_SECONDS = 5.0
 """A round also runs this often while something waits: what woke nobody is found all the same."""
+ROUND_PAUSE_SECONDS = 0.01
 SWEEP_SECONDS = 15.0
 """How often the queue in memory is compared with PostgreSQL."""
 
@@ -170,6 +172,9 @@ class PlacementLeader:
         self._queue = WaitingJobs(clock)
         self._fleet = Fleet(db, inventory, clock)
         self._policy = settings.policy
+        self._taken: set[UUID] = set()
+        """Queued by take(); the message about them is still to come."""
+        self._leading = False
         self._again = Wakeup()
         self._sweep_now = Wakeup()
         # What NATS lost is still in PostgreSQL.
@@ -188,13 +193,30 @@ class PlacementLeader:
         """Compare the queue with PostgreSQL soon."""
         self._sweep_now.notify()
 
+    def submitted(self, rows: Sequence[JobRow]) -> None:
+        """Queue jobs that were just submitted here; a message about them is under way. Only a leader listens."""
+        if not self._leading or not self._bus.connected:
+            return  # without NATS no machine could be told either; the message comes when it is back
+        if len(self._taken) > MAX_TAKEN:
+            self._taken.clear()  # their messages got lost; should they come after all, PostgreSQL is asked
+        self._taken.update(row.id for row in rows if row.state == JobState.QUEUED.value)
+        self.take(rows)
+
     def take(self, rows: Sequence[JobRow]) -> None:
         """Queue jobs that were just written: sooner than a message or a sweep would."""
         self._add(rows)
 
     async def lead(self) -> None:
         """Until cancelled: the queue from PostgreSQL, then rounds."""
+        self._leading = True
+        try:
+            await self._lead()
+        finally:
+            self._leading = False
+
+    async def _lead(self) -> None:
         self._queue.clear()
+        self._taken.clear()
         self._fleet.watch(True)
         async with AsyncExitStack() as stack:
             stack.callback(self._fleet.watch, False)
@@ -213,10 +235,16 @@ class PlacementLeader:
         ids: list[UUID] = []
         for message in messages:
             try:
-                ids.append(JobId.parse(unwrap(message.data, events_pb2.JobSubmitted)[1].job_id).uuid)
+                ids += [JobId.parse(text).uuid for text in unwrap(message.data, events_pb2.JobsSubmitted)[1].job_ids]
             except (InvalidId, UnexpectedEvent, DecodeError) as error:
                 log.error("submission_unreadable", error=str(error))
-        async with self._db.transaction() as tx:
+        # Most were submitted in this process and taken at once; they may be running by now.
+        taken = {job_id for job_id in ids if job_id in self._taken}
+        self._taken -= taken
+        ids = [job_id for job_id in ids if job_id not in taken]
+        if not ids:
+            return
+        async with self._db.statement() as tx:
             rows = await store.jobs_by_id(tx, ids)
         self._add(rows.values())
         if any(row.array_size for row in rows.values()):
@@ -282,6 +310,8 @@ class PlacementLeader:
                     # Somebody changed what the plan was made of. The constraint held; the next round sees the truth.
                     log.warning("plan_rejected", error=str(error))
             if not again:
+                # The first job is placed at once; those that come until the pause is over share a round.
+                await asyncio.sleep(ROUND_PAUSE_SECONDS)
                 await self._again.wait(self._queue.pause_seconds(IDLE_ROUND_SECONDS))
 
     async def _round(self) -> bool:
@@ -309,7 +339,7 @@ class PlacementLeader:
             queue, state = self._queue.queue, self._fleet.state
             return snapshot, schedule(snapshot, queue, self._policy, now=now, state=state, limit=limit)
         self._fleet.forget()
-        async with self._db.transaction() as tx:
+        async with self._db.statement() as tx:
             live = await store.live_leases(tx)
         small = self._queue.first(MAX_BACKFILL_JOBS, lambda job: not is_large(job))
         return plan_of(self._inventory.machines(), live, [*small, *large], self._policy, now)
