@@ -25,6 +25,7 @@ from dantegpu.daemon.executors.base import (
     SandboxKind,
     Stats,
     StopReason,
+    untold,
 )
 from dantegpu.daemon.journal import AttemptRow, Journal
 from dantegpu.daemon.probe.devices import GpuSample
@@ -198,7 +199,7 @@ class SimExecutor(Executor):
         return Capabilities(SandboxKind.BUBBLEWRAP, frozenset(), {}, network=False)
 
     @override
-    async def prepare(self, spec: AttemptSpec) -> Handle:
+    async def prepare(self, spec: AttemptSpec, progress: Callable[[str], None] = untold) -> Handle:
         _step()
         handle = Handle(self.name, spec.attempt_id, "{}")
         folder = self._workspace.attempt(spec.attempt_id)
@@ -270,6 +271,7 @@ class SimExecutor(Executor):
     async def close(self) -> None:
         return
 
+    @override
     async def sweep(self, known: set[AttemptId]) -> None:
         """As ProcessExecutor.sweep."""
         names = {str(attempt_id) for attempt_id in known}

@@ -396,6 +396,7 @@ class World:
                 transfers=cast(Any, SimTransfers(self)),
                 platform=link,
                 sandbox="bubblewrap",
+                engine="",
                 devices=[
                     DeviceGrant(uuid=f"GPU-{machine.name}-{i}", model="RTX 4090", index=i) for i in range(machine.gpus)
                 ],

@@ -129,6 +129,13 @@ def test_the_jobs_of_a_paused_team_are_left_out_until_it_is_resumed():
     assert rounds.next() == [ours.id]
 
 
+def test_a_job_that_may_not_start_yet_does_not_start_because_its_team_is_resumed():
+    rounds = Rounds(a_machine())
+    rounds.add(replace(a_job(), not_before=T0 + timedelta(seconds=30)))
+    rounds.queue.resume_team(US)
+    assert rounds.next() == []
+
+
 def test_what_waits_is_told_by_group_with_its_reason():
     rounds = Rounds(a_machine(gpus=2))
     for number in range(50):

@@ -434,5 +434,11 @@ class MemoryDatabase(Database):
             callback()
 
     @override
+    @asynccontextmanager
+    async def statement(self) -> AsyncGenerator[Tx]:
+        async with self.transaction() as tx:
+            yield tx
+
+    @override
     async def ready(self) -> None:
         return

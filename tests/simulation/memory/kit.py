@@ -42,6 +42,27 @@ async def _wait_for_key(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
     return [{"pg_advisory_xact_lock": None}]
 
 
+async def _wait_for_keys(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
+    asked = sorted({scope + key for scope, key in zip(params["scopes"], params["keys"], strict=True)})
+    await tx.lock("advisory", [(key,) for key in asked])
+    return [{"pg_advisory_xact_lock": None} for _ in asked]
+
+
+async def _recall_each(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
+    asked = dict.fromkeys(zip(params["scopes"], params["keys"], strict=True))
+    names = ("scope", "key", "request_sha256", "response")
+    found = (tx.get("idempotency", key) for key in asked)
+    return [{name: row[name] for name in names} for row in found if row is not None]
+
+
+async def _remember_each(tx: MemoryTx, params: Mapping[str, Any]) -> int:
+    for scope, key, sha, body in zip(
+        params["scopes"], params["keys"], params["digests"], params["bodies"], strict=True
+    ):
+        await _remember(tx, {"scope": scope, "key": key, "sha": sha, "body": body})
+    return len(params["keys"])
+
+
 async def _remember(tx: MemoryTx, params: Mapping[str, Any]) -> int:
     await tx.insert("idempotency", {
         "scope": params["scope"], "key": params["key"], "request_sha256": params["sha"], "response": params["body"],
@@ -105,8 +126,11 @@ KIT_STATEMENTS: Mapping[str, Handler] = {
     "INSERT INTO outbox": _add_messages,
     "SELECT id, subject, message_id, payload FROM outbox": _next_messages,
     "DELETE FROM outbox": _forget_messages,
+    "SELECT pg_advisory_xact_lock(number) FROM": _wait_for_keys,
     "SELECT pg_advisory_xact_lock": _wait_for_key,
+    "INSERT INTO idempotency (scope, key, request_sha256, response) SELECT": _remember_each,
     "INSERT INTO idempotency": _remember,
+    "SELECT scope, key, request_sha256, response FROM idempotency": _recall_each,
     "SELECT request_sha256, response FROM idempotency": _recall,
     "DELETE FROM idempotency": _forget_answers,
     "INSERT INTO leader": _acquire,

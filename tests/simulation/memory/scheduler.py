@@ -502,6 +502,8 @@ async def _jobs_to_mark_settled(tx: MemoryTx, params: Mapping[str, Any]) -> list
     unsettled = {row["job_id"] for row in tx.scan("attempts") if not row["settled"]}
 
     def due(row: Row) -> bool:
+        if params["ids"] is not None and row["id"] not in params["ids"]:
+            return False
         whole = row["array_size"] is not None
         return row["ended_at"] is not None and not row["settled"] and not whole and row["id"] not in unsettled
 

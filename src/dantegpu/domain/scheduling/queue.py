@@ -54,6 +54,7 @@ class ShapeBook:
 class QueuedJob:
     """A waiting job: `at` is when it was submitted (seconds since 1970), `until` when it may go on if it sleeps.
 
+    `held`: it sleeps because of its team, and goes on when the team is resumed; else only its time counts.
     `group` is None once it has left the queue.
     """
 
@@ -61,6 +62,7 @@ class QueuedJob:
     at: float
     group: "JobGroup | None"
     until: float | None = None
+    held: bool = False
 
     @property
     def age(self) -> tuple[float, int]:
@@ -191,6 +193,7 @@ class JobQueue:
         job = self._jobs.get(job_id.uuid.int)
         if job is not None and job.group is not None:
             asleep = job.until is not None
+            job.held = True
             self._sleep(job, until.timestamp())
             if not asleep:
                 job.group.left()
@@ -203,7 +206,7 @@ class JobQueue:
         """The team's jobs take part again, those on hold as well."""
         self._paused.pop(team_id, None)
         for _, _, job in list(self._sleepers):
-            if job.group is not None and job.group.team_id == team_id and job.until is not None:
+            if job.held and job.group is not None and job.group.team_id == team_id:
                 self._awake(job)
 
     def wake(self, now: datetime) -> None:

@@ -103,7 +103,7 @@ class Fleet:
         started = self._clock.monotonic()
         # What ended before the read began is not in its answer; what ends from now on may be.
         told = set(self._ended)
-        async with self._db.transaction() as tx:
+        async with self._db.statement() as tx:
             live = await live_leases(tx)
         self._ended -= told
         known, self._live = self._live, live

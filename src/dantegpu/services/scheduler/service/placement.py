@@ -339,7 +339,7 @@ class PlacementLeader:
             queue, state = self._queue.queue, self._fleet.state
             return snapshot, schedule(snapshot, queue, self._policy, now=now, state=state, limit=limit)
         self._fleet.forget()
-        async with self._db.transaction() as tx:
+        async with self._db.statement() as tx:
             live = await store.live_leases(tx)
         small = self._queue.first(MAX_BACKFILL_JOBS, lambda job: not is_large(job))
         return plan_of(self._inventory.machines(), live, [*small, *large], self._policy, now)
