@@ -12,11 +12,14 @@ from dantegpu.domain.gpus import KNOWN_GPUS
 from dantegpu.domain.ids import DeviceId, JobId, MachineId, TeamId
 from dantegpu.domain.resources import DeviceInfo, GpuRequest, MachineInfo, ResourceRequest
 from dantegpu.domain.scheduling import (
+    JobQueue,
     Lease,
     Objective,
     PendingJob,
     Plan,
     Policy,
+    Quota,
+    SchedulerState,
     Snapshot,
     explain,
     schedule,
@@ -79,7 +82,8 @@ def jobs(draw: st.DrawFn, number: int) -> PendingJob:
 def rounds(draw: st.DrawFn) -> tuple[list[MachineInfo], list[PendingJob], Policy]:
     fleet = [draw(machines(number)) for number in range(draw(st.integers(0, 4)))]
     pending = [draw(jobs(number)) for number in range(draw(st.integers(0, 10)))]
-    return fleet, pending, Policy(draw(st.sampled_from(Objective)), draw(st.booleans()))
+    quotas = draw(st.dictionaries(st.sampled_from(TEAMS), st.builds(Quota, st.integers(0, 4000)), max_size=3))
+    return fleet, pending, Policy(draw(st.sampled_from(Objective)), draw(st.booleans()), quotas=quotas)
 
 
 def leases_of(plan: Plan) -> list[Lease]:
@@ -198,3 +202,49 @@ def test_every_relaxation_opens_what_it_promises(given_round: tuple[list[Machine
         for relaxation in why.relaxations:
             assert 0 < relaxation.machines <= len(fleet) - why.machines_fitting
             assert relaxation.before != relaxation.after
+
+
+@settings(deadline=None)
+@given(rounds())
+def test_nobody_borrows_while_a_team_within_its_quota_goes_without(
+    given_round: tuple[list[MachineInfo], list[PendingJob], Policy],
+):
+    fleet, pending, policy = given_round
+    job_of = {job.id: job for job in pending}
+    plan = schedule(Snapshot.from_machines(fleet), pending, policy, now=T0)
+    held: dict[TeamId, int] = dict.fromkeys(TEAMS, 0)
+    taken: list[Lease] = []
+    for placement, lease in zip(plan.placements, leases_of(plan), strict=True):
+        quota = policy.quotas.get(placement.team_id)
+        borrows = quota is None or held[placement.team_id] + placement.gpu_milli > quota.gpu_milli
+        if borrows and policy.quotas:
+            # What a team could have had of its own by then did not fit into what was free by then.
+            left = Snapshot.from_machines(fleet, taken)
+            for refused in plan.unplaced:
+                job = job_of[refused.job_id]
+                own = policy.quotas.get(job.team_id)
+                asked = job.request.gpu.total_milli if job.request.gpu is not None else 0
+                first = not any(it.team_id == job.team_id and it.id != job.id for it in pending)
+                if own is not None and first and held[job.team_id] + asked <= own.gpu_milli:
+                    assert explain(left, job, T0).machines_free == 0
+        held[placement.team_id] += placement.gpu_milli
+        taken.append(lease)
+
+
+@settings(deadline=None)
+@given(rounds(), st.randoms(use_true_random=False))
+def test_rounds_that_give_back_and_go_on_are_those_of_a_fresh_start(
+    given_round: tuple[list[MachineInfo], list[PendingJob], Policy], random: Random
+):
+    """Deltas are an economy: what is left free, and so what is placed, is that of a snapshot made anew."""
+    fleet, pending, policy = given_round
+    snapshot, state, live = Snapshot.from_machines(fleet), SchedulerState(), list[Lease]()
+    for first in range(0, len(pending), 3):
+        jobs = pending[first : first + 3]
+        placed = schedule(snapshot, JobQueue(jobs), policy, now=T0, state=state)
+        again = schedule(Snapshot.from_machines(fleet, live), JobQueue(jobs), policy, now=T0, state=SchedulerState())
+        assert {it.job_id for it in placed.placements} == {it.job_id for it in again.placements}
+        live += leases_of(placed)
+        random.shuffle(live)
+        ended, live = live[: len(live) // 2], live[len(live) // 2 :]
+        state.give_back(ended)

@@ -27,6 +27,7 @@ PLATFORM_COMMANDS: Table = {
             "adopt": Entry("dantegpu.apps.commands.bench:adopt", "Kill the daemon over and over while jobs run."),
             "intake": Entry("dantegpu.apps.commands.bench:intake", "Accepted submissions, nothing runs."),
             "placement": Entry("dantegpu.apps.commands.bench:placement", "Fill a cluster trace with the scheduler."),
+            "scale": Entry("dantegpu.apps.commands.bench:scale", "Rounds on a huge fleet and queue."),
             "idle": Entry("dantegpu.apps.commands.bench:idle", "Memory and CPU of an idle platform."),
         },
         _PLATFORM,

@@ -19,7 +19,7 @@ from pydantic import SecretStr
 from dantegpu.apps.bootstrap import OPERATOR_EMAIL, Login
 from dantegpu.apps.commands.running import run_loop, unless_stopped
 from dantegpu.apps.platform import Running
-from dantegpu.domain.scheduling import Objective
+from dantegpu.domain.scheduling import DEFAULT_POLICY, Objective
 
 REPOSITORY = Path(__file__).resolve().parents[4]
 START_SECONDS = 60.0
@@ -125,6 +125,23 @@ def placement(as_json: bool, **options: Any) -> None:
     except (module.InvalidTrace, OSError) as error:
         raise click.ClickException(str(error)) from error
     _report(result, as_json)
+
+
+@click.command("scale")
+@click.option("--size", type=click.IntRange(1, 10), help="Only this size: 1 has 1,000 machines and 100,000 jobs.")
+@click.option("--rounds", type=click.IntRange(1, 1000), default=20, show_default=True)
+@click.option("--objective", type=click.Choice([it.value for it in Objective]), default=DEFAULT_POLICY.objective.value)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per size.")
+def scale(size: int | None, rounds: int, objective: str, as_json: bool) -> None:
+    """Rounds of the production scheduler on huge fleets and queues: 1x, 3x and 10x of 1,000 machines, 100,000 jobs."""
+    module = _bench("scale")
+    sizes = module.SIZES if size is None else ((1000 * size, 100_000 * size),)
+    for result in module.measure(sizes, rounds=rounds, objective=objective, progress=_say):
+        _report(result, as_json)
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
 
 
 def _bench(name: str) -> Any:

@@ -7,7 +7,7 @@ from dantegpu.domain.scheduling.backfill import MARGIN_SECONDS, Decision, RoundP
 from dantegpu.domain.scheduling.constraints import Constraint, ConstraintCount, PendingJob
 from dantegpu.domain.scheduling.explain import Relaxation, Why, explain
 from dantegpu.domain.scheduling.plan import Blocked, DeviceShare, Placement, Plan, SchedulerState, Unplaced, schedule
-from dantegpu.domain.scheduling.policy import DEFAULT_POLICY, Objective, Policy
+from dantegpu.domain.scheduling.policy import DEFAULT_POLICY, Objective, Policy, Quota, borrowed
 from dantegpu.domain.scheduling.queue import JobGroup, JobQueue, QueuedJob
 from dantegpu.domain.scheduling.ranking import Refusal
 from dantegpu.domain.scheduling.snapshot import Lease, Snapshot, SnapshotBuilder, TeamUse
@@ -29,6 +29,7 @@ __all__ = [
     "Plan",
     "Policy",
     "QueuedJob",
+    "Quota",
     "Refusal",
     "Relaxation",
     "RoundPlan",
@@ -39,6 +40,7 @@ __all__ = [
     "TeamUse",
     "Unplaced",
     "Why",
+    "borrowed",
     "explain",
     "is_large",
     "plan_round",

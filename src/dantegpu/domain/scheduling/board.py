@@ -40,6 +40,18 @@ class Placement:
     def gpu_milli(self) -> int:
         return sum(device.milli for device in self.devices)
 
+    @property
+    def lease(self) -> Lease:
+        """What the attempt holds from now on."""
+        return Lease(
+            self.machine_id,
+            self.team_id,
+            self.cpu_milli,
+            self.memory_bytes,
+            self.disk_bytes,
+            tuple([(device.device_id, device.milli) for device in self.devices]),
+        )
+
 
 class Board:
     """The one place where free capacity changes. Whoever keeps figures about machines looks at `last_change`."""

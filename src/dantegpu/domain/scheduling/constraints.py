@@ -50,6 +50,7 @@ class PendingJob:
             self.requires_sandbox,
             self.runs_image,
             self.excluded_machines,
+            self.nodes,
         )
 
 

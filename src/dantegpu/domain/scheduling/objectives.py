@@ -1,7 +1,7 @@
-"""The objectives that rank by a few numbers in turn: `cheapest` and `spread`. A score is those numbers in one.
+"""The objectives that rank by a few numbers in turn: `cheapest`, `fastest`, `spread`. A score is those numbers in one.
 
-A float holds 53 bits without rounding: 20 for the price's rank among all prices, 17 for free milli-GPUs and 16 for free
-cores in sixteenths. What is larger counts as the largest; it only settles ties.
+A float holds 53 bits without rounding: 20 for the price's rank among all prices, 17 for free milli-GPUs, and 16 for
+free cores in sixteenths or 12 for the speed. What is larger counts as the largest; it only settles ties.
 """
 
 from typing import assert_never
@@ -14,19 +14,27 @@ from dantegpu.domain.scheduling.mix import RequestMix
 from dantegpu.domain.scheduling.policy import Objective
 from dantegpu.domain.scheduling.ranking import Columns, Floats, Pairs, Scorer
 from dantegpu.domain.scheduling.snapshot import Ints
+from dantegpu.domain.scheduling.speeds import speed_of
 from dantegpu.domain.units import MILLI_PER_UNIT
 
-_GPU_BITS, _CORE_BITS, _PRICE_BITS = 17, 16, 20
+_GPU_BITS, _CORE_BITS, _PRICE_BITS, _SPEED_BITS = 17, 16, 20, 12
 _CORE_PARTS = 16
 
 
 class KeyScorer:
-    """Ranks by price, then free GPUs, then free cores (`cheapest`), or by the most free GPUs and cores (`spread`)."""
+    """Ranks by price, then free GPUs, then free cores (`cheapest`), or by the most free GPUs and cores (`spread`).
+
+    `fastest` looks at the speed first; of a machine with several models the fastest one that the job could have counts.
+    """
 
     def __init__(self, board: Board, objective: Objective) -> None:
         self._capacity = board.capacity
-        self._spread = objective is Objective.SPREAD
+        self._objective = objective
         snapshot = board.snapshot
+        speeds = np.array([min(speed_of(model), (1 << _SPEED_BITS) - 1) for model in snapshot.models], dtype=np.int64)
+        known = snapshot.device_model >= 0
+        self._speeds: Ints = np.zeros(snapshot.device_model.shape, dtype=np.int64)
+        self._speeds[known] = speeds[snapshot.device_model[known]]
         self._ranks = np.stack((_rank(snapshot.price_cpu), _rank(snapshot.price_gpu)))
 
     def score(self, pairs: Pairs) -> tuple[Floats, Columns]:
@@ -34,11 +42,15 @@ class KeyScorer:
         gpus = np.minimum(pairs.free.sum(axis=1), (1 << _GPU_BITS) - 1)
         cores = np.minimum(cores, (1 << _CORE_BITS) - 1)
         rank = self._ranks[(pairs.count > 0).astype(np.int64), pairs.row]
-        if self._spread:
-            gpus, cores = (1 << _GPU_BITS) - 1 - gpus, (1 << _CORE_BITS) - 1 - cores
-            key = ((gpus << _CORE_BITS | cores) << _PRICE_BITS) | rank
-        else:
-            key = ((rank << _GPU_BITS | gpus) << _CORE_BITS) | cores
+        match self._objective:
+            case Objective.SPREAD:
+                gpus, cores = (1 << _GPU_BITS) - 1 - gpus, (1 << _CORE_BITS) - 1 - cores
+                key = ((gpus << _CORE_BITS | cores) << _PRICE_BITS) | rank
+            case Objective.FASTEST:
+                speed = np.where(pairs.usable, self._speeds.take(pairs.row, axis=0), 0).max(axis=1, initial=0)
+                key = (((1 << _SPEED_BITS) - 1 - speed) << _PRICE_BITS | rank) << _GPU_BITS | gpus
+            case _:
+                key = ((rank << _GPU_BITS | gpus) << _CORE_BITS) | cores
         return key.astype(np.float64), _fullest(pairs)
 
 
@@ -46,7 +58,7 @@ def scorer_of(objective: Objective, board: Board, mix: RequestMix) -> Scorer:
     match objective:
         case Objective.FRAGMENTATION:
             return FragmentationScorer(board, mix.shapes())
-        case Objective.CHEAPEST | Objective.SPREAD:
+        case Objective.CHEAPEST | Objective.FASTEST | Objective.SPREAD:
             return KeyScorer(board, objective)
         case _:
             assert_never(objective)

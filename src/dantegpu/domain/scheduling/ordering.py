@@ -1,4 +1,4 @@
-"""Who goes next: by priority, then fair between teams, then by age.
+"""Who goes next: teams within their quotas, then by priority, then fair between teams, then by age.
 
 A round draws jobs, and each that is drawn counts as placed for the fairness of what follows. What then finds no place
 is put back with all that was drawn after it, so the order is the same as if each job were drawn after the one before it
@@ -9,81 +9,110 @@ import heapq
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from dantegpu.domain.ids import TeamId
-from dantegpu.domain.resources import ResourceRequest
 from dantegpu.domain.scheduling.policy import Policy
 from dantegpu.domain.scheduling.queue import JobGroup, JobQueue, QueuedJob, Shape
-from dantegpu.domain.scheduling.snapshot import Lease, Snapshot, TeamUse
+from dantegpu.domain.scheduling.shares import Shares
+
+_EVERYBODY = -1
+"""The team of all jobs where teams make no difference."""
+
+
+class _Run:
+    """A group in a round. `place` is where its next job is; its entry in a heap is true while it says the same."""
+
+    __slots__ = ("group", "level", "place", "team")
+
+    def __init__(self, group: JobGroup, level: "_Level", team: int) -> None:
+        self.group = group
+        self.level = level
+        self.team = team
+        self.place: int | None = 0
+
+    def entry(self, start: int) -> "_Head | None":
+        """Go to the next job from `start` on."""
+        self.place = place = self.group.next_index(start)
+        if place is None:
+            return None
+        job = self.group.jobs[place]
+        return job.at, job.id.uuid.int, place, self
+
+
+type _Head = tuple[float, int, int, _Run]
+type _Turn = tuple[float, float, int, int, int]
 
 
 class Draw(NamedTuple):
-    """One job that is to be placed now; `place` is its index in its group."""
+    """One job that is to be placed now; `place` is its index in its group, `step` where the order was."""
 
-    group: JobGroup
+    step: int
+    run: _Run
+    shape: Shape
     job: QueuedJob
     place: int
 
 
-class Shares:
-    """What each team uses of the whole fleet.
+class _Level:
+    """Groups of one priority: per team a heap by the age of the next job, and a heap of teams by share.
 
-    Source: Ghodsi et al., "Dominant Resource Fairness", NSDI 2011.
+    Entries that are no longer true stay in the heaps until they come up: an older turn of a team has a lower stamp.
     """
 
-    def __init__(self, snapshot: Snapshot) -> None:
-        self._use = dict(snapshot.team_use)
-        self._totals = (
-            max(int(snapshot.device_total.sum()), 1),
-            max(int(snapshot.cpu_total.sum()), 1),
-            max(int(snapshot.memory_total.sum()), 1),
-        )
-
-    def of(self, team_id: TeamId) -> float:
-        """The team's dominant share, 0..1."""
-        use = self._use.get(team_id)
-        if use is None:
-            return 0.0
-        gpu, cpu, memory = self._totals
-        return max(use.gpu_milli / gpu, use.cpu_milli / cpu, use.memory_bytes / memory)
-
-    def add(self, team_id: TeamId, request: ResourceRequest, times: int = 1) -> None:
-        """The team holds so much more (less, when `times` is negative)."""
-        used = self._use.get(team_id, TeamUse())
-        milli = request.gpu.total_milli if request.gpu is not None else 0
-        self._use[team_id] = used.plus(milli * times, request.cpu_milli * times, request.memory_bytes * times)
-
-    def remove_lease(self, lease: Lease) -> None:
-        """The team no longer holds this."""
-        used = self._use.get(lease.team_id, TeamUse())
-        milli = sum(milli for _, milli in lease.devices)
-        self._use[lease.team_id] = used.plus(-milli, -lease.cpu_milli, -lease.memory_bytes)
-
-
-class _Level:
-    """Groups of one priority: per team a heap by the age of the next job, and a heap of teams."""
-
     def __init__(self, groups: Sequence[JobGroup], fair: bool) -> None:
-        self.fair = fair
-        self.groups: dict[TeamId | None, list[JobGroup]] = {}
+        self._runs: dict[int, list[_Run]] = {}
         for group in groups:
-            self.groups.setdefault(group.team_id if fair else None, []).append(group)
-        self.next_of: dict[int, int] = {}
-        self.heads: dict[TeamId | None, list[tuple[float, int, int, JobGroup]]] = {}
-        self.teams: list[tuple[float, float, int, TeamId | None]] | None = None
+            team = group.shape.team if fair else _EVERYBODY
+            self._runs.setdefault(team, []).append(_Run(group, self, team))
+        self._heads: dict[int, list[_Head]] = {}
+        self._stamps: dict[int, int] = {}
+        self.turns: list[_Turn] | None = None
 
-    def head(self, group: JobGroup) -> tuple[float, int, int, JobGroup] | None:
-        """(age, place, group) of the group's next job."""
-        index = group.next_index(self.next_of.get(id(group), 0))
-        if index is None:
-            return None
-        job = group.jobs[index]
-        return job.at, job.id.uuid.int, index, group
+    def line_up(self, shares: Shares) -> list[_Turn]:
+        """All teams by their shares of now."""
+        self.turns = []
+        for team, runs in self._runs.items():
+            if team not in self._heads:
+                heads = [head for run in runs if (head := run.entry(0)) is not None]
+                heapq.heapify(heads)
+                self._heads[team] = heads
+            self.take_turn(team, shares)
+        return self.turns
 
-    def heads_of(self, team: TeamId | None, without: set[int]) -> list[tuple[float, int, int, JobGroup]]:
-        groups = [group for group in self.groups[team] if id(group) not in without]
-        heads = [head for group in groups if (head := self.head(group)) is not None]
-        heapq.heapify(heads)
-        return heads
+    def take_turn(self, team: int, shares: Shares) -> None:
+        """The team's turn comes by what it has now; it loses the turn that it had."""
+        stamp = self._stamps[team] = self._stamps.get(team, 0) + 1
+        head = self.head(team)
+        if head is not None and self.turns is not None:
+            share = 0.0 if team == _EVERYBODY else shares.of(team)
+            heapq.heappush(self.turns, (share, head[0], head[1], team, stamp))
+
+    def is_true(self, turn: _Turn) -> bool:
+        return self._stamps[turn[3]] == turn[4]
+
+    def head(self, team: int) -> _Head | None:
+        """The oldest of the jobs that are next in their groups."""
+        heads = self._heads[team]
+        while heads and heads[0][3].place != heads[0][2]:
+            heapq.heappop(heads)
+        return heads[0] if heads else None
+
+    def advance(self, head: _Head) -> None:
+        """Go past the job, which is the head of its team."""
+        run, heads = head[3], self._heads[head[3].team]
+        following = run.entry(head[2] + 1)
+        if following is None:
+            heapq.heappop(heads)
+        else:
+            heapq.heapreplace(heads, following)
+
+    def leave(self, head: _Head) -> None:
+        """Nothing more is drawn from this group."""
+        head[3].place = None
+        heapq.heappop(self._heads[head[3].team])
+
+    def back_to(self, run: _Run, place: int) -> None:
+        head = run.entry(place)
+        if head is not None:
+            heapq.heappush(self._heads[run.team], head)
 
 
 class Order:
@@ -93,80 +122,58 @@ class Order:
         """`closed`: no job of the shape fits anywhere any more; such groups are not drawn from."""
         self._shares = shares
         self._closed = closed
-        self._levels = [_Level(groups, policy.fair_share) for _, groups in queue.levels()]
-        self._level_of = {
-            id(group): n for n, it in enumerate(self._levels) for gs in it.groups.values() for group in gs
-        }
-        self._current = 0
+        levels = [_Level(groups, policy.fair_share) for _, groups in queue.levels()]
+        # Twice through all priorities: what belongs to teams by their quotas, then what is left.
+        own = [(level, True) for level in levels] if policy.quotas else []
+        self._steps = [*own, *((level, False) for level in levels)]
+        self._step = 0
         self.refused: list[tuple[JobGroup, int]] = []
         """Groups that have jobs for which there is no room, and the place of the first of them."""
-        self._refused: set[int] = set()
 
     def draw(self, count: int) -> list[Draw]:
         """Up to `count` jobs in their order. None means that nobody is left."""
         drawn: list[Draw] = []
-        while self._current < len(self._levels):
-            self._draw_from(self._levels[self._current], count, drawn)
+        while self._step < len(self._steps):
+            self._draw_from(*self._steps[self._step], count, drawn)
             if len(drawn) == count:
                 break
-            self._current += 1
+            self._step += 1
+            if self._step < len(self._steps):
+                self._steps[self._step][0].turns = None
         return drawn
 
-    def _draw_from(self, level: _Level, count: int, drawn: list[Draw]) -> None:
-        shares = self._shares
-        if level.teams is None:
-            level.teams = self._line_up(level)
-        teams = level.teams
-        while teams and len(drawn) < count:
-            team = teams[0][3]
-            heads = level.heads[team]
-            _, _, index, group = heads[0]
-            if self._closed(group.shape):
-                self.refused.append((group, index))
-                self._refused.add(id(group))
-                heapq.heappop(heads)
+    def _draw_from(self, level: _Level, own: bool, count: int, drawn: list[Draw]) -> None:
+        shares, closed = self._shares, self._closed
+        turns = level.turns if level.turns is not None else level.line_up(shares)
+        while turns and len(drawn) < count:
+            turn = heapq.heappop(turns)
+            if not level.is_true(turn):
+                continue
+            team = turn[3]
+            head = level.head(team)
+            assert head is not None, "a turn is taken with a job in hand"
+            place, run = head[2], head[3]
+            shape = run.group.shape
+            if closed(shape):
+                self.refused.append((run.group, place))
+                level.leave(head)
+            elif own and not shares.within_quota(shape.team, shape.request):
+                continue  # until what is left is given to all
             else:
-                drawn.append(Draw(group, group.jobs[index], index))
-                shares.add(group.shape.team_id, group.shape.request)
-                level.next_of[id(group)] = index + 1
-                head = level.head(group)
-                if head is None:
-                    heapq.heappop(heads)
-                else:
-                    heapq.heapreplace(heads, head)
-            if heads:
-                heapq.heapreplace(teams, (self._share(team), heads[0][0], heads[0][1], team))
-            else:
-                heapq.heappop(teams)
+                drawn.append(Draw(self._step, run, shape, run.group.jobs[place], place))
+                shares.add(shape.team, shape.request)
+                level.advance(head)
+            level.take_turn(team, shares)
 
     def put_back(self, draws: Sequence[Draw]) -> None:
         """These, the last that were drawn, are to be drawn again."""
-        touched: dict[int, set[TeamId | None]] = {}
         for draw in reversed(draws):
-            group = draw.group
-            self._shares.add(group.shape.team_id, group.shape.request, -1)
-            number = self._level_of[id(group)]
-            level = self._levels[number]
-            level.next_of[id(group)] = draw.place
-            touched.setdefault(number, set()).add(group.team_id if level.fair else None)
-        for number, teams in touched.items():
-            level = self._levels[number]
-            for team in teams:
-                level.heads[team] = level.heads_of(team, self._refused)
-        self._current = min((*touched, self._current))
-        for level in self._levels[self._current :]:
-            level.teams = None  # the shares that it was lined up by are others now
-
-    def _line_up(self, level: _Level) -> list[tuple[float, float, int, TeamId | None]]:
-        teams: list[tuple[float, float, int, TeamId | None]] = []
-        for team in level.groups:
-            heads = level.heads.get(team)
-            if heads is None:
-                heads = level.heads[team] = level.heads_of(team, self._refused)
-            if heads:
-                teams.append((self._share(team), heads[0][0], heads[0][1], team))
-        heapq.heapify(teams)
-        return teams
-
-    def _share(self, team: TeamId | None) -> float:
-        return 0.0 if team is None else self._shares.of(team)
+            self._shares.add(draw.shape.team, draw.shape.request, -1)
+            draw.run.level.back_to(draw.run, draw.place)
+        for level, team in {(draw.run.level, draw.run.team): None for draw in draws}:
+            level.take_turn(team, self._shares)
+        first = draws[0].step
+        if first < self._step:
+            self._step = first
+            for level, _ in self._steps[first:]:
+                level.turns = None  # the shares that it was lined up by are others now

@@ -4,7 +4,7 @@ A plan is made in four steps, each in a module of its own: `queue` knows what wa
 which machine is the best one (with `objectives` and `fragmentation` for how good it is), and `board` takes it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -15,10 +15,11 @@ from dantegpu.domain.scheduling.constraints import ConstraintCount, PendingJob
 from dantegpu.domain.scheduling.fragmentation import FragmentationScorer
 from dantegpu.domain.scheduling.mix import RequestMix
 from dantegpu.domain.scheduling.objectives import scorer_of
-from dantegpu.domain.scheduling.ordering import Draw, Order, Shares
+from dantegpu.domain.scheduling.ordering import Draw, Order
 from dantegpu.domain.scheduling.policy import DEFAULT_POLICY, Objective, Policy
 from dantegpu.domain.scheduling.queue import JobGroup, JobQueue, QueuedJob, Shape, ShapeBook
 from dantegpu.domain.scheduling.ranking import WINDOW, Refusal, ScoreTable
+from dantegpu.domain.scheduling.shares import PastShares, Shares
 from dantegpu.domain.scheduling.snapshot import Lease, Snapshot
 from dantegpu.domain.units import MILLI_PER_UNIT
 
@@ -85,15 +86,17 @@ class Plan:
 class SchedulerState:
     """What a caller may keep between calls of `schedule`, so that a call costs what changed and not what there is.
 
-    It holds the mix of requests that has arrived (a job counts when it is first listed), and for the snapshot of the
-    last call what its plans have left free, with scores. Passing the same snapshot object again goes on from there:
-    every placement so far counts as made, and `give_back` tells what has ended since. Another snapshot (or policy)
-    starts from that snapshot's free capacity and keeps only the mix. So after a plan that was not applied as it is,
-    give back what came to nothing, or pass a new snapshot.
+    It holds the mix of requests that has arrived (a job counts when it is first listed), what teams have used (`past`,
+    which a caller that starts anew may `feed`), and for the snapshot of the last call what its plans have left free,
+    with scores. Passing the same snapshot object again goes on from there: every placement so far counts as made, and
+    `give_back` tells what has ended since. Another snapshot (or policy) starts from that snapshot's free capacity and
+    keeps the mix and the past. So after a plan that was not applied as it is, give back what came to nothing, or pass
+    a new snapshot.
     """
 
     def __init__(self) -> None:
         self.mix = RequestMix()
+        self.past = PastShares()
         self._book = ShapeBook()
         self._waiting: set[JobId] = set()
         self._round: _Round | None = None
@@ -103,13 +106,15 @@ class SchedulerState:
         if self._round is not None:
             self._round.give_back(list(leases))
 
-    def begin(self, snapshot: Snapshot, policy: Policy, arrivals: dict[Shape, int]) -> "_Round":
+    def begin(self, snapshot: Snapshot, policy: Policy, arrivals: dict[Shape, int], now: datetime) -> "_Round":
+        held: Mapping[int, float] = self._round.held if self._round is not None else {}
+        self.past.advance(held, policy.half_life_seconds, now)
         if policy.objective is Objective.FRAGMENTATION:
             for shape, count in arrivals.items():
                 self.mix.count(shape.request, count)
             self.mix.fade()
         if self._round is None or not self._round.goes_on(snapshot, policy):
-            self._round = _Round(snapshot, policy, self.mix)
+            self._round = _Round(snapshot, policy, self.mix, self.past)
         self._round.follow_mix()
         return self._round
 
@@ -147,12 +152,12 @@ def schedule(
     state = state or SchedulerState()
     if isinstance(pending, JobQueue):
         pending.wake(now)
-        round_ = state.begin(snapshot, policy, pending.take_arrivals())
+        round_ = state.begin(snapshot, policy, pending.take_arrivals(), now)
         placements, blocked = round_.place(pending, limit)
         return Plan(tuple(placements), (), tuple(blocked))
     queue, arrivals = state.queue_of(pending)
     queue.wake(now)
-    round_ = state.begin(snapshot, policy, arrivals)
+    round_ = state.begin(snapshot, policy, arrivals, now)
     placements, blocked = round_.place(queue, limit)
     unplaced = [Unplaced(job.id, _EARLY) for job in queue.sleeping()]
     unplaced += [Unplaced(job.id, it.refusal) for it in blocked for job in it.jobs()]
@@ -163,18 +168,23 @@ def schedule(
 class _Round:
     """The free capacity of one snapshot as plans use it up, and what is known about each shape."""
 
-    def __init__(self, snapshot: Snapshot, policy: Policy, mix: RequestMix) -> None:
+    def __init__(self, snapshot: Snapshot, policy: Policy, mix: RequestMix, past: PastShares) -> None:
         self._snapshot = snapshot
         self._policy = policy
         self._mix = mix
         self._board = Board(snapshot)
-        self._shares = Shares(snapshot)
+        self._shares = Shares(snapshot, policy, past)
         self._scorer = scorer_of(policy.objective, self._board, mix)
         self._table = ScoreTable(self._board, self._scorer)
         # A price is what somebody pays: `cheapest` looks at every machine for every job. A fragment more or less is
         # nobody's bill, and looking at many shapes in one go is what makes rounds fast.
         several = policy.objective is Objective.FRAGMENTATION
         self._window = max(1, min(WINDOW, len(snapshot.machines) // _MACHINES_PER_WINDOW)) if several else 1
+
+    @property
+    def held(self) -> Mapping[int, float]:
+        """What teams hold, as shares of the fleet."""
+        return self._shares.held
 
     def goes_on(self, snapshot: Snapshot, policy: Policy) -> bool:
         return self._snapshot is snapshot and self._policy == policy
@@ -204,9 +214,9 @@ class _Round:
 
     def _place_drawn(self, draws: Sequence[Draw], order: Order, placements: list[Placement]) -> None:
         table, board = self._table, self._board
-        table.prepare([draw.group.shape for draw in draws])
+        table.prepare([draw.shape for draw in draws])
         for number, draw in enumerate(draws):
-            shape = draw.group.shape
+            shape = draw.shape
             found = table.best(shape)
             if found is None and number:
                 table.refresh(shape)

@@ -6,7 +6,7 @@ A million waiting jobs are a few thousand groups. A job here is a small record; 
 import heapq
 from bisect import insort
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import count
 
@@ -22,14 +22,15 @@ _COMPACT_AFTER = 64
 class Shape:
     """What jobs have in common that fit the same machines equally well. Compared by identity: get it from a ShapeBook.
 
-    `job` is one job of the shape; its id and age mean nothing.
+    `job` is one job of the shape; its id and age mean nothing. `team` is the team's id as a number, for quick look-ups.
     """
 
-    __slots__ = ("job", "request", "team_id")
+    __slots__ = ("job", "request", "team", "team_id")
 
     def __init__(self, job: PendingJob) -> None:
         self.job = job
         self.team_id: TeamId = job.team_id
+        self.team: int = job.team_id.uuid.int
         self.request: ResourceRequest = job.request
 
 
@@ -53,6 +54,7 @@ class ShapeBook:
 class QueuedJob:
     """A waiting job: `at` is when it was submitted (seconds since 1970), `until` when it may go on if it sleeps.
 
+    `held`: it sleeps because of its team, and goes on when the team is resumed; else only its time counts.
     `group` is None once it has left the queue.
     """
 
@@ -60,6 +62,7 @@ class QueuedJob:
     at: float
     group: "JobGroup | None"
     until: float | None = None
+    held: bool = False
 
     @property
     def age(self) -> tuple[float, int]:
@@ -76,6 +79,8 @@ class JobGroup:
     jobs: list[QueuedJob] = field(default_factory=list[QueuedJob])
     start: int = 0
     waiting: int = 0
+    version: int = 0
+    """Rises with every job that comes in."""
 
     @property
     def team_id(self) -> TeamId:
@@ -98,6 +103,7 @@ class JobGroup:
 
     def insert(self, job: QueuedJob) -> None:
         self.waiting += 1
+        self.version += 1
         if not self.jobs or self.jobs[-1].age <= job.age:
             self.jobs.append(job)
         else:
@@ -145,6 +151,12 @@ class JobQueue:
     def get(self, job_id: JobId) -> QueuedJob | None:
         return self._jobs.get(job_id.uuid.int)
 
+    def pending(self, job: QueuedJob) -> PendingJob:
+        """The job as it was added, so far as its shape says."""
+        assert job.group is not None, "a job that waits"
+        submitted_at, like = datetime.fromtimestamp(job.at, UTC), job.group.shape.job
+        return replace(like, id=job.id, submitted_at=submitted_at, priority=job.group.priority, not_before=None)
+
     def add(self, job: PendingJob) -> QueuedJob:
         """Add the job, or take its new version instead of the one that is here."""
         number = job.id.uuid.int
@@ -181,6 +193,7 @@ class JobQueue:
         job = self._jobs.get(job_id.uuid.int)
         if job is not None and job.group is not None:
             asleep = job.until is not None
+            job.held = True
             self._sleep(job, until.timestamp())
             if not asleep:
                 job.group.left()
@@ -193,7 +206,7 @@ class JobQueue:
         """The team's jobs take part again, those on hold as well."""
         self._paused.pop(team_id, None)
         for _, _, job in list(self._sleepers):
-            if job.group is not None and job.group.team_id == team_id and job.until is not None:
+            if job.held and job.group is not None and job.group.team_id == team_id:
                 self._awake(job)
 
     def wake(self, now: datetime) -> None:

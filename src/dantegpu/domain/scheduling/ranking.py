@@ -134,7 +134,7 @@ class ScoreTable:
         self._machines = len(board.snapshot.machines)
         self._limit = max(MAX_CELLS // max(self._machines, 1), 256)
         self._places: dict[Shape, Place] = {}
-        self._closed: set[Shape] = set()
+        self._closed: set[int] = set()
         self._closed_at = 0
         self._numbers: dict[tuple[object, ...], int] = {}
         self._conditions: dict[tuple[object, ...], _Conditions] = {}
@@ -165,11 +165,12 @@ class ScoreTable:
         if self._closed_at < self._board.given_back:
             self._closed.clear()
             self._closed_at = self._board.given_back
-        return shape in self._closed
+        place = self._places.get(shape) if self._closed else None
+        return place is not None and self._closed.issuperset(place.lines)
 
     def close(self, shape: Shape) -> None:
-        """`best` found nothing after `refresh`."""
-        self._closed.add(shape)
+        """`best` found nothing after `refresh`. Shapes of other teams that share its lines are closed with it."""
+        self._closed.update(self._place(shape).lines)
 
     def refusal(self, shape: Shape) -> Refusal:
         return self._place(shape).refusal
@@ -299,6 +300,7 @@ class ScoreTable:
     def _forget_lines(self) -> None:
         for known in (self._places, self._numbers, self._lines_of_team, self._conditions):
             known.clear()
+        self._closed.clear()
         self._size = 0
         self._scores.fill(NEVER)
         self._seen.fill(0)

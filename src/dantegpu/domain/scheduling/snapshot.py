@@ -74,6 +74,8 @@ class Snapshot:
     device_tenant: Ints
     models: tuple[str, ...]
     team_use: Mapping[TeamId, TeamUse] = field(default_factory=dict[TeamId, TeamUse])
+    overdrawn: frozenset[MachineId] = frozenset()
+    """Machines that shrank under their leases: what one of those gives back is not free."""
 
     @classmethod
     def from_machines(cls, machines: Iterable[MachineInfo], leases: Iterable[Lease] = ()) -> "Snapshot":
@@ -87,6 +89,10 @@ class Snapshot:
         for lease in leases:
             builder.add_lease(lease)
         return builder.build()
+
+    def is_overdrawn(self, machine_id: MachineId) -> bool:
+        """Is more held there than it has?"""
+        return bool(self.overdrawn) and machine_id in self.overdrawn
 
     def team_number(self, team_id: TeamId) -> int:
         """The team's number in `team` and `device_tenant`; NOBODY when it owns and holds nothing here."""
@@ -134,6 +140,8 @@ class SnapshotBuilder:
             memory_free[row] -= lease.memory_bytes
             disk_free[row] -= lease.disk_bytes
             devices.take(row, lease.devices, team_index[lease.team_id])
+        over = (cpu_free < 0) | (memory_free < 0) | (disk_free < 0) | (devices.free < 0).any(axis=1)
+        overdrawn = frozenset(machines[row].id for row in np.flatnonzero(over))
         for free in (cpu_free, memory_free, disk_free, devices.free):
             np.maximum(free, 0, out=free)
         return Snapshot(
@@ -161,6 +169,7 @@ class SnapshotBuilder:
             device_tenant=devices.tenant,
             models=devices.models,
             team_use=team_use,
+            overdrawn=overdrawn,
         )
 
 

@@ -2,8 +2,11 @@
 
 from typing import ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from dantegpu.domain.ids import TeamId
+from dantegpu.domain.scheduling import DEFAULT_POLICY, Objective, Policy, Quota
+from dantegpu.domain.units import MILLI_PER_UNIT
 from dantegpu.kit.settings import ServiceSettings
 
 
@@ -25,7 +28,38 @@ class SchedulerSettings(ServiceSettings):
         default=120, ge=30, description="a hold older than this without an attempt is voided; no plan takes that long"
     )
     array_seconds: float = Field(default=0.25, ge=0.01, description="how often arrays are looked at")
+    objective: Objective = Field(
+        default=DEFAULT_POLICY.objective,
+        description="what makes a machine the best one for a job: `cheapest`, `fastest`, `fragmentation` or `spread`",
+    )
+    fair_share: bool = Field(
+        default=DEFAULT_POLICY.fair_share, description="teams that use less go first; else the oldest job does"
+    )
+    fair_share_half_life_seconds: int = Field(
+        default=DEFAULT_POLICY.half_life_seconds,
+        ge=0,
+        description="what a team used so long ago counts half; 0: nothing",
+    )
+    gpu_quotas: dict[str, float] = Field(
+        default={},
+        description='GPUs that a team has for certain, by team id: `{"team_...": 16}`; others borrow what is idle',
+    )
     inventory_refresh_seconds: float = Field(default=10.0, ge=0.1, description="full read of machines and prices")
     max_duration_seconds: int = Field(default=7 * 24 * 3600, ge=1, description="of jobs that name none; and the most")
     log_limit_bytes: int = Field(default=64 << 20, ge=1024)
     results_limit_bytes: int = Field(default=10 << 30, ge=1024)
+
+    @property
+    def policy(self) -> Policy:
+        """How placement ranks machines and teams."""
+        quotas = {TeamId.parse(team): Quota(round(gpus * MILLI_PER_UNIT)) for team, gpus in self.gpu_quotas.items()}
+        return Policy(self.objective, self.fair_share, self.fair_share_half_life_seconds, quotas)
+
+    @field_validator("gpu_quotas")
+    @classmethod
+    def _check_quotas(cls, quotas: dict[str, float]) -> dict[str, float]:
+        for team, gpus in quotas.items():
+            TeamId.parse(team)
+            if gpus < 0:
+                raise ValueError(f"the quota of {team} is negative; it is a number of GPUs, 0 or more")
+        return quotas

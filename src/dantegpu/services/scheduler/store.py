@@ -134,6 +134,7 @@ class EventRow:
 
 @dataclass(frozen=True, slots=True)
 class LiveLeaseRow:
+    attempt_id: UUID
     machine_id: UUID
     team_id: UUID
     cpu_milli: int
@@ -237,6 +238,12 @@ async def queued_jobs(tx: Tx, *, after: JobRow | None, limit: int) -> list[JobRo
         JobRow, QUERIES["queued_jobs"], limit=limit,
         after_time=after.submitted_at if after else "-infinity", after_id=after.id if after else _ZERO,
     )  # fmt: skip
+
+
+async def queued_ids(tx: Tx, *, after: UUID | None, limit: int) -> list[UUID]:
+    """Ids of waiting jobs in their order, from behind `after`."""
+    rows = await tx.all(_IdRow, QUERIES["queued_ids"], after_id=after or _ZERO, limit=limit)
+    return [row.id for row in rows]
 
 
 async def save_jobs(tx: Tx, rows: Sequence[Record]) -> None:

@@ -29,8 +29,9 @@ from dantegpu.kit.telemetry import current_traceparent
 from dantegpu.services.scheduler import store, store_arrays, store_lifetimes
 from dantegpu.services.scheduler.errors import InputNotUploaded, InvalidJob, JobNotFound, NoOfferFits, TaskNotFound
 from dantegpu.services.scheduler.service.arrays import split, stop_array
+from dantegpu.services.scheduler.service.fleet import live_leases
 from dantegpu.services.scheduler.service.inventory import Inventory
-from dantegpu.services.scheduler.service.placement import live_leases, pending_of, pending_of_spec, plan_of, request_of
+from dantegpu.services.scheduler.service.placement import pending_of, pending_of_spec, plan_of, request_of
 from dantegpu.services.scheduler.service.transitions import (
     JobBatch,
     Wakeups,
@@ -220,7 +221,7 @@ class Intake:
         pending = [pending_of_spec(JobId.new(), team_id, now, spec) for spec in specs]
         async with self._db.transaction() as tx:
             live = await store.live_leases(tx)
-        _, plan = plan_of(self._inventory.machines(), live, pending, now)
+        _, plan = plan_of(self._inventory.machines(), live, pending, self._settings.policy, now)
         if plan.unplaced:
             first = plan.unplaced[0]
             detail = f" ({first.detail})" if first.detail else ""
@@ -360,7 +361,7 @@ class Intake:
     async def explain(self, tx: Tx, actor: Actor, job_ids: Sequence[JobId]) -> list[JobExplanation]:
         await self._inventory.ready()
         rows = await self._own_jobs(tx, actor, job_ids)
-        snapshot = Snapshot.from_machines(self._inventory.machines(), await live_leases(tx))
+        snapshot = Snapshot.from_machines(self._inventory.machines(), (await live_leases(tx)).values())
         now = self._clock.now()
         found: list[JobExplanation] = []
         for row in rows:

@@ -1,11 +1,11 @@
 """The leader's rounds: what waits, what is free, one plan, holds for it, one transaction that applies it."""
 
 import asyncio
-import heapq
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import Any
 from uuid import UUID
 
@@ -18,18 +18,16 @@ from dantegpu.contracts.envelope import UnexpectedEvent, unwrap
 from dantegpu.contracts.gen.dante.v1 import billing_pb2, billing_pb2_grpc, events_pb2, jobs_pb2
 from dantegpu.domain import job as lifecycle
 from dantegpu.domain.clock import Clock
-from dantegpu.domain.ids import AttemptId, DeviceId, InvalidId, JobId, MachineId, TeamId
+from dantegpu.domain.ids import AttemptId, InvalidId, JobId, MachineId, TeamId
 from dantegpu.domain.job import JobState, QueueReason
 from dantegpu.domain.pricing import WINDOW_SECONDS
 from dantegpu.domain.resources import MachineInfo, ResourceRequest, parse_gpu_spec
 from dantegpu.domain.scheduling import (
-    DEFAULT_POLICY,
     MARGIN_SECONDS,
-    Decision,
-    Lease,
     PendingJob,
     Placement,
     Plan,
+    Policy,
     RoundPlan,
     Running,
     Snapshot,
@@ -41,7 +39,7 @@ from dantegpu.domain.units import format_dgpu
 from dantegpu.kit import rpc
 from dantegpu.kit.actor import SERVICE
 from dantegpu.kit.bus import Bus, unsubscribe
-from dantegpu.kit.db import Database, Tx
+from dantegpu.kit.db import Database
 from dantegpu.kit.errors import ServiceError
 from dantegpu.kit.lease import Leadership, LostLeadership
 from dantegpu.kit.lifecycle import Wakeup
@@ -49,8 +47,10 @@ from dantegpu.kit.outbox import Outbox
 from dantegpu.kit.telemetry import span
 from dantegpu.services.scheduler import store
 from dantegpu.services.scheduler.errors import PlanConflict
+from dantegpu.services.scheduler.service.fleet import Fleet, lease_of
 from dantegpu.services.scheduler.service.inventory import Inventory
 from dantegpu.services.scheduler.service.transitions import JobBatch, Opening, Wakeups
+from dantegpu.services.scheduler.service.waiting import Note, WaitingJobs
 from dantegpu.services.scheduler.settings import SchedulerSettings
 from dantegpu.services.scheduler.store import JobRow, LiveLeaseRow
 
@@ -59,16 +59,14 @@ log = structlog.get_logger(__name__)
 LOAD_PAGE = 1000
 MAX_PLACEMENTS_PER_ROUND = 1000
 MAX_REASONS_PER_ROUND = 1000
+MAX_REASONS_BESIDE_PLACEMENTS = 100
 MAX_TAKEN = 200_000
 MAX_BACKFILL_JOBS = 2000
 MAX_LARGE_JOBS = 100
 """While a large job waits, a round looks at so many of the first small and large ones; the others wait their turn."""
-NO_FUNDS_RETRY_SECONDS = 10.0
 IDLE_ROUND_SECONDS = 5.0
 """A round also runs this often while something waits: what woke nobody is found all the same."""
 ROUND_PAUSE_SECONDS = 0.01
-TEAM_PAUSE_SECONDS = 1.0
-"""A team that could not pay is left out of rounds for so long: its other jobs must not keep the rounds busy."""
 SWEEP_SECONDS = 15.0
 """How often the queue in memory is compared with PostgreSQL."""
 
@@ -99,49 +97,32 @@ def pending_of_spec(job_id: JobId, team_id: TeamId, submitted_at: datetime, spec
 def request_of(spec: jobs_pb2.JobSpec) -> ResourceRequest:
     """Raises InvalidGpuSpec or ValueError when the spec asks for what cannot be."""
     resources = spec.resources
-    return ResourceRequest(
-        gpu=parse_gpu_spec(resources.gpu) if resources.gpu else None,
-        cpu_milli=resources.cpu_milli,
-        memory_bytes=resources.memory_bytes,
-        disk_bytes=resources.disk_bytes,
-    )
+    return _request(resources.gpu, resources.cpu_milli, resources.memory_bytes, resources.disk_bytes)
 
 
-async def live_leases(tx: Tx) -> list[Lease]:
-    return [_lease(row) for row in await store.live_leases(tx)]
-
-
-def _lease(row: LiveLeaseRow) -> Lease:
-    return Lease(
-        machine_id=MachineId(row.machine_id),
-        team_id=TeamId(row.team_id),
-        cpu_milli=row.cpu_milli,
-        memory_bytes=row.memory_bytes,
-        disk_bytes=row.disk_bytes,
-        devices=tuple((DeviceId(device), milli) for device, milli in zip(row.device_ids, row.millis, strict=True)),
-    )
+@lru_cache(maxsize=4096)
+def _request(gpu: str, cpu_milli: int, memory_bytes: int, disk_bytes: int) -> ResourceRequest:
+    """Jobs that ask for the same share one object: many wait."""
+    return ResourceRequest(parse_gpu_spec(gpu) if gpu else None, cpu_milli, memory_bytes, disk_bytes)
 
 
 def plan_of(
-    machines: Iterable[MachineInfo], live: Sequence[LiveLeaseRow], pending: Sequence[PendingJob], now: datetime
+    machines: Iterable[MachineInfo],
+    live: Sequence[LiveLeaseRow],
+    pending: Sequence[PendingJob],
+    policy: Policy,
+    now: datetime,
 ) -> tuple[Snapshot, Plan | RoundPlan]:
     """What is there, and who gets it. Only where something large waits does a round cost what reservations cost."""
-    leases = [_lease(row) for row in live]
+    leases = [lease_of(row) for row in live]
     snapshot = Snapshot.from_machines(machines, leases)
-    large = [job for job in pending if is_large(job)]
-    if not large:
-        return snapshot, schedule(snapshot, pending, DEFAULT_POLICY, now=now)
-    small = [job for job in pending if not is_large(job)]
-    first = heapq.nsmallest(MAX_BACKFILL_JOBS, small, key=_rank) + heapq.nsmallest(MAX_LARGE_JOBS, large, key=_rank)
+    if not any(map(is_large, pending)):
+        return snapshot, schedule(snapshot, pending, policy, now=now)
     running = [
         Running(lease, (row.running_at or now) + timedelta(seconds=row.max_duration_seconds + MARGIN_SECONDS))
         for lease, row in zip(leases, live, strict=True)
     ]
-    return snapshot, plan_round(snapshot, running, first, DEFAULT_POLICY, now=now)
-
-
-def _rank(job: PendingJob) -> tuple[int, datetime]:
-    return -job.priority, job.submitted_at
+    return snapshot, plan_round(snapshot, running, pending, policy, now=now)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,22 +147,6 @@ class _Chosen:
         ]
 
 
-@dataclass(slots=True)
-class _Waiting:
-    job: PendingJob
-    max_duration_seconds: int
-    told: tuple[str, str]
-    """The reason and detail that the database has."""
-    traceparent: str
-    """Of the submission."""
-    array_id: UUID | None = None
-    """A task's array, under whose id its attempts are paid for."""
-    deadline_at: datetime | None = None
-    """Not placed from then on."""
-    blocked_until_seconds: float = 0.0
-    """Monotonic; no funds: billing is not asked again before, unless money came in."""
-
-
 class PlacementLeader:
     """Runs on the one replica that holds the lease. Its queue is a cache of PostgreSQL's QUEUED rows."""
 
@@ -204,8 +169,9 @@ class PlacementLeader:
         self._wakeups = wakeups
         self._clock = clock
         self._settings = settings
-        self._queue: dict[UUID, _Waiting] = {}
-        self._paused_teams: dict[TeamId, float] = {}
+        self._queue = WaitingJobs(clock)
+        self._fleet = Fleet(db, inventory, clock)
+        self._policy = settings.policy
         self._taken: set[UUID] = set()
         """Queued by take(); the message about them is still to come."""
         self._leading = False
@@ -218,6 +184,10 @@ class PlacementLeader:
 
     def notify(self) -> None:
         self._again.notify()
+
+    def ended(self, attempts: Sequence[UUID]) -> None:
+        """What these held is free; the transaction in which they ended has been committed."""
+        self._fleet.ended(attempts)
 
     def drop_ended(self) -> None:
         """Compare the queue with PostgreSQL soon."""
@@ -247,9 +217,10 @@ class PlacementLeader:
     async def _lead(self) -> None:
         self._queue.clear()
         self._taken.clear()
-        self._paused_teams.clear()
-        await self._load()
+        self._fleet.watch(True)
         async with AsyncExitStack() as stack:
+            stack.callback(self._fleet.watch, False)
+            await self._load()
             wallets = await self._bus.subscribe(subjects.ALL_WALLET_EVENTS, self._wallet_changed)
             stack.push_async_callback(unsubscribe, wallets)
             consuming = await self._bus.consume(subjects.JOBS, subjects.PLACEMENT_CONSUMER, self._submitted)
@@ -290,26 +261,27 @@ class PlacementLeader:
                     # It passed the intake's check once; it must not keep the others from being placed now.
                     log.error("job_unreadable", job_id=str(JobId(row.id)), error=str(error))
                     continue
-                pending = replace(pending, max_duration_seconds=duration)
                 told = (row.reason or "", row.reason_detail)
-                self._queue[row.id] = _Waiting(pending, duration, told, row.traceparent, row.array_id, row.deadline_at)
+                self._queue.add(pending, Note(duration, told, row.traceparent, row.array_id, row.deadline_at))
         self._again.notify()
 
     async def _load(self) -> None:
         """Every QUEUED job of PostgreSQL that is not in memory, and nothing in memory that is not QUEUED."""
-        after: JobRow | None = None
-        seen: set[UUID] = set()
-        before = set(self._queue)
+        after: UUID | None = None
+        gone = self._queue.ids()
         while True:
             async with self._db.transaction() as tx:
-                rows = await store.queued_jobs(tx, after=after, limit=LOAD_PAGE)
-            seen.update(row.id for row in rows)
-            self._add(row for row in rows if row.id not in self._queue)
-            if len(rows) < LOAD_PAGE:
+                ids = await store.queued_ids(tx, after=after, limit=LOAD_PAGE)
+                missing = [job_id for job_id in ids if job_id not in self._queue]
+                rows = await store.jobs_by_id(tx, missing) if missing else {}
+            gone.difference_update(ids)
+            if rows:
+                self._add(rows.values())
+            if len(ids) < LOAD_PAGE:
                 break
-            after = rows[-1]
-        for gone in before - seen:
-            self._queue.pop(gone, None)
+            after = ids[-1]
+        for job_id in gone:
+            self._queue.discard(job_id)
 
     async def _sweeps(self) -> None:
         while True:
@@ -321,11 +293,7 @@ class PlacementLeader:
 
     async def _wallet_changed(self, message: Msg) -> None:
         _, event = unwrap(message.data, events_pb2.WalletChanged)
-        team_id = TeamId.parse(event.team_id)
-        self._paused_teams.pop(team_id, None)
-        for waiting in self._queue.values():
-            if waiting.job.team_id == team_id:
-                waiting.blocked_until_seconds = 0.0
+        self._queue.money_came_in(TeamId.parse(event.team_id))
         self._again.notify()
 
     # --- rounds -------------------------------------------------------------------------------------------------------
@@ -344,50 +312,61 @@ class PlacementLeader:
             if not again:
                 # The first job is placed at once; those that come until the pause is over share a round.
                 await asyncio.sleep(ROUND_PAUSE_SECONDS)
-                await self._again.wait(self._pause_seconds())
-
-    def _pause_seconds(self) -> float | None:
-        if not self._queue:
-            return None
-        now = self._clock.now()
-        due = [w.job.not_before for w in self._queue.values() if w.job.not_before and w.job.not_before > now]
-        until_due = (min(due) - now).total_seconds() if due else IDLE_ROUND_SECONDS
-        return max(0.02, min(IDLE_ROUND_SECONDS, until_due))
+                await self._again.wait(self._queue.pause_seconds(IDLE_ROUND_SECONDS))
 
     async def _round(self) -> bool:
         """One plan, applied. True when the next round should follow at once."""
-        now = self._clock.now()
-        monotonic = self._clock.monotonic()
-        ready = self._ready(monotonic, now)
-        if not ready:
+        if not self._queue.ready:
             return False
-        with span("placement round", jobs=str(len(ready))):
-            async with self._db.statement() as tx:
-                live = await store.live_leases(tx)
-            snapshot, plan = plan_of(self._inventory.machines(), live, ready, now)
-            chosen = _Chosen.of(plan.placements, MAX_PLACEMENTS_PER_ROUND)
-            refused = await self._open_holds(chosen, snapshot)
+        now = self._clock.now()
+        with span("placement round", jobs=str(len(self._queue))):
             try:
-                unused = await self._apply(chosen, refused, plan.unplaced, snapshot, now)
-            except (PlanConflict, LostLeadership):
-                # Rolled back for certain. After anything else the commit may have happened, and the attempts need
-                # their holds (I5): settlement's sweep looks which of them exist.
-                await self._void(_attempts_of(chosen))
+                snapshot, plan = await self._plan(now)
+                chosen = _Chosen.of(plan.placements, MAX_PLACEMENTS_PER_ROUND)
+                refused = await self._carry_out(chosen, plan, snapshot, now)
+            except BaseException:
+                # What of the plan is true now is not known: the next round reads it.
+                self._fleet.forget()
+                self._queue.forget_told()
                 raise
-            # Of a gang that is refused for one node, the holds of the others were opened for nothing.
-            partly = [job for job in chosen if job.job_id in refused and len(job.attempts) > 1]
-            await self._void([*unused, *_attempts_of(partly)])
-        more = len(plan.placements) > sum(len(job.placements) for job in chosen)
-        return more or bool(refused and self._ready(monotonic, now))
+        return len(plan.placements) >= MAX_PLACEMENTS_PER_ROUND or bool(refused and self._queue.ready)
 
-    def _ready(self, monotonic: float, now: datetime) -> list[PendingJob]:
-        self._paused_teams = {team: until for team, until in self._paused_teams.items() if until > monotonic}
-        return [
-            waiting.job
-            for waiting in self._queue.values()
-            if waiting.blocked_until_seconds <= monotonic and waiting.job.team_id not in self._paused_teams
-            if waiting.deadline_at is None or waiting.deadline_at > now
-        ]
+    async def _plan(self, now: datetime) -> tuple[Snapshot, Plan | RoundPlan]:
+        """Where nothing large waits, a round goes on from the one before; a reservation looks at everything anew."""
+        large = self._queue.first(MAX_LARGE_JOBS, is_large)
+        if not large:
+            snapshot, limit = await self._fleet.look(), MAX_PLACEMENTS_PER_ROUND
+            queue, state = self._queue.queue, self._fleet.state
+            return snapshot, schedule(snapshot, queue, self._policy, now=now, state=state, limit=limit)
+        self._fleet.forget()
+        async with self._db.statement() as tx:
+            live = await store.live_leases(tx)
+        small = self._queue.first(MAX_BACKFILL_JOBS, lambda job: not is_large(job))
+        return plan_of(self._inventory.machines(), live, [*small, *large], self._policy, now)
+
+    async def _carry_out(
+        self, chosen: Sequence[_Chosen], plan: Plan | RoundPlan, snapshot: Snapshot, now: datetime
+    ) -> bool:
+        """Open the holds, write the plan. True when billing refused some of it."""
+        refused = await self._open_holds(chosen, snapshot)
+        try:
+            unused = await self._apply(chosen, refused, plan, snapshot, now)
+        except (PlanConflict, LostLeadership):
+            # Rolled back for certain. After anything else the commit may have happened, and the attempts need
+            # their holds (I5): settlement's sweep looks which of them exist.
+            await self._void(_attempts_of(chosen))
+            raise
+        idle = refused.keys() | unused
+        for job in chosen:
+            leases = [placement.lease for placement in job.placements]
+            if job.job_id in idle:
+                self._fleet.came_to_nothing(leases)
+            else:
+                self._fleet.began(zip((attempt.uuid for attempt in job.attempts), leases, strict=True))
+        # Of a gang that is refused for one node, the holds of the others were opened for nothing.
+        partly = [job for job in chosen if job.job_id in refused and len(job.attempts) > 1]
+        await self._void(_attempts_of([*(job for job in chosen if job.job_id in unused), *partly]))
+        return bool(refused)
 
     async def _open_holds(self, chosen: Sequence[_Chosen], snapshot: Snapshot) -> dict[UUID, billing_pb2.HoldResult]:
         """Open the first window's hold of each placement; the refusals by job."""
@@ -419,23 +398,23 @@ class PlacementLeader:
         return {job_id: result for job_id, result in zip(jobs, answer.results, strict=True) if not result.opened}
 
     def _array_of(self, placement: Placement) -> UUID | None:
-        waiting = self._queue.get(placement.job_id.uuid)
+        waiting = self._queue.note(placement.job_id.uuid)
         return waiting.array_id if waiting else None
 
     async def _apply(
         self,
         chosen: Sequence[_Chosen],
         refused: dict[UUID, billing_pb2.HoldResult],
-        unplaced: Sequence[Decision],
+        plan: Plan | RoundPlan,
         snapshot: Snapshot,
         now: datetime,
-    ) -> list[AttemptId]:
-        """Write the plan. Returns the attempts that came to nothing because their job changed meanwhile."""
-        told = self._news(unplaced, refused)
+    ) -> set[UUID]:
+        """Write the plan. Returns jobs whose attempts came to nothing because the job changed meanwhile."""
+        told = self._news(plan, refused)
         placed = [job for job in chosen if job.job_id not in refused]
         if not placed and not told:
-            return []
-        unused: list[AttemptId] = []
+            return set()
+        unused: set[UUID] = set()
         done: list[UUID] = []
         gone: list[UUID] = []
         async with self._db.transaction() as tx:
@@ -445,7 +424,7 @@ class PlacementLeader:
             for place in placed:
                 job = batch.get(place.job_id)
                 if job is None or job.state is not JobState.QUEUED:
-                    unused.extend(place.attempts)
+                    unused.add(place.job_id)
                     gone.append(place.job_id)
                     continue
                 first, *others = zip(place.attempts, (node.machine_id for node in place.placements), strict=True)
@@ -460,15 +439,13 @@ class PlacementLeader:
                     batch.apply(job_id, lifecycle.StillWaiting(QueueReason(reason[0]), reason[1]))
             await batch.save(tx, self._outbox, self._wakeups, lease_seconds=self._settings.lease_seconds)
         for job_id in (*done, *gone):
-            self._queue.pop(job_id, None)
-        for job_id, reason in told.items():
-            if job_id in self._queue:
-                self._queue[job_id].told = reason
+            self._queue.discard(job_id)
+        self._queue.told(told.items())
         return unused
 
     def _span(self, place: _Chosen) -> AbstractContextManager[object]:
         """The placement as a part of its submission's trace; the round has one of its own."""
-        waiting = self._queue.get(place.job_id)
+        waiting = self._queue.note(place.job_id)
         return span(
             "placement",
             waiting.traceparent if waiting else "",
@@ -477,28 +454,20 @@ class PlacementLeader:
             machine_id=str(place.placements[0].machine_id),
         )
 
-    def _news(
-        self, unplaced: Sequence[Decision], refused: dict[UUID, billing_pb2.HoldResult]
-    ) -> dict[UUID, tuple[str, str]]:
-        """Jobs whose reason is another one than the database has."""
-        news: dict[UUID, tuple[str, str]] = {}
-        for decision in unplaced:
-            waiting = self._queue.get(decision.job_id.uuid)
-            reason = (decision.reason.value, decision.detail)
-            # A retry's reason says what happened to the last attempt; a round has nothing to add to that.
-            if waiting and decision.reason is not QueueReason.WAITING_FOR_RETRY and waiting.told != reason:
-                news[decision.job_id.uuid] = reason
-            if len(news) >= MAX_REASONS_PER_ROUND:
-                break
+    def _news(self, plan: Plan | RoundPlan, refused: dict[UUID, billing_pb2.HoldResult]) -> dict[UUID, tuple[str, str]]:
+        """Jobs whose reason is another one than the database has. Placements go first: they are what rounds are for."""
+        limit = MAX_REASONS_BESIDE_PLACEMENTS if plan.placements else MAX_REASONS_PER_ROUND
+        if isinstance(plan, Plan):
+            news = self._queue.news(plan.blocked, limit)
+        else:
+            news = self._queue.news_of(plan.unplaced, limit)
         for job_id, refusal in refused.items():
-            waiting = self._queue.get(job_id)
-            if waiting is None:
+            note = self._queue.note(job_id)
+            if note is None:
                 continue
-            monotonic = self._clock.monotonic()
-            waiting.blocked_until_seconds = monotonic + NO_FUNDS_RETRY_SECONDS
-            self._paused_teams[waiting.job.team_id] = monotonic + TEAM_PAUSE_SECONDS
+            self._queue.without_funds(job_id)
             reason = _refusal_reason(refusal)
-            if waiting.told != reason:
+            if note.told != reason:
                 news[job_id] = reason
         return news
 
@@ -523,7 +492,7 @@ class PlacementLeader:
         )
 
     def _attempt(self, placement: Placement, machine: MachineInfo) -> dict[str, Any]:
-        waiting = self._queue.get(placement.job_id.uuid)
+        waiting = self._queue.note(placement.job_id.uuid)
         known = self._inventory.machine(machine.id)
         return {
             "job_id": placement.job_id.uuid,

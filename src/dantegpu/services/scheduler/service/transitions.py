@@ -32,6 +32,8 @@ class Wakeups:
     machines: Callable[[set[UUID]], None] = field(default=lambda machine_ids: None)
     settlement: Callable[[], None] = field(default=lambda: None)
     placement: Callable[[], None] = field(default=lambda: None)
+    ended: Callable[[Sequence[UUID]], None] = field(default=lambda attempt_ids: None)
+    """Attempts that ended in the transaction that was just committed."""
     submitted: Callable[[Sequence[JobRow]], None] = field(default=lambda rows: None)
     """Sooner than the message about them, when placement is led from this process."""
     arrays: Callable[[], None] = field(default=lambda: None)
@@ -347,6 +349,7 @@ class JobBatch:
         if self._machines:
             wakeups.machines(self._machines)
         if self._closed:
+            wakeups.ended(self._closed)
             wakeups.placement()
         if self._closed or any(self._jobs[job_id].state.terminal for job_id in self._changed):
             wakeups.settlement()

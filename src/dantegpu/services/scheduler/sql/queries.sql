@@ -29,6 +29,9 @@ ORDER BY id DESC LIMIT %(limit)s;
 SELECT * FROM jobs WHERE state = 'QUEUED' AND (submitted_at, id) > (%(after_time)s, %(after_id)s)
 ORDER BY submitted_at, id LIMIT %(limit)s;
 
+-- name: queued_ids
+SELECT id FROM jobs WHERE state = 'QUEUED' AND id > %(after_id)s ORDER BY id LIMIT %(limit)s;
+
 -- name: save_jobs
 UPDATE jobs SET
     state = new.state, epoch = new.epoch, attempts_used = new.attempts_used, reason = new.reason,
@@ -165,7 +168,8 @@ ON CONFLICT (machine_id) DO UPDATE SET desired_revision = m.desired_revision + 1
 SELECT machine_id, desired_revision FROM machines WHERE machine_id = ANY(%(machine_ids)s);
 
 -- name: live_leases
-SELECT a.machine_id, a.team_id, a.cpu_milli, a.memory_bytes, a.disk_bytes, a.running_at, a.max_duration_seconds,
+SELECT a.id AS attempt_id, a.machine_id, a.team_id, a.cpu_milli, a.memory_bytes, a.disk_bytes, a.running_at,
+    a.max_duration_seconds,
     coalesce(array_agg(l.device_id ORDER BY l.device_index) FILTER (WHERE l.device_id IS NOT NULL), '{}') AS device_ids,
     coalesce(array_agg(l.milli ORDER BY l.device_index) FILTER (WHERE l.device_id IS NOT NULL), '{}') AS millis
 FROM attempts a LEFT JOIN device_leases l ON l.attempt_id = a.id

@@ -1,0 +1,86 @@
+"""What teams use of the fleet, now and lately: the measure of fairness.
+
+Sources: Ghodsi et al., "Dominant Resource Fairness", NSDI 2011; the decay is that of Kay and Lauder, "A Fair Share
+Scheduler", CACM 31(1), 1988.
+"""
+
+from collections.abc import Mapping
+from datetime import datetime
+
+from dantegpu.domain.ids import TeamId
+from dantegpu.domain.resources import ResourceRequest
+from dantegpu.domain.scheduling.policy import Policy
+from dantegpu.domain.scheduling.snapshot import Lease, Snapshot, TeamUse
+
+_FORGOTTEN = 1e-6
+_NOTHING = TeamUse()
+
+
+class PastShares:
+    """Each team's share averaged over the past, where a half-life ago counts half. Teams are numbers (`Shape.team`)."""
+
+    def __init__(self) -> None:
+        self._shares: dict[int, float] = {}
+        self._at: datetime | None = None
+
+    def of(self, team: int) -> float:
+        return self._shares.get(team, 0.0)
+
+    def feed(self, shares: Mapping[TeamId, float], now: datetime) -> None:
+        """What the caller knows of the time before: the averages as they are at `now`."""
+        self._shares = {team_id.uuid.int: share for team_id, share in shares.items()}
+        self._at = now
+
+    def advance(self, held: Mapping[int, float], half_life_seconds: int, now: datetime) -> None:
+        """Teams have held these shares since the last call."""
+        before, self._at = self._at, now
+        if before is None or now <= before:
+            return
+        kept = 0.5 ** ((now - before).total_seconds() / half_life_seconds) if half_life_seconds else 0.0
+        shares = {team: share * kept for team, share in self._shares.items()}
+        for team, share in held.items():
+            shares[team] = shares.get(team, 0.0) + share * (1 - kept)
+        self._shares = {team: share for team, share in shares.items() if share > _FORGOTTEN}
+
+
+class Shares:
+    """What each team uses of the whole fleet, while plans are made. Teams are numbers: a round asks very often."""
+
+    def __init__(self, snapshot: Snapshot, policy: Policy, past: PastShares) -> None:
+        self._past = past
+        self._quotas = {team_id.uuid.int: quota for team_id, quota in policy.quotas.items()}
+        self._use = {team_id.uuid.int: use for team_id, use in snapshot.team_use.items()}
+        self._totals = (
+            max(int(snapshot.device_total.sum()), 1),
+            max(int(snapshot.cpu_total.sum()), 1),
+            max(int(snapshot.memory_total.sum()), 1),
+        )
+        self.held = {team: self._dominant(use) for team, use in self._use.items()}
+        """The dominant share of what each team holds now, 0..1."""
+
+    def of(self, team: int) -> float:
+        """What decides whose turn it is: the share that the team holds and the average of what it held."""
+        return self.held.get(team, 0.0) + self._past.of(team)
+
+    def within_quota(self, team: int, request: ResourceRequest) -> bool:
+        """May the team take this as its own? A team without a quota borrows everything."""
+        quota = self._quotas.get(team)
+        return quota is not None and quota.allows(self._use.get(team, _NOTHING), request)
+
+    def add(self, team: int, request: ResourceRequest, times: int = 1) -> None:
+        """The team holds so much more (less, when `times` is negative)."""
+        milli = request.gpu.total_milli * times if request.gpu is not None else 0
+        self._change(team, milli, request.cpu_milli * times, request.memory_bytes * times)
+
+    def remove_lease(self, lease: Lease) -> None:
+        """The team no longer holds this."""
+        milli = sum([milli for _, milli in lease.devices])
+        self._change(lease.team_id.uuid.int, -milli, -lease.cpu_milli, -lease.memory_bytes)
+
+    def _change(self, team: int, gpu_milli: int, cpu_milli: int, memory_bytes: int) -> None:
+        use = self._use[team] = self._use.get(team, _NOTHING).plus(gpu_milli, cpu_milli, memory_bytes)
+        self.held[team] = self._dominant(use)
+
+    def _dominant(self, use: TeamUse) -> float:
+        gpu, cpu, memory = self._totals
+        return max(use.gpu_milli / gpu, use.cpu_milli / cpu, use.memory_bytes / memory)

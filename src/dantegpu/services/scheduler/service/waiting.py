@@ -1,0 +1,178 @@
+"""The leader's queue in memory: the jobs of PostgreSQL that are QUEUED, and what has been told about each."""
+
+import heapq
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from uuid import UUID
+
+from dantegpu.domain.clock import Clock
+from dantegpu.domain.ids import JobId, TeamId
+from dantegpu.domain.job import QueueReason
+from dantegpu.domain.scheduling import Blocked, Decision, JobGroup, JobQueue, PendingJob, QueuedJob, Refusal
+
+NO_FUNDS_RETRY_SECONDS = 10.0
+TEAM_PAUSE_SECONDS = 1.0
+"""A team that could not pay is left out of rounds for so long: its other jobs must not keep the rounds busy."""
+
+type Reason = tuple[str, str]
+"""A reason and its detail, as the database has them."""
+
+
+@dataclass(slots=True)
+class Note:
+    """What a round has to know of a waiting job beside its place in the queue."""
+
+    max_duration_seconds: int
+    told: Reason
+    traceparent: str
+    """Of the submission."""
+    array_id: UUID | None = None
+    """A task's array, under whose id its attempts are paid for."""
+    deadline_at: datetime | None = None
+    """Not placed from then on."""
+
+
+@dataclass(slots=True)
+class _Mark:
+    """How far the jobs of a group have been told: `rest` are those that have not been looked at."""
+
+    refusal: Refusal
+    version: int
+    rest: Iterator[QueuedJob] | None
+
+
+class WaitingJobs:
+    """Groups of jobs that are alike share their reason, so a round touches only groups whose reason has changed."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.queue = JobQueue()
+        self._notes: dict[UUID, Note] = {}
+        self._marks: dict[JobGroup, _Mark] = {}
+        self._deadlines: list[tuple[datetime, UUID]] = []
+
+    def __len__(self) -> int:
+        return len(self._notes)
+
+    def __contains__(self, job_id: UUID) -> bool:
+        return job_id in self._notes
+
+    def ids(self) -> set[UUID]:
+        return set(self._notes)
+
+    def clear(self) -> None:
+        self.queue = JobQueue()
+        self._notes.clear()
+        self._marks.clear()
+        self._deadlines.clear()
+
+    def add(self, job: PendingJob, note: Note) -> None:
+        """Add the job, or take its new version."""
+        self.queue.add(job)
+        self._notes[job.id.uuid] = note
+        if note.deadline_at is not None:
+            heapq.heappush(self._deadlines, (note.deadline_at, job.id.uuid))
+
+    def discard(self, job_id: UUID) -> None:
+        self._notes.pop(job_id, None)
+        self.queue.discard(JobId(job_id))
+
+    def note(self, job_id: UUID) -> Note | None:
+        return self._notes.get(job_id)
+
+    @property
+    def ready(self) -> bool:
+        """Is there anybody for a round now?"""
+        now = self._clock.now()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            at, job_id = heapq.heappop(self._deadlines)
+            note = self._notes.get(job_id)
+            if note is not None and note.deadline_at == at:
+                # Its note stays until PostgreSQL says that it has ended, or a sweep would add it again.
+                self.queue.discard(JobId(job_id))
+        self.queue.wake(now)
+        return self.queue.ready
+
+    def pause_seconds(self, most: float) -> float | None:
+        """Until somebody who is left out may go on, at most `most`; None when nobody waits."""
+        if not self._notes:
+            return None
+        due = self.queue.next_wake()
+        until_due = (due - self._clock.now()).total_seconds() if due is not None else most
+        return max(0.02, min(most, until_due))
+
+    def without_funds(self, job_id: UUID) -> None:
+        """Billing is not asked again for a while, unless money comes in."""
+        queued = self.queue.get(JobId(job_id))
+        if queued is not None and queued.group is not None:
+            now = self._clock.now()
+            self.queue.pause_team(queued.group.team_id, now + timedelta(seconds=TEAM_PAUSE_SECONDS))
+            self.queue.hold(queued.id, now + timedelta(seconds=NO_FUNDS_RETRY_SECONDS))
+
+    def money_came_in(self, team_id: TeamId) -> None:
+        self.queue.resume_team(team_id)
+
+    def news(self, blocked: Sequence[Blocked], limit: int) -> dict[UUID, Reason]:
+        """At most `limit` jobs whose reason is another one than the database has; the next call goes on behind them."""
+        news: dict[UUID, Reason] = {}
+        if len(self._marks) > 2 * len(blocked) + 1000:
+            self._marks.clear()
+        for it in blocked:
+            if len(news) >= limit:
+                break
+            mark = self._marks.get(it.group)
+            if mark is None or mark.refusal != it.refusal or (mark.rest is None and mark.version != it.group.version):
+                mark = self._marks[it.group] = _Mark(it.refusal, it.group.version, iter(it.jobs()))
+            if mark.rest is not None:
+                self._tell(mark, news, limit)
+        return news
+
+    def news_of(self, unplaced: Iterable[Decision], limit: int) -> dict[UUID, Reason]:
+        """The same for jobs that are listed one by one."""
+        news: dict[UUID, Reason] = {}
+        for decision in unplaced:
+            note = self._notes.get(decision.job_id.uuid)
+            reason = (decision.reason.value, decision.detail)
+            # A retry's reason says what happened to the last attempt; a round has nothing to add to that.
+            if note is not None and decision.reason is not QueueReason.WAITING_FOR_RETRY and note.told != reason:
+                news[decision.job_id.uuid] = reason
+            if len(news) >= limit:
+                break
+        return news
+
+    def first(self, limit: int, which: Callable[[PendingJob], bool]) -> list[PendingJob]:
+        """The first jobs that may go on, by priority, then age, of the shapes that are asked for."""
+        found: list[PendingJob] = []
+        for _, groups in self.queue.levels():
+            wanted = [group.from_index(0) for group in groups if which(group.shape.job)]
+            for job in heapq.merge(*wanted, key=lambda job: job.age):
+                note = self._notes.get(job.id.uuid)
+                if note is not None:
+                    pending = self.queue.pending(job)
+                    found.append(replace(pending, max_duration_seconds=note.max_duration_seconds))
+                if len(found) >= limit:
+                    return found
+        return found
+
+    def told(self, news: Iterable[tuple[UUID, Reason]]) -> None:
+        """The database has these now."""
+        for job_id, reason in news:
+            note = self._notes.get(job_id)
+            if note is not None:
+                note.told = reason
+
+    def forget_told(self) -> None:
+        """What news() answered has not been written: look at all groups again."""
+        self._marks.clear()
+
+    def _tell(self, mark: _Mark, news: dict[UUID, Reason], limit: int) -> None:
+        assert mark.rest is not None
+        reason = (mark.refusal.reason.value, mark.refusal.detail)
+        for job in mark.rest:
+            note = self._notes.get(job.id.uuid)
+            if note is not None and note.told != reason:
+                news[job.id.uuid] = reason
+                if len(news) >= limit:
+                    return
+        mark.rest = None
