@@ -171,14 +171,15 @@ class _Interceptor(aio.ServerInterceptor):
             if handler is None or not handler.unary_unary:
                 return handler
             self._wrapped[name] = grpc.unary_unary_rpc_method_handler(
-                _served(name.rpartition("/")[2], handler.unary_unary),
+                served(name.rpartition("/")[2], handler.unary_unary),
                 request_deserializer=handler.request_deserializer,
                 response_serializer=handler.response_serializer,
             )
         return self._wrapped[name]
 
 
-def _served(method: str, behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+def served(method: str, behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+    """`behaviour` as it is served: with actor, request id and trace of the caller, and errors by the one table."""
     seconds = _SECONDS.labels(method)
     succeeded = _CALLS.labels(method, "ok")
 
