@@ -72,6 +72,19 @@ async def test_files_are_read_from_work_and_left_in_output(bench: Bench):
     assert (folder.output / "copy.txt").read_text() == "data"
 
 
+async def test_a_job_begins_where_it_asks_to_and_fails_by_itself_where_that_is_not(bench: Bench):
+    spec = a_shell_job("pwd", working_dir="src/deep")
+    folder = bench.workspace.attempt(spec.attempt_id)
+    folder.create()
+    (folder.work / "src" / "deep").mkdir(parents=True)
+    handle = await bench.start(spec)
+    assert (await bench.executor.wait(handle)).exit_code == 0
+    assert bench.log(handle).endswith("/work/src/deep\n")
+    status, text = await bench.run(a_shell_job("pwd", working_dir="none"))
+    assert status.exit_code == 126
+    assert "none" in text
+
+
 async def test_a_missing_command_ends_with_127(bench: Bench):
     status, text = await bench.run(a_job("no-such-command"))
     assert status.exit_code == 127

@@ -165,6 +165,7 @@ def _print_machine(machine: "Machine") -> None:
         ("driver", machine.driver_version),
         ("region", machine.region),
         ("sandbox", machine.sandbox),
+        ("images", "yes" if "container" in machine.executors else "no"),
         ("not limited", ", ".join(machine.limits_missing)),
         ("running", machine.running_attempts),
         ("joined", output.local_time(machine.joined_at)),

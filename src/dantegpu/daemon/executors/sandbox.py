@@ -12,7 +12,7 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -194,10 +194,16 @@ def inside(working_dir: str) -> str:
     return working_dir if working_dir.startswith("/") else f"{WORK}/{working_dir}".rstrip("/")
 
 
+def _from(folder: str, command: Sequence[str]) -> Sequence[str]:
+    """The command, begun in `folder`: that it is not there is the job's own failure, told in its log."""
+    return ["/bin/sh", "-c", 'cd "$1" || exit 126; shift; exec "$@"', "sh", folder, *command] if folder else command
+
+
 def sandboxed(tools: Bubblewrap, layout: Layout, spec: AttemptSpec, uid: int) -> Launch:
     """How to start `spec` inside. As root, the job runs as the host's `uid`, else as the daemon's own user."""
     variables = environment(spec, work=WORK, output=OUTPUT, search_path=layout.python.search_path)
-    entry = ["/bin/sh", "-c", _ENTRY, "sh", *spec.command]
+    command = _from(inside(spec.working_dir) if spec.working_dir else "", spec.command)
+    entry = ["/bin/sh", "-c", _ENTRY, "sh", *command]
     user = ["--unshare-user", "--uid", str(INSIDE_UID), "--gid", str(INSIDE_UID), "--new-session", "--clearenv"]
     user += [part for name, value in variables.items() for part in ("--setenv", name, value)]
     user += ["--chdir", WORK, "--cap-drop", "ALL"]
@@ -227,7 +233,8 @@ def sandboxed(tools: Bubblewrap, layout: Layout, spec: AttemptSpec, uid: int) ->
 def unsandboxed(work: Path, output: Path, spec: AttemptSpec, search_path: str) -> Launch:
     """How to start `spec` as the daemon's own user, seeing what that user sees, in a session of its own."""
     variables = environment(spec, work=str(work), output=str(output), search_path=search_path)
-    return Launch(spec.command, variables, str(work))
+    folder = str(work / spec.working_dir) if spec.working_dir else ""
+    return Launch(_from(folder, spec.command), variables, str(work))
 
 
 def _namespaces(spec: AttemptSpec) -> list[str]:
@@ -278,7 +285,8 @@ def _system() -> list[str]:
 
 
 def _tmpfs(tools: Bubblewrap, path: str, spec: AttemptSpec) -> list[str]:
-    size = ["--size", str(spec.tmp_bytes)] if "--size" in tools.options and spec.tmp_bytes else []
+    size_bytes = spec.shm_bytes or spec.tmp_bytes if path == "/dev/shm" else spec.tmp_bytes
+    size = ["--size", str(size_bytes)] if "--size" in tools.options and size_bytes else []
     return ["--perms", "1777", *size, "--tmpfs", path]
 
 
