@@ -152,6 +152,12 @@ async def _queued_jobs(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
     return waiting[: params["limit"]]
 
 
+@statement("queued_ids")
+async def _queued_ids(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
+    ids = sorted(row["id"] for row in tx.scan("jobs") if row["state"] == "QUEUED" and row["id"] > params["after_id"])
+    return [{"id": job_id} for job_id in ids[: params["limit"]]]
+
+
 @statement("save_jobs")
 async def _save_jobs(tx: MemoryTx, params: Mapping[str, Any]) -> int:
     new = [typed(_COLUMNS["jobs"], record) for record in records(params["rows"])]
@@ -418,7 +424,7 @@ async def _live_leases(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
         if row["ended_at"] is None:
             held = sorted(devices.get(row["id"], []), key=lambda it: it["device_index"])
             ids = {"device_ids": [it["device_id"] for it in held], "millis": [it["milli"] for it in held]}
-            found.append({name: row[name] for name in names} | ids)
+            found.append({name: row[name] for name in names} | ids | {"attempt_id": row["id"]})
     return found
 
 
