@@ -1,12 +1,13 @@
 """The daemon on a machine with NVIDIA's cards (a library that the tests build): who gets which, and who gets none."""
 
+import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from dantegpu.contracts.gen.dante.v1 import jobs_pb2, machine_pb2
-from dantegpu.daemon import agent, devices, meter
+from dantegpu.daemon import agent, benchmarks, devices, meter
 from dantegpu.daemon.probe import nvml
 from tests.fixtures.machines import MachinePlatform, RunningDaemon, daemon_settings, until
 from tests.fixtures.nvml import H100, Nvidia
@@ -140,3 +141,44 @@ async def test_a_short_job_is_not_measured(
     attempt_id = await machine_platform.place("sleep", "0.5", devices=[lease(0)])
     await machine_platform.ended(attempt_id)
     assert machine_platform.metrics == []
+
+
+async def test_an_idle_machine_measures_itself_and_tells_the_figures(
+    nvidia: Nvidia, machine_platform: MachinePlatform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(benchmarks, "FIRST_AFTER_SECONDS", 0.1)
+    daemon = RunningDaemon(daemon_settings(machine_platform, tmp_path / "machine", benchmark_every_hours=1000))
+    await daemon.start()
+    told = await until(
+        lambda: next((b.inventory for b in machine_platform.heartbeats if b.inventory.benchmark.cpu_gflops), None)
+    )
+    assert told.benchmark.memory_gbps > 0
+    assert told.benchmark.disk_write_mbps > 0
+    assert told.benchmark.problem == ""
+    await daemon.stop()
+    # The next daemon knows them already.
+    machine_platform.heartbeats.clear()
+    again = RunningDaemon(daemon_settings(machine_platform, tmp_path / "machine", benchmark_every_hours=1000))
+    await again.start()
+    beat = await until(lambda: next((b for b in machine_platform.heartbeats if b.HasField("inventory")), None))
+    assert beat.inventory.benchmark == told.benchmark
+    await again.stop()
+
+
+async def test_a_job_ends_the_self_test_at_once(
+    nvidia: Nvidia, machine_platform: MachinePlatform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(benchmarks, "FIRST_AFTER_SECONDS", 0.1)
+    daemon = RunningDaemon(daemon_settings(machine_platform, tmp_path / "machine", benchmark_every_hours=1000))
+    await daemon.start()
+
+    def measuring() -> bool:
+        found = subprocess.run(["pgrep", "-f", f"challenge {tmp_path}"], capture_output=True, check=False)
+        return found.returncode == 0
+
+    await until(measuring)
+    attempt_id = await machine_platform.place("true")
+    await until(lambda: not measuring())
+    await machine_platform.ended(attempt_id)
+    assert not (tmp_path / "machine" / "benchmark.json").exists()
+    await daemon.stop()

@@ -152,6 +152,25 @@ def _use(device: "Device") -> list[str]:
     ]
 
 
+def score_of(machine: "Machine") -> float:
+    """What its GPUs (without any: its CPU) score together; 0 when nothing was measured."""
+    if machine.devices:
+        return sum(device.benchmark.score for device in machine.devices if device.benchmark is not None)
+    return machine.benchmark.score if machine.benchmark is not None else 0.0
+
+
+def _measured(machine: "Machine") -> str:
+    found = machine.benchmark
+    if found is None:
+        return ""
+    figures = (
+        f"score {score_of(machine):g}; CPU {found.cpu_gflops:.0f} GFLOPS, memory {found.memory_gbps:.1f} GB/s, "
+        f"disk {found.disk_write_mbps:.0f} MB/s written, {found.disk_read_mbps:.0f} MB/s read; "
+        f"{output.ago(found.measured_at)}"
+    )
+    return f"{figures}\nproblem: {found.problem}" if found.problem else figures
+
+
 def _print_machine(machine: "Machine") -> None:
     output.print_fields([
         ("id", machine.id),
@@ -166,6 +185,7 @@ def _print_machine(machine: "Machine") -> None:
         ("region", machine.region),
         ("sandbox", machine.sandbox),
         ("not limited", ", ".join(machine.limits_missing)),
+        ("measured", _measured(machine)),
         ("running", machine.running_attempts),
         ("joined", output.local_time(machine.joined_at)),
         ("last seen", output.ago(machine.last_heartbeat_at)),

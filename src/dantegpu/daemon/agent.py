@@ -9,6 +9,7 @@ import structlog
 
 from dantegpu.contracts.gen.dante.v1 import jobs_pb2, machine_pb2
 from dantegpu.daemon.attempt import Attempt, Tools, boottime
+from dantegpu.daemon.benchmarks import BUSY_PAUSE_SECONDS, Benchmarks
 from dantegpu.daemon.executors.base import Adoption
 from dantegpu.daemon.executors.process import ProcessExecutor
 from dantegpu.daemon.journal import AttemptRow, JournalError
@@ -56,6 +57,7 @@ class Agent:
         self._executor = executor
         self._tools = replace(tools, changed=self._changed)
         self._leases = leases
+        self._benchmarks: Benchmarks | None = None
         self._meter = Meter(probe.sample_gpus)
         self._attempts: dict[AttemptId, Attempt] = {}
         self._waiting: dict[AttemptId, Attempt] = {}
@@ -91,6 +93,11 @@ class Agent:
         self._fence_expired()
         await self._executor.sweep(set(self._attempts))
 
+    def measures_itself(self, benchmarks: Benchmarks) -> None:
+        """Before `start`: this machine benchmarks itself while it is idle, and tells what it found last."""
+        self._benchmarks = benchmarks
+        benchmarks.tell(self._inventory)
+
     async def start(self, link: Link) -> None:
         self._link = link
         self._tools.watch.on_change.append(self._devices_changed)
@@ -99,6 +106,8 @@ class Agent:
         self._tasks.loop(self._report, "report")
         self._tasks.loop(self._beat, "heartbeat")
         self._tasks.loop(self._measure, "metrics")
+        if self._benchmarks is not None:
+            self._tasks.loop(self._benchmark, "benchmark")
 
     async def stop(self) -> None:
         """Idempotent. Unless attempts are to be kept, they end now and the platform is told."""
@@ -249,8 +258,21 @@ class Agent:
         if points and self._up.connected:
             await self._up.metrics(machine_pb2.MetricsReport(points=points))
 
+    async def _benchmark(self) -> None:
+        benchmarks = self._benchmarks
+        pause_seconds = benchmarks.pause_seconds() if benchmarks is not None else None
+        if benchmarks is None or pause_seconds is None:
+            await asyncio.Event().wait()  # never; ends with the daemon
+            return
+        await asyncio.sleep(pause_seconds)
+        while any(not attempt.ended for attempt in self._attempts.values()):
+            await asyncio.sleep(BUSY_PAUSE_SECONDS)
+        if await benchmarks.run():
+            benchmarks.tell(self._inventory)
+            self._tell_inventory()
+
     async def _look_at_devices(self, samples: Sequence[GpuSample]) -> None:
-        own: set[int] | None = set()
+        own: set[int] | None = self._benchmarks.pids if self._benchmarks is not None else set()
         if any(sample.pids for sample in samples):
             for attempt in list(self._attempts.values()):
                 pids = await attempt.processes() if not attempt.ended else set[int]()
@@ -261,6 +283,9 @@ class Agent:
         """A device was taken out or came back: the platform hears it at once."""
         for device in self._inventory.devices:
             device.problem = self._tools.watch.problems.get(device.index, "")
+        self._tell_inventory()
+
+    def _tell_inventory(self) -> None:
         self._beats_since_inventory = INVENTORY_EVERY_HEARTBEATS
         self._beat_now.notify()
 
@@ -336,6 +361,8 @@ class Agent:
         except JournalError as error:
             log.error("attempt_not_taken", attempt_id=str(attempt_id), error=str(error))
             return None
+        if self._benchmarks is not None:
+            self._benchmarks.stop()
         attempt = Attempt(row, self._tools, lease)
         self._attempts[attempt_id] = attempt
         self._waiting[attempt_id] = attempt

@@ -15,6 +15,7 @@ import structlog
 from dantegpu.contracts.gen.dante.v1 import machine_pb2
 from dantegpu.daemon.agent import Agent
 from dantegpu.daemon.attempt import Attempt, Tools
+from dantegpu.daemon.benchmarks import Benchmarks
 from dantegpu.daemon.devices import DeviceWatch
 from dantegpu.daemon.enrol import EnrolmentRefused, GatewayUnreachable, Identity
 from dantegpu.daemon.executors.base import Capabilities, DeviceGrant, SandboxKind
@@ -111,6 +112,10 @@ class Daemon:
         )
         leases = LeaseFile(self.settings.state / "leases.json")
         agent = Agent(self.settings, identity.machine_id, inventory, probe, executor, tools, leases)
+        benchmarks = Benchmarks(
+            self.settings.state / "benchmark.json", found.gpus.devices, self.settings.benchmark_every_hours
+        )
+        agent.measures_itself(benchmarks)
         ops = OpsServer(self.settings.ops_listen, agent.problems, agent.gauges)
         await shipper.start()
         try:

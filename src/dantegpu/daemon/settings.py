@@ -23,6 +23,9 @@ class DaemonSettings(BaseSettings):
         default="auto",
         description="auto: where a driver shows; nvidia: ask its library anyway; none: rent none",
     )
+    benchmark_every_hours: float = Field(
+        default=24.0, ge=0, description="how often, on average, the idle machine measures itself; 0: never"
+    )
     share_gpus: bool = Field(
         default=False, description="jobs of one team may share a GPU by time-slicing; nothing limits their GPU memory"
     )

@@ -239,6 +239,7 @@ def _public(machine: registry_pb2.Machine) -> registry_pb2.Machine:
             sandbox=machine.inventory.sandbox,
             region=machine.inventory.region,
             shares_devices=machine.inventory.shares_devices,
+            benchmark=machine.inventory.benchmark if machine.inventory.HasField("benchmark") else None,
         ),
     )
     for device in machine.inventory.devices:
@@ -254,6 +255,7 @@ def _public(machine: registry_pb2.Machine) -> registry_pb2.Machine:
             pcie_width=device.pcie_width,
             power_limit_watts=device.power_limit_watts,
             ecc=device.ecc,
+            benchmark=device.benchmark if device.HasField("benchmark") else None,
             # That it cannot be had now; the owner alone is told why.
             problem="unavailable" if device.problem else "",
         )
