@@ -23,7 +23,7 @@ from dantegpu.contracts.gen.dante.v1 import (
     registry_pb2,
     storage_pb2,
 )
-from dantegpu.domain.ids import ApiKeyId, AttemptId, Id, JobId, MachineId, TeamId, UserId
+from dantegpu.domain.ids import ApiKeyId, AttemptId, Id, JobId, MachineId, ScheduleId, TeamId, UserId
 from dantegpu.kit import rpc
 from dantegpu.kit.actor import ANONYMOUS, SERVICE, Actor
 from dantegpu.kit.errors import ErrorStatus, RemoteError
@@ -77,6 +77,9 @@ ACCESS = {
     "JobService.StopJobs": For.USERS,
     "JobService.ListJobEvents": For.USERS,
     "JobService.ExplainJobs": For.USERS,
+    "JobService.CreateSchedule": For.USERS,
+    "JobService.ListSchedules": For.USERS,
+    "JobService.StopSchedules": For.USERS,
     "JobService.ResolveAttempts": For.SERVICES,
     "MarketplaceService.SetAsk": For.USERS,
     "MarketplaceService.ListAsks": For.LOGGED_IN,
@@ -102,6 +105,7 @@ TURNED_AWAY = frozenset({ErrorStatus.FORBIDDEN, ErrorStatus.UNAUTHENTICATED})
 VIEWER = Actor(common_pb2.Actor.USER, user_id=UserId.new(), team_id=TeamId.new(), role="viewer")
 MACHINE = Actor(common_pb2.Actor.MACHINE, machine_id=MachineId.new())
 CHANGES_THINGS = {"JobService.SubmitJobs", "JobService.StopJobs", "StorageService.PrepareUploads"} | {
+    "JobService.CreateSchedule", "JobService.StopSchedules",
     "AuthService.CreateJoinToken", "MarketplaceService.SetAsk",
 }  # fmt: skip
 """Refused to a viewer before anything is looked up."""
@@ -109,7 +113,7 @@ CHANGES_THINGS = {"JobService.SubmitJobs", "JobService.StopJobs", "StorageServic
 IDS: dict[str, type[Id]] = {
     "team_id": TeamId, "payer_team_id": TeamId, "provider_team_id": TeamId, "machine_id": MachineId,
     "machine_ids": MachineId, "job_id": JobId, "job_ids": JobId, "attempt_id": AttemptId, "attempt_ids": AttemptId,
-    "key_id": ApiKeyId,
+    "key_id": ApiKeyId, "schedule_ids": ScheduleId,
 }  # fmt: skip
 
 

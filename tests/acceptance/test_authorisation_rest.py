@@ -14,7 +14,7 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from dantegpu.domain.ids import ApiKeyId, JobId, MachineId, TeamId
+from dantegpu.domain.ids import ApiKeyId, JobId, MachineId, ScheduleId, TeamId
 from dantegpu.sdk import Dante
 from dantegpu.services.gateway.app import create_app
 from tests.fixtures.people import Person, new_machine, new_person
@@ -48,6 +48,7 @@ class World:
     viewer_of_provider: str
     job: str
     key: str
+    schedule: str
     machine: str
     leaving_machine: str
     http: httpx.Client = field(default_factory=httpx.Client)
@@ -159,6 +160,9 @@ TABLE: Mapping[tuple[str, str], Rule] = {
     ("GET", "/v1/jobs/{job_id}/metrics"): of("owner", 200, "jobs:read"),
     ("GET", "/v1/jobs/{job_id}/results"): of("owner", 200, "jobs:read"),
     ("GET", "/v1/jobs/{job_id}/receipt"): of("owner", 200, "jobs:read wallet:read"),
+    ("GET", "/v1/schedules"): own(200, "jobs:read"),
+    ("POST", "/v1/schedules"): own_writing(201, "jobs:write", lambda _: SPEC | {"schedule": {"cron": "0 0 1 1 *"}}),
+    ("POST", "/v1/schedules/{schedule_id}/stop"): of_writing("owner", 200, "jobs:write"),
     ("GET", "/v1/wallet"): own(200, "wallet:read"),
     ("GET", "/v1/wallet/entries"): own(200, "wallet:read"),
     ("POST", "/v1/admin/credits"): operators(201, lambda w: {"team_id": w.owner.team_id, "amount_udgpu": 1}),
@@ -168,7 +172,13 @@ TABLE: Mapping[tuple[str, str], Rule] = {
 }  # fmt: skip
 CALLERS = ("anonymous", "owner", "viewer", "stranger", "provider", "operator", "jobs:read", "machine", "garbage")
 NOT_LOGGED_IN = ("anonymous", "machine", "garbage")
-EXAMPLE_IDS = {"{team_id}": TeamId, "{key_id}": ApiKeyId, "{machine_id}": MachineId, "{job_id}": JobId}
+EXAMPLE_IDS = {
+    "{team_id}": TeamId,
+    "{key_id}": ApiKeyId,
+    "{machine_id}": MachineId,
+    "{job_id}": JobId,
+    "{schedule_id}": ScheduleId,
+}
 
 
 def viewer_key(platform: UpPlatform, viewer: Person, team: Person) -> str:
@@ -194,6 +204,7 @@ def world(platform: UpPlatform) -> Iterator[World]:
     machine, leaving = new_machine(provider), new_machine(provider)
     job = owner.client.jobs.submit({"command": ["true"], "resources": {"cpu": 0.1, "memory": "64MB"}})
     owner.client.jobs.wait(job.id, settled=True, timeout_seconds=60)
+    schedule = owner.client.schedules.create(SPEC | {"schedule": {"cron": "0 0 1 1 *"}})
     with platform.operator as operator:
         operator_key = operator.keys.create("matrix").secret
     sacrificed = owner.client.keys.create("sacrificed")
@@ -206,7 +217,8 @@ def world(platform: UpPlatform) -> Iterator[World]:
             "machine": machine.identity.credentials()[0], "garbage": "dante_" + "x" * 43,
         },
         viewer_of_provider=viewer_key(platform, viewer, provider),
-        job=job.id, key=sacrificed.key.id, machine=str(machine.id), leaving_machine=str(leaving.id),
+        job=job.id, schedule=schedule.id, key=sacrificed.key.id,
+        machine=str(machine.id), leaving_machine=str(leaving.id),
     )  # fmt: skip
     yield world
     for person in (owner, provider, stranger, viewer):
@@ -233,6 +245,7 @@ def path_of(world: World, method: str, path: str, *, absent: bool = False) -> st
         "{key_id}": world.key,
         "{machine_id}": world.leaving_machine if leaving else world.machine,
         "{job_id}": world.job,
+        "{schedule_id}": world.schedule,
     }
     if absent:
         ids = {name: str(kind.new()) for name, kind in EXAMPLE_IDS.items()}

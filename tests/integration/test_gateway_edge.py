@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from dantegpu.domain.clock import SystemClock
-from dantegpu.domain.ids import ApiKeyId, JobId, MachineId, TeamId
+from dantegpu.domain.ids import ApiKeyId, JobId, MachineId, ScheduleId, TeamId
 from dantegpu.kit.bus import Bus
 from dantegpu.kit.deps import Deps
 from dantegpu.kit.http import HttpServer
@@ -225,7 +225,8 @@ PUBLIC = {
 
 
 async def test_every_route_that_is_not_listed_as_public_refuses_anonymous_callers(client: httpx.AsyncClient):
-    ids = {"job_id": JobId.new(), "machine_id": MachineId.new(), "team_id": TeamId.new(), "key_id": ApiKeyId.new()}
+    kinds = {"job_id": JobId, "machine_id": MachineId, "team_id": TeamId, "key_id": ApiKeyId, "schedule_id": ScheduleId}
+    ids = {name: kind.new() for name, kind in kinds.items()}
     refused: set[tuple[str, str]] = set()
     operations = json.loads(openapi_json())["paths"]
     for path, methods in operations.items():

@@ -3,7 +3,7 @@
 import pytest
 
 from dantegpu.domain.arrays import MAX_ARRAY_TASKS, Array, Axis, InvalidArray, ending
-from dantegpu.domain.job import JobState, Outcome, StopReason
+from dantegpu.domain.job import JobState, Outcome
 
 
 def test_a_sweep_is_every_combination_with_the_last_variable_fastest():
@@ -60,16 +60,16 @@ def test_no_axes_and_no_tasks_are_refused():
     ("succeeded", "failed", "stopped", "state", "outcome", "message"),
     [
         (10, 0, None, JobState.SUCCEEDED, Outcome.SUCCEEDED, "10 of 10 tasks succeeded"),
-        (10, 0, StopReason.USER, JobState.SUCCEEDED, Outcome.SUCCEEDED, "10 of 10 tasks succeeded"),
+        (10, 0, Outcome.CANCELLED, JobState.SUCCEEDED, Outcome.SUCCEEDED, "10 of 10 tasks succeeded"),
         (8, 2, None, JobState.FAILED, Outcome.FAILED, "8 of 10 tasks succeeded, 2 failed"),
         (8, 0, None, JobState.FAILED, Outcome.FAILED, "8 of 10 tasks succeeded, 2 were cancelled"),
-        (5, 1, StopReason.USER, JobState.CANCELLED, Outcome.CANCELLED,
+        (5, 1, Outcome.CANCELLED, JobState.CANCELLED, Outcome.CANCELLED,
          "5 of 10 tasks succeeded, 1 failed, 4 were cancelled"),
-        (5, 5, StopReason.MAX_DURATION, JobState.FAILED, Outcome.TIMED_OUT, "5 of 10 tasks succeeded, 5 failed"),
+        (5, 5, Outcome.TIMED_OUT, JobState.FAILED, Outcome.TIMED_OUT, "5 of 10 tasks succeeded, 5 failed"),
     ],
 )  # fmt: skip
 def test_an_array_ends_as_its_tasks_did(
-    succeeded: int, failed: int, stopped: StopReason | None, state: JobState, outcome: Outcome, message: str
+    succeeded: int, failed: int, stopped: Outcome | None, state: JobState, outcome: Outcome, message: str
 ):
     end = ending(10, {JobState.SUCCEEDED: succeeded, JobState.FAILED: failed}, stopped)
     assert (end.state, end.outcome, end.message) == (state, outcome, message)

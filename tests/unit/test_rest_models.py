@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from dantegpu.contracts.rest.base import FieldProblem, field_problems
 from dantegpu.contracts.rest.convert import spec_from_proto, spec_to_proto
 from dantegpu.contracts.rest.spec import JobList, JobSpec, fill_env
+from dantegpu.domain.ids import JobId
 
 
 def a_document(**fields: Any) -> dict[str, Any]:
@@ -89,6 +90,9 @@ specs: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         "priority": st.integers(0, 100),
         "network": st.booleans(),
         "array": st.sampled_from([3, {"lr": [0.1, "a"], "seed": "-1..9"}]),
+        "after": st.sampled_from([[], [str(JobId.new())]]),
+        "deadline": st.sampled_from([None, "8h", "2026-12-01T18:00:00+02:00"]),
+        "schedule": st.sampled_from([None, {"cron": "15 23 * * 1-5"}, {"cron": "0 0 1 1 *", "timezone": "Asia/Tokyo"}]),
         "labels": st.dictionaries(st.sampled_from(["a", "b/c"]), st.text(max_size=5)),
     },
 )
@@ -112,7 +116,7 @@ def test_an_unknown_field_is_named_with_its_path_and_the_nearest_known_one():
     ("field", "value"),
     [
         ("nodes", 2), ("budget", 25), ("spot_policy", "auto"), ("checkpoint", {}), ("regions", ["eu"]),
-        ("schedule", {}), ("files", ["data:/data"]), ("type", "service"), ("type", "dev-environment"),
+        ("files", ["data:/data"]), ("type", "service"), ("type", "dev-environment"),
     ],
 )  # fmt: skip
 def test_a_field_of_the_peers_that_does_not_work_yet_is_refused_by_name(field: str, value: Any):

@@ -17,6 +17,15 @@ _JOB_COMMANDS: Table = {
     "metrics": Entry("dantegpu.cli.metrics:metrics", "Show what a job uses, as curves.", _JOBS),
     "stop": Entry("dantegpu.cli.jobs:stop", "Stop jobs.", _JOBS),
     "results": Entry("dantegpu.cli.logs:results", "List or fetch the files that a job left.", _JOBS),
+    "schedules": Group(
+        "Jobs that are submitted again and again.",
+        {
+            "list": Entry("dantegpu.cli.schedules:schedules_list", "List your team's schedules."),
+            "stop": Entry("dantegpu.cli.schedules:schedules_stop", "Submit nothing more."),
+        },
+        _JOBS,
+        default="list",
+    ),
     "why": Entry("dantegpu.cli.jobs:why", "Say why a job waits, and what would help.", _JOBS),
     "offers": Entry("dantegpu.cli.market:offers", "List machines for rent, cheapest first.", _JOBS),
 }

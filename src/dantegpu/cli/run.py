@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 @click.option("--array", multiple=True, metavar="N|NAME=V,V|NAME=A..B",
               help="Many tasks: N of them, or one for each combination of the values given.")  # fmt: skip
 @click.option("--max-parallel", type=click.IntRange(1), metavar="N", help="At most N tasks of the array at once.")
+@click.option(
+    "--after", multiple=True, metavar="JOB", help="Begin when this job has succeeded; may come several times."
+)
+@click.option("--deadline", metavar="D|TIME", help="Never begin after it, stop at it: 8h, or 2026-12-01T18:00:00Z.")
 @click.option("--network", is_flag=True, help="Allow outbound network.")
 @click.option("--workdir", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR",
               help="The folder to send; default: this one.")  # fmt: skip
@@ -52,6 +56,8 @@ def run(
         raise UsageProblem("--no-files and --workdir exclude each other")
     spec = JobSpec.model_validate(_document(words, fields))
     with cli.client() as client:
+        if fields["after"]:
+            spec = spec.model_copy(update={"after": [refs.job_id(client, job) for job in fields["after"]]})
         if not no_files:
             spec = spec.model_copy(update={"input": send_folder(cli, client, workdir or Path.cwd())})
         try:
@@ -74,7 +80,7 @@ def _document(words: tuple[str, ...], fields: dict[str, Any]) -> dict[str, Any]:
     resources = {name: fields[name] for name in ("gpu", "cpu", "memory", "disk") if fields[name] is not None}
     if resources:
         document["resources"] = resources
-    for name in ("image", "max_price", "max_duration", "name"):
+    for name in ("image", "max_price", "max_duration", "name", "deadline"):
         if fields[name] is not None:
             document[name] = fields[name]
     env = [_env_item(item) for item in fields["env"]]

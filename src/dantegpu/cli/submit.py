@@ -15,6 +15,7 @@ from dantegpu.cli.session import Cli, command
 
 if TYPE_CHECKING:
     from dantegpu.contracts.rest.spec import JobSpec
+    from dantegpu.sdk import Dante
 
 
 @command("submit")
@@ -24,10 +25,15 @@ if TYPE_CHECKING:
 def submit(cli: Cli, file: str, no_wait: bool, follow: bool) -> int:
     """Submit the jobs of a YAML file, one per document; `-` reads standard input.
 
-    All are accepted or none. `files: [.]` sends the file's folder. A bare name under `env` takes your shell's value.
+    All are accepted or none; one with a `schedule` is submitted at each due time from now on. `files: [.]` sends the
+    file's folder. A bare name under `env` takes your shell's value.
     """
     name, text = _read(file)
     specs = parse(text, name, os.environ)
+    repeated = [spec for spec in specs if spec.schedule is not None]
+    if repeated and (follow or no_wait or len(repeated) < len(specs)):
+        what = "--follow and --no-wait are for jobs" if follow or no_wait else "put jobs without one into another file"
+        raise UsageProblem(f"{name} holds a schedule; {what}")
     if follow and len(specs) > 1:
         raise UsageProblem(f"{name} holds {len(specs)} jobs; --follow is for one")
     with cli.client() as client:
@@ -35,6 +41,9 @@ def submit(cli: Cli, file: str, no_wait: bool, follow: bool) -> int:
             folder = Path.cwd() if file == "-" else Path(file).resolve().parent
             sent = send_folder(cli, client, folder)
             specs = [_with_input(spec, sent) for spec in specs]
+        if repeated:
+            _make_schedules(cli, client, specs)
+            return 0
         jobs = client.jobs.submit_many(specs, wait=not no_wait)
         refs.remember_last(client.url, jobs[-1].id)
     if follow:
@@ -48,6 +57,17 @@ def submit(cli: Cli, file: str, no_wait: bool, follow: bool) -> int:
 
     cli.answer({"jobs": jobs}, human)
     return 0
+
+
+def _make_schedules(cli: Cli, client: "Dante", specs: "list[JobSpec]") -> None:
+    made = [client.schedules.create(spec) for spec in specs]
+
+    def human() -> None:
+        for each in made:
+            output.say(each.id)
+            output.note(f"· first due {output.local_time(each.next_at)}; `dante schedules stop {each.id}` ends it")
+
+    cli.answer({"schedules": made}, human)
 
 
 def _with_input(spec: "JobSpec", sent: object) -> "JobSpec":

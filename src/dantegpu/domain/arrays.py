@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from dantegpu.domain.job import JobState, Outcome, StopReason
+from dantegpu.domain.job import JobState, Outcome
 
 MAX_ARRAY_TASKS = 100_000
 MAX_AXES = 16
@@ -112,8 +112,11 @@ class Ending:
     message: str
 
 
-def ending(size: int, counts: Mapping[JobState, int], stopped: StopReason | None) -> Ending:
-    """What the end of the last task means for the array. Tasks that were never created count as cancelled."""
+def ending(size: int, counts: Mapping[JobState, int], stopped: Outcome | None) -> Ending:
+    """What the end of the last task means for the array. Tasks that were never created count as cancelled.
+
+    `stopped` is what a stop of the whole made of tasks that waited.
+    """
     succeeded, failed = counts.get(JobState.SUCCEEDED, 0), counts.get(JobState.FAILED, 0)
     cancelled = size - succeeded - failed
     message = f"{succeeded} of {size} tasks succeeded"
@@ -121,6 +124,6 @@ def ending(size: int, counts: Mapping[JobState, int], stopped: StopReason | None
         return Ending(JobState.SUCCEEDED, Outcome.SUCCEEDED, message)
     rest = [f"{failed} failed" if failed else "", f"{cancelled} were cancelled" if cancelled else ""]
     message = ", ".join([message, *filter(None, rest)])
-    if stopped in (StopReason.USER, StopReason.OPERATOR):
-        return Ending(JobState.CANCELLED, Outcome.CANCELLED, message)
-    return Ending(JobState.FAILED, Outcome.TIMED_OUT if stopped else Outcome.FAILED, message)
+    if stopped is Outcome.CANCELLED:
+        return Ending(JobState.CANCELLED, stopped, message)
+    return Ending(JobState.FAILED, stopped or Outcome.FAILED, message)

@@ -151,6 +151,11 @@ class TeamId(Id):
     prefix = "team"
 
 
+class ScheduleId(Id):
+    __slots__ = ()
+    prefix = "sched"
+
+
 class ApiKeyId(Id):
     __slots__ = ()
     prefix = "key"

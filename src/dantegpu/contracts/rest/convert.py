@@ -1,7 +1,9 @@
 """JobSpec between its REST form (what people write) and its protobuf form (what the platform computes with)."""
 
+from datetime import UTC, datetime
+
 from dantegpu.contracts.gen.dante.v1 import jobs_pb2
-from dantegpu.contracts.rest.spec import JobInput, JobSpec, Resources, Retry, axis_text, exact_bytes
+from dantegpu.contracts.rest.spec import JobInput, JobSpec, Resources, Retry, Schedule, axis_text, exact_bytes
 from dantegpu.domain.arrays import Array, Axis
 from dantegpu.domain.resources import parse_cpu_milli
 from dantegpu.domain.units import MILLI_PER_UNIT, format_dgpu, format_duration, parse_dgpu, parse_duration, parse_memory
@@ -35,6 +37,14 @@ def spec_to_proto(spec: JobSpec) -> jobs_pb2.JobSpec:
     if spec.input is not None:
         proto.input_sha256 = spec.input.sha256
         proto.input_size_bytes = spec.input.size_bytes
+    proto.after.extend(spec.after)
+    if spec.deadline is not None and "T" in spec.deadline:
+        proto.deadline.FromDatetime(datetime.fromisoformat(spec.deadline))
+    elif spec.deadline is not None:
+        proto.deadline_seconds = parse_duration(spec.deadline)
+    if spec.schedule is not None:
+        proto.schedule.cron = spec.schedule.cron
+        proto.schedule.timezone = spec.schedule.timezone
     if spec.array is not None:
         proto.array.CopyFrom(_array_to_proto(spec.array, spec.max_parallel))
     return proto
@@ -74,6 +84,9 @@ def spec_from_proto(proto: jobs_pb2.JobSpec) -> JobSpec:
         max_duration=format_duration(proto.max_duration_seconds) if proto.max_duration_seconds else None,
         retry=_retry_from_proto(proto),
         priority=proto.priority,
+        after=list(proto.after),
+        deadline=_deadline_from_proto(proto),
+        schedule=_schedule_from_proto(proto),
         array=_array_from_proto(proto),
         max_parallel=proto.array.max_parallel or None,
         input=_input_from_proto(proto),
@@ -93,6 +106,18 @@ def _array_from_proto(proto: jobs_pb2.JobSpec) -> int | dict[str, str | list[str
         return None
     array = array_of(proto.array)
     return {axis.name: axis_text(axis) for axis in array.axes} or array.size
+
+
+def _deadline_from_proto(proto: jobs_pb2.JobSpec) -> str | None:
+    if proto.HasField("deadline"):
+        return proto.deadline.ToDatetime(UTC).isoformat().replace("+00:00", "Z")
+    return format_duration(proto.deadline_seconds) if proto.deadline_seconds else None
+
+
+def _schedule_from_proto(proto: jobs_pb2.JobSpec) -> Schedule | None:
+    if not proto.HasField("schedule"):
+        return None
+    return Schedule.model_construct(cron=proto.schedule.cron, timezone=proto.schedule.timezone)
 
 
 def _retry_from_proto(proto: jobs_pb2.JobSpec) -> Retry | None:

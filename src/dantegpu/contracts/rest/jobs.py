@@ -80,9 +80,31 @@ class Job(Response):
     array: ArrayProgress | None = Field(default=None, description="Only of an array")
     array_id: str | None = Field(default=None, description="Of a task: its array")
     array_index: int | None = Field(default=None, description="Of a task: its DANTE_ARRAY_INDEX")
+    schedule_id: str | None = Field(default=None, description="Of a job that a schedule submitted")
     created_at: Timestamp
     started_at: Timestamp | None = None
     ended_at: Timestamp | None = None
+
+
+class Schedule(Response):
+    """A job that is submitted again and again."""
+
+    id: str
+    team_id: str
+    user_id: str
+    name: str
+    spec: JobSpec
+    next_at: Timestamp | None = Field(default=None, description="null: it is stopped")
+    last_job_id: str | None = None
+    runs: int
+    created_at: Timestamp
+    stopped_at: Timestamp | None = None
+
+
+class SchedulePage(Page):
+    """Schedules, by page."""
+
+    schedules: list[Schedule]
 
 
 class JobPage(Page):

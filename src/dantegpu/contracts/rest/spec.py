@@ -6,12 +6,16 @@ sent again as it is.
 
 import re
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar, Literal, cast
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
+from cronsim import CronSim, CronSimError
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from dantegpu.contracts.rest.base import Request, field_error
+from dantegpu.contracts.rest.base import Request, field_error, id_field
 from dantegpu.domain.arrays import MAX_ARRAY_TASKS, Array, Axis
+from dantegpu.domain.ids import JobId
 from dantegpu.domain.resources import (
     DEFAULT_CPU_MILLI,
     DEFAULT_DISK_BYTES,
@@ -39,6 +43,8 @@ MAX_ENV = 1000
 MAX_LABELS = 64
 MAX_JOBS_PER_CALL = 10_000
 DEFAULT_PRIORITY = 50
+MAX_AFTER = 100
+_CRON_FIELDS = 5
 WORK_FILES = (".:/work", ".")
 
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}", re.ASCII)
@@ -129,6 +135,28 @@ def _array(value: object) -> int | dict[str, str | list[str]] | None:
     return Array.plain(int(value)).size
 
 
+def _after(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _deadline(value: object) -> str | None:
+    """A duration, or a moment with its zone."""
+    if value is None:
+        return None
+    expected = "a duration such as 8h, or a moment with its zone such as 2026-12-01T18:00:00Z"
+    moment = value if isinstance(value, datetime) else None
+    if isinstance(value, str) and "T" in value.upper():
+        try:
+            moment = datetime.fromisoformat(value)
+        except ValueError as error:
+            raise field_error("deadline", f"expected {expected}: {error}", expected=expected) from error
+    if moment is None:
+        return _duration(value)
+    if moment.tzinfo is None:
+        raise field_error("deadline", f"expected {expected}: the zone is missing", expected=expected)
+    return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
+
+
 def axis_text(axis: Axis) -> str | list[str]:
     """As a job file says it."""
     return f"{axis.first}..{axis.first + axis.count - 1}" if axis.count else list(axis.values)
@@ -180,6 +208,35 @@ class Retry(Request):
     )
 
 
+class Schedule(Request):
+    """When a job is submitted again and again: five cron fields, in a time zone."""
+
+    cron: str = Field(max_length=200, description="minute hour day month weekday", examples=["15 23 * * *"])
+    timezone: str = Field(default="UTC", max_length=100, description="IANA name", examples=["Europe/Berlin"])
+
+    @field_validator("cron")
+    @classmethod
+    def _cron(cls, value: str) -> str:
+        expected = "five fields: minute hour day month weekday, such as '15 23 * * *'"
+        if len(value.split()) != _CRON_FIELDS:
+            raise field_error("cron", f"expected {expected}", expected=expected)
+        try:
+            CronSim(value, datetime(2000, 1, 1, tzinfo=UTC))
+        except CronSimError as error:
+            raise field_error("cron", f"{error}: expected {expected}", expected=expected) from error
+        return value
+
+    @field_validator("timezone")
+    @classmethod
+    def _timezone(cls, value: str) -> str:
+        try:
+            ZoneInfo(value)
+        except (ZoneInfoNotFoundError, ValueError, OSError) as error:
+            expected = "a zone such as UTC or Europe/Berlin"
+            raise field_error("timezone", f"there is no time zone {value!r}; expected {expected}") from error
+        return value
+
+
 class JobInput(Request):
     """The packed working directory (tar.gz), uploaded before by `POST /v1/uploads`."""
 
@@ -197,7 +254,6 @@ class JobSpec(Request):
         "spot_policy": "interruptible machines",
         "checkpoint": "checkpoints and resuming",
         "regions": "choice of the region",
-        "schedule": "repeated jobs",
         "setup": "a set-up step; put it into commands",
         "file_mounts": "mounts; the working directory is sent as input",
         "volumes": "volumes",
@@ -233,6 +289,14 @@ class JobSpec(Request):
     max_parallel: int | None = Field(
         default=None, ge=1, le=MAX_ARRAY_TASKS, description="Arrays: how many tasks may run at once; null: no bound"
     )
+    after: Annotated[list[Annotated[str, id_field(JobId)]], BeforeValidator(_after)] = Field(
+        default_factory=list, max_length=MAX_AFTER, description="Ids of jobs that must have succeeded before it begins"
+    )
+    deadline: Annotated[str | None, BeforeValidator(_deadline)] = Field(
+        default=None, description="Never begins after it and is stopped at it: a moment, or a time from submission on",
+        examples=["8h", "2026-12-01T18:00:00Z"],
+    )  # fmt: skip
+    schedule: Schedule | None = Field(default=None, description="Submit it again and again; POST /v1/schedules")
     input: JobInput | None = None
     network: bool = Field(default=False, description="Outbound network")
     labels: dict[str, str] = Field(default_factory=dict, max_length=MAX_LABELS)

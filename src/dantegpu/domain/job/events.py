@@ -53,10 +53,14 @@ class AttemptStopping:
 
 @dataclass(frozen=True, slots=True)
 class StopRequested:
-    """`by` names the person or the part of the platform, for the audit log."""
+    """`by` names the person or the part of the platform, for the audit log.
+
+    `message` becomes that of a job which ends at once.
+    """
 
     by: str
     why: StopReason = StopReason.USER
+    message: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,6 +72,7 @@ class QueueReason(StrEnum):
     WAITING_FOR_RETRY = "waiting_for_retry"
     PLACEMENT_REVOKED = "placement_revoked"
     PAUSED = "paused"
+    WAITING_FOR_JOBS = "waiting_for_jobs"
 
     @property
     def text(self) -> str:
@@ -91,6 +92,7 @@ _QUEUE_REASON_TEXTS: Mapping[QueueReason, str] = MappingProxyType({
     QueueReason.WAITING_FOR_RETRY: "An attempt ended early; the next one starts after a short wait.",
     QueueReason.PLACEMENT_REVOKED: "The chosen machine could not take the job; another is being looked for.",
     QueueReason.PAUSED: "It is paused and waits to be resumed.",
+    QueueReason.WAITING_FOR_JOBS: "It begins when the jobs that it comes after have succeeded.",
 })  # fmt: skip
 
 
@@ -104,9 +106,14 @@ class StopReason(StrEnum):
     NO_FUNDS = "no_funds"
     PREEMPTED = "preempted"
     MACHINE_DRAINED = "machine_drained"
+    DEADLINE = "deadline"
+    DEPENDENCY = "dependency"
 
 
-ENDS_JOB = frozenset({StopReason.USER, StopReason.OPERATOR, StopReason.MAX_DURATION, StopReason.BUDGET})
+ENDS_JOB = frozenset({
+    StopReason.USER, StopReason.OPERATOR, StopReason.MAX_DURATION, StopReason.BUDGET, StopReason.DEADLINE,
+    StopReason.DEPENDENCY,
+})  # fmt: skip
 """A stop for one of these reasons ends the job; for the others it comes back to the queue."""
 
 

@@ -85,7 +85,8 @@ def _placed(job: JobSnapshot, event: Placed, now: datetime) -> Step:
 def _cancel_queued(job: JobSnapshot, event: StopRequested, now: datetime) -> Step:
     if event.why not in ENDS_JOB:
         return job, ()
-    return _end(replace(job, stop_reason=event.why, stop_by=event.by), _stop_outcome(event.why), now)
+    asked = replace(job, stop_reason=event.why, stop_by=event.by, message=event.message or job.message)
+    return _end(asked, _stop_outcome(event.why), now)
 
 
 def _stop_live(job: JobSnapshot, event: StopRequested, now: datetime) -> Step:
@@ -167,11 +168,11 @@ def _effective_outcome(job: JobSnapshot, reported: Outcome) -> Outcome:
 
 def _stop_outcome(why: StopReason | None) -> Outcome:
     match why:
-        case StopReason.MAX_DURATION | StopReason.BUDGET:
+        case StopReason.MAX_DURATION | StopReason.BUDGET | StopReason.DEADLINE:
             return Outcome.TIMED_OUT
         case StopReason.NO_FUNDS | StopReason.PREEMPTED | StopReason.MACHINE_DRAINED:
             return Outcome.PREEMPTED
-        case StopReason.USER | StopReason.OPERATOR | None:
+        case StopReason.USER | StopReason.OPERATOR | StopReason.DEPENDENCY | None:
             return Outcome.CANCELLED
 
 

@@ -8,6 +8,7 @@ from dantegpu.contracts.rest.platform import PlatformStatus
 from dantegpu.sdk._async.accounts import AsyncAuthApi, AsyncKeysApi, AsyncTeamsApi
 from dantegpu.sdk._async.jobs import AsyncJobsApi
 from dantegpu.sdk._async.market import AsyncAdminApi, AsyncMachinesApi, AsyncOffersApi, AsyncWalletApi
+from dantegpu.sdk._async.schedules import AsyncSchedulesApi
 from dantegpu.sdk._async.transport import AsyncTransport
 from dantegpu.sdk._async.uploads import AsyncUploadsApi
 from dantegpu.sdk.protocol import DEFAULT_URL, RETRY_SECONDS, OnWait, Session, no_wait_text
@@ -45,6 +46,7 @@ class AsyncDante:
         self.teams = AsyncTeamsApi(self._transport)
         self.keys = AsyncKeysApi(self._transport)
         self.jobs = AsyncJobsApi(self._transport)
+        self.schedules = AsyncSchedulesApi(self._transport)
         self.uploads = AsyncUploadsApi(self._transport)
         self.machines = AsyncMachinesApi(self._transport)
         self.offers = AsyncOffersApi(self._transport)

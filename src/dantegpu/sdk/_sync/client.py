@@ -10,6 +10,7 @@ from dantegpu.contracts.rest.platform import PlatformStatus
 from dantegpu.sdk._sync.accounts import AuthApi, KeysApi, TeamsApi
 from dantegpu.sdk._sync.jobs import JobsApi
 from dantegpu.sdk._sync.market import AdminApi, MachinesApi, OffersApi, WalletApi
+from dantegpu.sdk._sync.schedules import SchedulesApi
 from dantegpu.sdk._sync.transport import Transport
 from dantegpu.sdk._sync.uploads import UploadsApi
 from dantegpu.sdk.protocol import DEFAULT_URL, RETRY_SECONDS, OnWait, Session, no_wait_text
@@ -47,6 +48,7 @@ class Dante:
         self.teams = TeamsApi(self._transport)
         self.keys = KeysApi(self._transport)
         self.jobs = JobsApi(self._transport)
+        self.schedules = SchedulesApi(self._transport)
         self.uploads = UploadsApi(self._transport)
         self.machines = MachinesApi(self._transport)
         self.offers = OffersApi(self._transport)

@@ -22,7 +22,7 @@ from dantegpu.services.gateway import pages
 from dantegpu.services.gateway.context import Gateway
 from dantegpu.services.gateway.middleware import BodyTooLargeHttp
 from dantegpu.services.gateway.problems import CONTENT_TYPE, Answer, of_service_error, problem
-from dantegpu.services.gateway.rest import accounts, jobs, machines, money, platform
+from dantegpu.services.gateway.rest import accounts, jobs, machines, money, platform, schedules
 
 _DESCRIPTION: Final = """The public API of a DanteGPU platform: rent GPUs by the second, or rent out your own.
 
@@ -58,7 +58,7 @@ def create_app(gateway: Gateway | None) -> FastAPI:
         telemetry=_NO_TELEMETRY,
     )
     app.state.gateway = gateway
-    for module in (accounts, machines, jobs, money, platform):
+    for module in (accounts, machines, jobs, schedules, money, platform):
         app.include_router(module.router)
     app.include_router(pages.router)
     app.add_exception_handler(ServiceError, _on_service_error)

@@ -56,9 +56,25 @@ def job(proto: jobs_pb2.Job) -> jobs.Job:
         array=_progress(proto.array) if proto.HasField("array") else None,
         array_id=proto.array_id or None,
         array_index=proto.array_index if proto.array_id else None,
+        schedule_id=proto.schedule_id or None,
         created_at=when(proto.created_at),
         started_at=when_set(proto.started_at),
         ended_at=when_set(proto.ended_at),
+    )
+
+
+def schedule(proto: jobs_pb2.Schedule) -> jobs.Schedule:
+    return jobs.Schedule(
+        id=proto.id,
+        team_id=proto.team_id,
+        user_id=proto.user_id,
+        name=proto.spec.name,
+        spec=spec_from_proto(proto.spec),
+        next_at=when_set(proto.next_at),
+        last_job_id=proto.last_job_id or None,
+        runs=proto.runs,
+        created_at=when(proto.created_at),
+        stopped_at=when_set(proto.stopped_at),
     )
 
 

@@ -1,6 +1,6 @@
 """What the scheduler refuses, and why."""
 
-from dantegpu.domain.ids import JobId
+from dantegpu.domain.ids import JobId, ScheduleId
 from dantegpu.kit.errors import ErrorStatus, ServiceError
 
 
@@ -26,6 +26,29 @@ class TaskNotFound(ServiceError):
             f"`dante show {array_id} --tasks` lists them",
             job_id=str(array_id),
         )
+
+
+class ScheduleNotFound(ServiceError):
+    """No such schedule, or it is another team's: the answer is the same."""
+
+    type = "schedule-not-found"
+    status = ErrorStatus.NOT_FOUND
+
+    def __init__(self, schedule_id: ScheduleId) -> None:
+        super().__init__(
+            f"no schedule {schedule_id} in your team; `dante schedules` lists what there is",
+            schedule_id=str(schedule_id),
+        )
+
+
+class TooManySchedules(ServiceError):
+    """The team has as many schedules as it may have."""
+
+    type = "too-many-schedules"
+    status = ErrorStatus.PRECONDITION
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"your team has {limit} schedules, the most (MAX_SCHEDULES_PER_TEAM); stop one first")
 
 
 class InvalidJob(ServiceError):

@@ -24,8 +24,10 @@ from dantegpu.services.scheduler.rpc import JobRpc
 from dantegpu.services.scheduler.service.arrays import Arrays
 from dantegpu.services.scheduler.service.intake import Intake
 from dantegpu.services.scheduler.service.inventory import Inventory
+from dantegpu.services.scheduler.service.lifetimes import Lifetimes
 from dantegpu.services.scheduler.service.machines import Dispatcher, Machines
 from dantegpu.services.scheduler.service.placement import PlacementLeader
+from dantegpu.services.scheduler.service.schedules import Schedules
 from dantegpu.services.scheduler.service.settlement import Settlement
 from dantegpu.services.scheduler.service.timers import Timers
 from dantegpu.services.scheduler.service.transitions import Wakeups
@@ -63,7 +65,10 @@ def build(deps: Deps, settings: SchedulerSettings) -> Service:
     settlement = Settlement(db, billing, outbox, wakeups, deps.clock, settings)
     timers = Timers(db, outbox, wakeups, deps.clock, settings)
     placement = PlacementLeader(db, deps.bus, inventory, billing, outbox, wakeups, deps.clock, settings)
+    intake = Intake(db, inventory, storage, outbox, wakeups, deps.clock, settings)
+    schedules = Schedules(db, intake, deps.clock, settings)
     arrays = Arrays(db, outbox, wakeups, deps.clock, settings, placement.take)
+    lifetimes = Lifetimes(db, outbox, wakeups, deps.clock, settings, placement.take)
     wakeups.machines = dispatcher.notify
     wakeups.settlement = settlement.notify
     wakeups.placement = placement.notify
@@ -76,11 +81,14 @@ def build(deps: Deps, settings: SchedulerSettings) -> Service:
             tasks.create_task(_keep("timers", timers.run), name="timers")
             tasks.create_task(_keep("settlement", settlement.run), name="settlement")
             tasks.create_task(_keep("arrays", arrays.run), name="arrays")
+            tasks.create_task(_keep("lifetimes", lifetimes.run), name="lifetimes")
+            tasks.create_task(_keep("schedules", schedules.run), name="schedules")
 
     leadership = Leadership(db, "placement", lead)
     placement.leadership = leadership
     arrays.leadership = leadership
-    intake = Intake(db, inventory, storage, outbox, wakeups, deps.clock, settings)
+    lifetimes.leadership = leadership
+    schedules.leadership = leadership
     return Service(
         name=settings.service_name,
         components=[
@@ -92,6 +100,8 @@ def build(deps: Deps, settings: SchedulerSettings) -> Service:
             MachineConsumers(deps.bus, machines),
             leadership,
         ],
-        register_rpc=lambda server: jobs_pb2_grpc.add_JobServiceServicer_to_server(JobRpc(db, intake), server),
+        register_rpc=lambda server: jobs_pb2_grpc.add_JobServiceServicer_to_server(
+            JobRpc(db, intake, schedules), server
+        ),
         checks={"database": db.ready, "nats": deps.bus.ready, "inventory": inventory.ready},
     )

@@ -7,7 +7,7 @@ from typing import Any
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from dantegpu.contracts.gen.dante.v1 import jobs_pb2, jobs_pb2_grpc, machine_pb2
-from dantegpu.domain.ids import AttemptId, DeviceId, JobId, MachineId, TeamId, UserId
+from dantegpu.domain.ids import AttemptId, DeviceId, JobId, MachineId, ScheduleId, TeamId, UserId
 from dantegpu.domain.job import JobState, QueueReason
 from dantegpu.kit.actor import Actor, current_actor
 from dantegpu.kit.db import Database, Tx
@@ -22,9 +22,11 @@ from dantegpu.services.scheduler.service.intake import (
     progress_of,
     reason_text,
 )
+from dantegpu.services.scheduler.service.schedules import Schedules
 from dantegpu.services.scheduler.service.transitions import event_message
 from dantegpu.services.scheduler.store import AttemptRow, JobRow, LeaseRow
 from dantegpu.services.scheduler.store_arrays import ProgressRow
+from dantegpu.services.scheduler.store_schedules import ScheduleRow
 
 LIVE_ARRAY = "ARRAY"
 """The state of the row of an array that has not ended; what is shown is `shown_state`."""
@@ -33,9 +35,10 @@ type Context = Any  # grpc.aio.ServicerContext; not used: actor and ids are in c
 
 
 class JobRpc(jobs_pb2_grpc.JobServiceServicer):
-    def __init__(self, db: Database, intake: Intake) -> None:
+    def __init__(self, db: Database, intake: Intake, schedules: Schedules) -> None:
         self._db = db
         self._intake = intake
+        self._schedules = schedules
 
     async def SubmitJobs(self, request: jobs_pb2.SubmitJobsRequest, context: Context) -> jobs_pb2.SubmitJobsResponse:
         actor = current_actor()
@@ -112,6 +115,48 @@ class JobRpc(jobs_pb2_grpc.JobServiceServicer):
             )
         return jobs_pb2.ListJobEventsResponse(events=[event_message(row) for row in rows])
 
+    async def CreateSchedule(
+        self, request: jobs_pb2.CreateScheduleRequest, context: Context
+    ) -> jobs_pb2.CreateScheduleResponse:
+        actor = current_actor()
+        await self._schedules.check(actor, request.spec)
+        async with self._db.transaction() as tx:
+
+            async def create() -> jobs_pb2.CreateScheduleResponse:
+                row = await self._schedules.create(tx, actor, request.spec)
+                return jobs_pb2.CreateScheduleResponse(schedule=_schedule_message(row, spec=False))
+
+            response = await once(
+                tx,
+                scope=f"{actor.team_id}:CreateSchedule",
+                key=request.idempotency_key,
+                request=request,
+                response_type=jobs_pb2.CreateScheduleResponse,
+                do=create,
+            )
+        # As with jobs: what may hold secrets is not remembered with the answer.
+        response.schedule.spec.CopyFrom(request.spec)
+        return response
+
+    async def ListSchedules(
+        self, request: jobs_pb2.ListSchedulesRequest, context: Context
+    ) -> jobs_pb2.ListSchedulesResponse:
+        async with self._db.transaction() as tx:
+            rows, next_cursor = await self._schedules.list_schedules(
+                tx, current_actor(), cursor=request.page.cursor, limit=request.page.limit
+            )
+        return jobs_pb2.ListSchedulesResponse(
+            schedules=[_schedule_message(row) for row in rows], next_cursor=next_cursor
+        )
+
+    async def StopSchedules(
+        self, request: jobs_pb2.StopSchedulesRequest, context: Context
+    ) -> jobs_pb2.StopSchedulesResponse:
+        ids = [ScheduleId.parse(text) for text in request.schedule_ids]
+        async with self._db.transaction() as tx:
+            rows = await self._schedules.stop(tx, current_actor(), ids)
+        return jobs_pb2.StopSchedulesResponse(schedules=[_schedule_message(row) for row in rows])
+
     async def ExplainJobs(self, request: jobs_pb2.ExplainJobsRequest, context: Context) -> jobs_pb2.ExplainJobsResponse:
         async with self._db.transaction() as tx:
             found = await self._intake.explain(tx, current_actor(), _job_ids(request.job_ids))
@@ -137,6 +182,20 @@ class JobRpc(jobs_pb2_grpc.JobServiceServicer):
                 for row in rows
             ]
         )
+
+
+def _schedule_message(row: ScheduleRow, *, spec: bool = True) -> jobs_pb2.Schedule:
+    return jobs_pb2.Schedule(
+        id=str(ScheduleId(row.id)),
+        team_id=str(TeamId(row.team_id)),
+        user_id=str(UserId(row.user_id)) if row.user_id else "",
+        spec=jobs_pb2.JobSpec.FromString(row.spec) if spec else None,
+        next_at=None if row.stopped_at else _timestamp(row.next_at),
+        last_job_id=str(JobId(row.last_job_id)) if row.last_job_id else "",
+        runs=row.runs,
+        created_at=_timestamp(row.created_at),
+        stopped_at=_timestamp(row.stopped_at),
+    )
 
 
 def _without_spec(row: JobRow) -> jobs_pb2.Job:
@@ -183,7 +242,8 @@ def job_message(row: JobRow, progress: ProgressRow | None = None) -> jobs_pb2.Jo
     if row.state == LIVE_ARRAY:
         message.state = jobs_pb2.JobState.Value(progress.shown_state)
         if message.state == jobs_pb2.QUEUED:
-            message.reason = progress.reason or QueueReason.NEW.value
+            held = QueueReason.WAITING_FOR_JOBS.value if row.held else ""
+            message.reason = held or progress.reason or QueueReason.NEW.value
             message.reason_text = QueueReason(message.reason).text
     if not row.settled:
         message.cost_udgpu = progress.cost_udgpu
@@ -230,6 +290,7 @@ def _job_message(row: JobRow) -> jobs_pb2.Job:
         settled=row.settled,
         array_id=str(JobId(row.array_id)) if row.array_id else "",
         array_index=row.array_index or 0,
+        schedule_id=str(ScheduleId(row.schedule_id)) if row.schedule_id else "",
     )
 
 

@@ -52,6 +52,10 @@ class JobRow:
     array_size: int | None
     array_id: UUID | None
     array_index: int | None
+    held: bool
+    deadline_at: datetime | None
+    schedule_id: UUID | None
+    due_at: datetime | None
 
 
 @dataclass(frozen=True, slots=True)

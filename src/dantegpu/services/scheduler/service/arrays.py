@@ -156,10 +156,15 @@ class Arrays:
             await self._assert_held(tx)
             tasks = await store_arrays.tasks_settled(tx, row.id)
             counts = {JobState.SUCCEEDED: tasks.succeeded, JobState.FAILED: tasks.failed}
-            end = ending(row.size, counts, StopReason(row.stop_reason) if row.stop_reason else None)
+            why = StopReason(row.stop_reason) if row.stop_reason else None
+            now = self._clock.now()
+            end = ending(row.size, counts, _stopped(row.id, why, row.stop_by, now).outcome if why else None)
+            # A user knows of a stop of his own; these came from elsewhere.
+            of_others = row.stop_reason in (StopReason.DEADLINE, StopReason.DEPENDENCY)
+            because = f"; stopped: {row.stop_reason} ({row.stop_by})" if of_others else ""
             event = await store_arrays.end_array(
-                tx, row.id, state=end.state.value, outcome=end.outcome.value, message=end.message,
-                stop_reason=row.stop_reason, stop_by=row.stop_by, now=self._clock.now(),
+                tx, row.id, state=end.state.value, outcome=end.outcome.value, message=end.message + because,
+                stop_reason=row.stop_reason, stop_by=row.stop_by, now=now,
             )  # fmt: skip
             await self._tell(tx, row.id, event)
         self._again.notify()
@@ -213,8 +218,7 @@ async def stop_array(
 
 async def stop_tasks(tx: Tx, array_id: UUID, why: StopReason, by: str, now: datetime, wakeups: Wakeups) -> None:
     """What StopRequested makes of each task, in one statement."""
-    example = JobSnapshot(JobId(array_id), TeamId(array_id), submitted_at=now)
-    ended, _ = lifecycle.transition(example, lifecycle.StopRequested(by, why), now)
+    ended = _stopped(array_id, why, by, now)
     assert ended.outcome is not None, "a stop of a whole array ends what waits"
     stopped = await store_arrays.stop_tasks(
         tx, array_id, stop_reason=why.value, stop_by=by, ending_reasons=[reason.value for reason in lifecycle.ENDS_JOB],
@@ -226,3 +230,9 @@ async def stop_tasks(tx: Tx, array_id: UUID, why: StopReason, by: str, now: date
         tx.after_commit.append(lambda: wakeups.machines(machines))
     if stopped.tasks:
         tx.after_commit.append(wakeups.dropped)
+
+
+def _stopped(array_id: UUID, why: StopReason, by: str, now: datetime) -> JobSnapshot:
+    """What a stop makes of a task that waits, by the one table that says so."""
+    example = JobSnapshot(JobId(array_id), TeamId(array_id), submitted_at=now)
+    return lifecycle.transition(example, lifecycle.StopRequested(by, why), now)[0]

@@ -4,6 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -26,7 +27,7 @@ from dantegpu.kit.errors import Forbidden, InvalidArgument
 from dantegpu.kit.outbox import Outbox
 from dantegpu.kit.paging import MAX_PAGE, page_limit
 from dantegpu.kit.telemetry import current_traceparent
-from dantegpu.services.scheduler import store, store_arrays
+from dantegpu.services.scheduler import store, store_arrays, store_lifetimes
 from dantegpu.services.scheduler.errors import InputNotUploaded, InvalidJob, JobNotFound, NoOfferFits, TaskNotFound
 from dantegpu.services.scheduler.service.arrays import split, stop_array
 from dantegpu.services.scheduler.service.inventory import Inventory
@@ -44,6 +45,8 @@ MAX_EVENTS_PAGE = 1000
 MAX_ARRAY_BYTES = 256 << 20
 """What the tasks of one array may take up in the database, all together."""
 MAX_CURSOR_DIGITS = 9
+MAX_AFTER = 100
+MAX_SHOWN_AFTER = 3
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -115,6 +118,7 @@ class Intake:
         for index, spec in enumerate(specs):
             self._check_spec(spec, f"job {index + 1}: " if len(specs) > 1 else "")
         await self._check_inputs(team_id, specs)
+        await self._check_after(actor, specs)
         if no_wait:
             await self._check_fits_now(team_id, specs)
 
@@ -136,6 +140,7 @@ class Intake:
             raise InvalidJob(f"{where}max_duration: 1 to {most} seconds", field="max_duration")
         try:
             self._check_array(spec)
+            self._check_lifetime(spec)
             request_of(spec)
             for event in spec.retry.on_events:
                 lifecycle.RetryOn(event)
@@ -156,6 +161,37 @@ class Intake:
                 f"{size} tasks of {total // size} bytes each are more than {MAX_ARRAY_BYTES >> 20} MiB "
                 "(MAX_ARRAY_BYTES); put what is long into a file"
             )
+
+    def _check_lifetime(self, spec: jobs_pb2.JobSpec) -> None:
+        """Raises ValueError."""
+        if len(spec.after) > MAX_AFTER:
+            raise ValueError(f"after: {len(spec.after)} jobs; at most {MAX_AFTER}")
+        for text in spec.after:
+            JobId.parse(text)
+        if spec.HasField("deadline") and spec.deadline_seconds:
+            raise ValueError("deadline: give either a moment or a duration")
+        if spec.deadline_seconds < 0:
+            raise ValueError("deadline: a duration of at least 1s")
+        if spec.HasField("deadline") and spec.deadline.ToDatetime(UTC) <= (now := self._clock.now()):
+            raise ValueError(
+                f"deadline: {spec.deadline.ToJsonString()} has passed already; it is {now:%Y-%m-%dT%H:%M:%SZ}"
+            )
+        if spec.HasField("schedule"):
+            raise ValueError(
+                "schedule: a repeated job is not submitted as one: POST /v1/schedules (`dante submit` does)"
+            )
+
+    async def _check_after(self, actor: Actor, specs: Sequence[jobs_pb2.JobSpec]) -> None:
+        wanted = list(dict.fromkeys(JobId.parse(text) for spec in specs for text in spec.after))
+        if not wanted:
+            return
+        async with self._db.transaction() as tx:
+            rows = await self._own_jobs(tx, actor, wanted)
+        for row in rows:
+            if row.state in (JobState.FAILED.value, JobState.CANCELLED.value):
+                raise InvalidJob(
+                    f"after: {JobId(row.id)} has ended {row.state}: this job could never begin", field="after"
+                )
 
     async def _check_inputs(self, team_id: TeamId, specs: Sequence[jobs_pb2.JobSpec]) -> None:
         digests = sorted({spec.input_sha256 for spec in specs if spec.input_sha256})
@@ -193,7 +229,23 @@ class Intake:
             tx.after_commit.append(self._wakeups.arrays)
         await self._outbox.add(tx, _submitted_messages([*jobs, *arrays]))
         of_kind = {True: iter(arrays), False: iter(jobs)}
-        return [next(of_kind[spec.HasField("array")]) for spec in specs]
+        rows = [next(of_kind[spec.HasField("array")]) for spec in specs]
+        return await self._bind(tx, rows, specs)
+
+    async def _bind(self, tx: Tx, rows: Sequence[JobRow], specs: Sequence[jobs_pb2.JobSpec]) -> list[JobRow]:
+        """Note what the new jobs wait for and until when they may go on."""
+        bound = {row.id: row for row in rows}
+        now = self._clock.now()
+        pairs = [(row, spec) for row, spec in zip(rows, specs, strict=True)]
+        deadlines = {row.id: at for row, spec in pairs if (at := _deadline_of(spec, now))}
+        if deadlines:
+            bound |= {row.id: row for row in await store_lifetimes.set_deadlines(tx, deadlines)}
+        for row, spec in pairs:
+            if spec.after:
+                after = [JobId.parse(text).uuid for text in spec.after]
+                shown = ", ".join(spec.after[:MAX_SHOWN_AFTER]) + (", ..." if len(after) > MAX_SHOWN_AFTER else "")
+                bound[row.id] = await store_lifetimes.hold_jobs(tx, row.id, after, shown)
+        return [bound[row.id] for row in rows]
 
     async def _insert(self, tx: Tx, actor: Actor, specs: Sequence[jobs_pb2.JobSpec]) -> list[JobRow]:
         """Specs that all are arrays, or none of which is one."""
@@ -246,7 +298,7 @@ class Intake:
         self, tx: Tx, actor: Actor, *, states: Sequence[JobState], cursor: str, limit: int, all_teams: bool
     ) -> tuple[list[JobRow], str]:
         """Newest first, without tasks; the rows and the cursor of the next page (empty at the end)."""
-        team_id = _team_of(actor)
+        team_id = team_of(actor)
         if all_teams:
             actor.require_operator()
         size = page_limit(limit)
@@ -309,7 +361,7 @@ class Intake:
 
     async def _own_jobs(self, tx: Tx, actor: Actor, job_ids: Sequence[JobId]) -> list[JobRow]:
         if not actor.is_service:
-            _team_of(actor)
+            team_of(actor)
         if len(job_ids) > MAX_PAGE:
             raise InvalidArgument(f"{len(job_ids)} jobs in one call; at most {MAX_PAGE}")
         rows = await store.jobs_by_id(tx, [job_id.uuid for job_id in job_ids])
@@ -332,8 +384,14 @@ async def _waiting_part(tx: Tx, row: JobRow) -> JobRow | None:
     return row if row.state == JobState.QUEUED.value else None
 
 
+def _deadline_of(spec: jobs_pb2.JobSpec, now: datetime) -> datetime | None:
+    if spec.deadline_seconds:
+        return now + timedelta(seconds=spec.deadline_seconds)
+    return spec.deadline.ToDatetime(UTC) if spec.HasField("deadline") else None
+
+
 def _may_see(actor: Actor, row: JobRow) -> bool:
-    return actor.is_service or actor.operator or row.team_id == _team_of(actor).uuid
+    return actor.is_service or actor.operator or row.team_id == team_of(actor).uuid
 
 
 def _stop_reason(actor: Actor, row: JobRow) -> StopReason:
@@ -362,7 +420,8 @@ def _submitted_messages(rows: Sequence[JobRow]) -> list[tuple[str, Message]]:
     return messages
 
 
-def _team_of(actor: Actor) -> TeamId:
+def team_of(actor: Actor) -> TeamId:
+    """The team whose jobs a person may see."""
     if actor.kind == common_pb2.Actor.MACHINE:
         # Its credential lies on a machine whose owner lends it out; it hears of its attempts over NATS alone.
         raise Forbidden("a machine's credential cannot see jobs; log in as a person")

@@ -109,6 +109,8 @@ class _Waiting:
     """Of the submission."""
     array_id: UUID | None = None
     """A task's array, under whose id its attempts are paid for."""
+    deadline_at: datetime | None = None
+    """Not placed from then on."""
     blocked_until_seconds: float = 0.0
     """Monotonic; no funds: billing is not asked again before, unless money came in."""
 
@@ -196,7 +198,7 @@ class PlacementLeader:
                     log.error("job_unreadable", job_id=str(JobId(row.id)), error=str(error))
                     continue
                 told = (row.reason or "", row.reason_detail)
-                self._queue[row.id] = _Waiting(pending, duration, told, row.traceparent, row.array_id)
+                self._queue[row.id] = _Waiting(pending, duration, told, row.traceparent, row.array_id, row.deadline_at)
         self._again.notify()
 
     async def _load(self) -> None:
@@ -260,7 +262,7 @@ class PlacementLeader:
         """One plan, applied. True when the next round should follow at once."""
         now = self._clock.now()
         monotonic = self._clock.monotonic()
-        ready = self._ready(monotonic)
+        ready = self._ready(monotonic, now)
         if not ready:
             return False
         with span("placement round", jobs=str(len(ready))):
@@ -280,14 +282,15 @@ class PlacementLeader:
                 raise
             if unused:
                 await self._void(unused)
-        return len(plan.placements) > len(chosen) or bool(refused and self._ready(monotonic))
+        return len(plan.placements) > len(chosen) or bool(refused and self._ready(monotonic, now))
 
-    def _ready(self, monotonic: float) -> list[PendingJob]:
+    def _ready(self, monotonic: float, now: datetime) -> list[PendingJob]:
         self._paused_teams = {team: until for team, until in self._paused_teams.items() if until > monotonic}
         return [
             waiting.job
             for waiting in self._queue.values()
             if waiting.blocked_until_seconds <= monotonic and waiting.job.team_id not in self._paused_teams
+            if waiting.deadline_at is None or waiting.deadline_at > now
         ]
 
     async def _open_holds(

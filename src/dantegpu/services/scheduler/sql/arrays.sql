@@ -23,9 +23,9 @@ WITH whole AS (
     RETURNING id, task_spec
 ), inserted AS (
     INSERT INTO jobs (id, team_id, user_id, spec, state, priority, submitted_at, traceparent, reason, event_seq,
-        array_id, array_index)
+        deadline_at, array_id, array_index)
     SELECT new.id, j.team_id, j.user_id, whole.task_spec || new.environment, 'QUEUED', j.priority, j.submitted_at,
-        j.traceparent, 'new', 1, j.id, %(first)s + new.place - 1
+        j.traceparent, 'new', 1, j.deadline_at, j.id, %(first)s + new.place - 1
     FROM whole JOIN jobs j ON j.id = whole.id
     CROSS JOIN unnest(%(ids)s::uuid[], %(environments)s::bytea[]) WITH ORDINALITY AS new (id, environment, place)
     RETURNING *
@@ -43,7 +43,7 @@ FROM arrays a JOIN jobs j ON j.id = a.id CROSS JOIN LATERAL (
     FROM jobs t
     WHERE t.array_id = a.id AND t.state IN ('QUEUED', 'PLACED', 'STARTING', 'RUNNING', 'STOPPING')
 ) AS tasks
-WHERE NOT a.done ORDER BY a.id LIMIT %(limit)s;
+WHERE NOT a.done AND (NOT j.held OR a.stop_reason IS NOT NULL) ORDER BY a.id LIMIT %(limit)s;
 
 -- name: array_progress
 -- What is done is counted once and for all.

@@ -533,6 +533,7 @@ class Job(message.Message):
     ARRAY_FIELD_NUMBER: builtins.int
     ARRAY_ID_FIELD_NUMBER: builtins.int
     ARRAY_INDEX_FIELD_NUMBER: builtins.int
+    SCHEDULE_ID_FIELD_NUMBER: builtins.int
     id: builtins.str
     team_id: builtins.str
     user_id: builtins.str
@@ -555,6 +556,8 @@ class Job(message.Message):
     """only of a task: its array"""
     array_index: builtins.int
     """of a task"""
+    schedule_id: builtins.str
+    """of a job that a schedule submitted"""
     @builtins.property
     def spec(self) -> JobSpec: ...
     @builtins.property
@@ -600,10 +603,11 @@ class Job(message.Message):
         array: ArrayProgress | None = ...,
         array_id: builtins.str = ...,
         array_index: builtins.int = ...,
+        schedule_id: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["_exit_code", b"_exit_code", "array", b"array", "created_at", b"created_at", "ended_at", b"ended_at", "exit_code", b"exit_code", "spec", b"spec", "started_at", b"started_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_exit_code", b"_exit_code", "array", b"array", "array_id", b"array_id", "array_index", b"array_index", "attempts", b"attempts", "cost_udgpu", b"cost_udgpu", "created_at", b"created_at", "ended_at", b"ended_at", "epoch", b"epoch", "exit_code", b"exit_code", "id", b"id", "message", b"message", "outcome", b"outcome", "reason", b"reason", "reason_text", b"reason_text", "results", b"results", "results_epoch", b"results_epoch", "settled", b"settled", "spec", b"spec", "started_at", b"started_at", "state", b"state", "team_id", b"team_id", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_exit_code", b"_exit_code", "array", b"array", "array_id", b"array_id", "array_index", b"array_index", "attempts", b"attempts", "cost_udgpu", b"cost_udgpu", "created_at", b"created_at", "ended_at", b"ended_at", "epoch", b"epoch", "exit_code", b"exit_code", "id", b"id", "message", b"message", "outcome", b"outcome", "reason", b"reason", "reason_text", b"reason_text", "results", b"results", "results_epoch", b"results_epoch", "schedule_id", b"schedule_id", "settled", b"settled", "spec", b"spec", "started_at", b"started_at", "state", b"state", "team_id", b"team_id", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exit_code: _TypeAlias = typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015
@@ -1116,5 +1120,173 @@ class ResolveAttemptsResponse(message.Message):
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["attempts", b"attempts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Schedule(message.Message):
+    """A job that is submitted again and again."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    ID_FIELD_NUMBER: builtins.int
+    TEAM_ID_FIELD_NUMBER: builtins.int
+    USER_ID_FIELD_NUMBER: builtins.int
+    SPEC_FIELD_NUMBER: builtins.int
+    NEXT_AT_FIELD_NUMBER: builtins.int
+    LAST_JOB_ID_FIELD_NUMBER: builtins.int
+    RUNS_FIELD_NUMBER: builtins.int
+    CREATED_AT_FIELD_NUMBER: builtins.int
+    STOPPED_AT_FIELD_NUMBER: builtins.int
+    id: builtins.str
+    """sched_..."""
+    team_id: builtins.str
+    user_id: builtins.str
+    last_job_id: builtins.str
+    runs: builtins.int
+    @builtins.property
+    def spec(self) -> JobSpec: ...
+    @builtins.property
+    def next_at(self) -> timestamp_pb2.Timestamp:
+        """unset once it is stopped"""
+
+    @builtins.property
+    def created_at(self) -> timestamp_pb2.Timestamp: ...
+    @builtins.property
+    def stopped_at(self) -> timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        id: builtins.str = ...,
+        team_id: builtins.str = ...,
+        user_id: builtins.str = ...,
+        spec: JobSpec | None = ...,
+        next_at: timestamp_pb2.Timestamp | None = ...,
+        last_job_id: builtins.str = ...,
+        runs: builtins.int = ...,
+        created_at: timestamp_pb2.Timestamp | None = ...,
+        stopped_at: timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["created_at", b"created_at", "next_at", b"next_at", "spec", b"spec", "stopped_at", b"stopped_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["created_at", b"created_at", "id", b"id", "last_job_id", b"last_job_id", "next_at", b"next_at", "runs", b"runs", "spec", b"spec", "stopped_at", b"stopped_at", "team_id", b"team_id", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class CreateScheduleRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    SPEC_FIELD_NUMBER: builtins.int
+    IDEMPOTENCY_KEY_FIELD_NUMBER: builtins.int
+    idempotency_key: builtins.str
+    @builtins.property
+    def spec(self) -> JobSpec:
+        """with `schedule`"""
+
+    def __init__(
+        self,
+        *,
+        spec: JobSpec | None = ...,
+        idempotency_key: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["idempotency_key", b"idempotency_key", "spec", b"spec"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class CreateScheduleResponse(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    SCHEDULE_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def schedule(self) -> Schedule: ...
+    def __init__(
+        self,
+        *,
+        schedule: Schedule | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["schedule", b"schedule"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["schedule", b"schedule"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ListSchedulesRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    PAGE_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def page(self) -> common_pb2.PageRequest: ...
+    def __init__(
+        self,
+        *,
+        page: common_pb2.PageRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["page", b"page"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["page", b"page"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ListSchedulesResponse(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    SCHEDULES_FIELD_NUMBER: builtins.int
+    NEXT_CURSOR_FIELD_NUMBER: builtins.int
+    next_cursor: builtins.str
+    @builtins.property
+    def schedules(self) -> containers.RepeatedCompositeFieldContainer[Schedule]:
+        """newest first, stopped ones too"""
+
+    def __init__(
+        self,
+        *,
+        schedules: abc.Iterable[Schedule] | None = ...,
+        next_cursor: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["next_cursor", b"next_cursor", "schedules", b"schedules"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class StopSchedulesRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    SCHEDULE_IDS_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def schedule_ids(self) -> containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        schedule_ids: abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["schedule_ids", b"schedule_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class StopSchedulesResponse(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    SCHEDULES_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def schedules(self) -> containers.RepeatedCompositeFieldContainer[Schedule]: ...
+    def __init__(
+        self,
+        *,
+        schedules: abc.Iterable[Schedule] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["schedules", b"schedules"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...

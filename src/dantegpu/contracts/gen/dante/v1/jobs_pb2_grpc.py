@@ -60,6 +60,21 @@ class JobServiceStub:
                 request_serializer=dante_dot_v1_dot_jobs__pb2.ListJobEventsRequest.SerializeToString,
                 response_deserializer=dante_dot_v1_dot_jobs__pb2.ListJobEventsResponse.FromString,
                 _registered_method=True)
+        self.CreateSchedule = channel.unary_unary(
+                '/dante.v1.JobService/CreateSchedule',
+                request_serializer=dante_dot_v1_dot_jobs__pb2.CreateScheduleRequest.SerializeToString,
+                response_deserializer=dante_dot_v1_dot_jobs__pb2.CreateScheduleResponse.FromString,
+                _registered_method=True)
+        self.ListSchedules = channel.unary_unary(
+                '/dante.v1.JobService/ListSchedules',
+                request_serializer=dante_dot_v1_dot_jobs__pb2.ListSchedulesRequest.SerializeToString,
+                response_deserializer=dante_dot_v1_dot_jobs__pb2.ListSchedulesResponse.FromString,
+                _registered_method=True)
+        self.StopSchedules = channel.unary_unary(
+                '/dante.v1.JobService/StopSchedules',
+                request_serializer=dante_dot_v1_dot_jobs__pb2.StopSchedulesRequest.SerializeToString,
+                response_deserializer=dante_dot_v1_dot_jobs__pb2.StopSchedulesResponse.FromString,
+                _registered_method=True)
         self.ExplainJobs = channel.unary_unary(
                 '/dante.v1.JobService/ExplainJobs',
                 request_serializer=dante_dot_v1_dot_jobs__pb2.ExplainJobsRequest.SerializeToString,
@@ -106,6 +121,24 @@ class JobServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CreateSchedule(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListSchedules(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StopSchedules(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ExplainJobs(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -146,6 +179,21 @@ def add_JobServiceServicer_to_server(servicer, server):
                     servicer.ListJobEvents,
                     request_deserializer=dante_dot_v1_dot_jobs__pb2.ListJobEventsRequest.FromString,
                     response_serializer=dante_dot_v1_dot_jobs__pb2.ListJobEventsResponse.SerializeToString,
+            ),
+            'CreateSchedule': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateSchedule,
+                    request_deserializer=dante_dot_v1_dot_jobs__pb2.CreateScheduleRequest.FromString,
+                    response_serializer=dante_dot_v1_dot_jobs__pb2.CreateScheduleResponse.SerializeToString,
+            ),
+            'ListSchedules': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSchedules,
+                    request_deserializer=dante_dot_v1_dot_jobs__pb2.ListSchedulesRequest.FromString,
+                    response_serializer=dante_dot_v1_dot_jobs__pb2.ListSchedulesResponse.SerializeToString,
+            ),
+            'StopSchedules': grpc.unary_unary_rpc_method_handler(
+                    servicer.StopSchedules,
+                    request_deserializer=dante_dot_v1_dot_jobs__pb2.StopSchedulesRequest.FromString,
+                    response_serializer=dante_dot_v1_dot_jobs__pb2.StopSchedulesResponse.SerializeToString,
             ),
             'ExplainJobs': grpc.unary_unary_rpc_method_handler(
                     servicer.ExplainJobs,
@@ -294,6 +342,87 @@ class JobService:
             '/dante.v1.JobService/ListJobEvents',
             dante_dot_v1_dot_jobs__pb2.ListJobEventsRequest.SerializeToString,
             dante_dot_v1_dot_jobs__pb2.ListJobEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateSchedule(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dante.v1.JobService/CreateSchedule',
+            dante_dot_v1_dot_jobs__pb2.CreateScheduleRequest.SerializeToString,
+            dante_dot_v1_dot_jobs__pb2.CreateScheduleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSchedules(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dante.v1.JobService/ListSchedules',
+            dante_dot_v1_dot_jobs__pb2.ListSchedulesRequest.SerializeToString,
+            dante_dot_v1_dot_jobs__pb2.ListSchedulesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StopSchedules(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dante.v1.JobService/StopSchedules',
+            dante_dot_v1_dot_jobs__pb2.StopSchedulesRequest.SerializeToString,
+            dante_dot_v1_dot_jobs__pb2.StopSchedulesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -21,6 +21,9 @@ class JobServiceStub:
     ListJobs: aio.UnaryUnaryMultiCallable[jobs_pb2.ListJobsRequest, jobs_pb2.ListJobsResponse]
     StopJobs: aio.UnaryUnaryMultiCallable[jobs_pb2.StopJobsRequest, jobs_pb2.StopJobsResponse]
     ListJobEvents: aio.UnaryUnaryMultiCallable[jobs_pb2.ListJobEventsRequest, jobs_pb2.ListJobEventsResponse]
+    CreateSchedule: aio.UnaryUnaryMultiCallable[jobs_pb2.CreateScheduleRequest, jobs_pb2.CreateScheduleResponse]
+    ListSchedules: aio.UnaryUnaryMultiCallable[jobs_pb2.ListSchedulesRequest, jobs_pb2.ListSchedulesResponse]
+    StopSchedules: aio.UnaryUnaryMultiCallable[jobs_pb2.StopSchedulesRequest, jobs_pb2.StopSchedulesResponse]
     ExplainJobs: aio.UnaryUnaryMultiCallable[jobs_pb2.ExplainJobsRequest, jobs_pb2.ExplainJobsResponse]
     ResolveAttempts: aio.UnaryUnaryMultiCallable[jobs_pb2.ResolveAttemptsRequest, jobs_pb2.ResolveAttemptsResponse]
     """Internal: whose attempt is this? For services that receive an attempt's data from its machine."""
@@ -62,6 +65,27 @@ class JobServiceServicer(metaclass=abc_1.ABCMeta):
         request: jobs_pb2.ListJobEventsRequest,
         context: aio.ServicerContext[jobs_pb2.ListJobEventsRequest, abc.Awaitable[jobs_pb2.ListJobEventsResponse]],
     ) -> abc.Awaitable[jobs_pb2.ListJobEventsResponse]: ...
+
+    @abc_1.abstractmethod
+    def CreateSchedule(
+        self,
+        request: jobs_pb2.CreateScheduleRequest,
+        context: aio.ServicerContext[jobs_pb2.CreateScheduleRequest, abc.Awaitable[jobs_pb2.CreateScheduleResponse]],
+    ) -> abc.Awaitable[jobs_pb2.CreateScheduleResponse]: ...
+
+    @abc_1.abstractmethod
+    def ListSchedules(
+        self,
+        request: jobs_pb2.ListSchedulesRequest,
+        context: aio.ServicerContext[jobs_pb2.ListSchedulesRequest, abc.Awaitable[jobs_pb2.ListSchedulesResponse]],
+    ) -> abc.Awaitable[jobs_pb2.ListSchedulesResponse]: ...
+
+    @abc_1.abstractmethod
+    def StopSchedules(
+        self,
+        request: jobs_pb2.StopSchedulesRequest,
+        context: aio.ServicerContext[jobs_pb2.StopSchedulesRequest, abc.Awaitable[jobs_pb2.StopSchedulesResponse]],
+    ) -> abc.Awaitable[jobs_pb2.StopSchedulesResponse]: ...
 
     @abc_1.abstractmethod
     def ExplainJobs(
