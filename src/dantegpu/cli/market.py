@@ -175,7 +175,7 @@ def _print_machine(machine: "Machine") -> None:
     output.print_fields([
         ("id", machine.id),
         ("host", machine.hostname),
-        ("status", machine.status),
+        ("status", f"{machine.status}, closed: {machine.closed}" if machine.closed else machine.status),
         ("GPUs", gpus_of(machine)),
         ("cores", cores_of(machine)),
         ("memory", f"{format_bytes(machine.memory_used_bytes)} of {format_bytes(machine.memory_bytes)} used"),
@@ -192,6 +192,21 @@ def _print_machine(machine: "Machine") -> None:
     ])  # fmt: skip
     if machine.devices:
         print_devices(machine)
+
+
+@command("status")
+@_MACHINE
+def provider_status(cli: Cli, machine: str | None) -> None:
+    """Show how one of your machines is: jobs, GPUs and their health, what it was measured at, and what was earned."""
+    with cli.client() as client:
+        found = client.machines.get(machine_id(client, machine))
+        wallet = client.wallet.get()
+
+    def human() -> None:
+        _print_machine(found)
+        output.say(f"earned {output.money(wallet.earned_udgpu)} $dGPU by all machines of your team")
+
+    cli.answer({"machine": found, "earned_udgpu": wallet.earned_udgpu}, human)
 
 
 @command("price")

@@ -32,6 +32,7 @@ from dantegpu.daemon.probe.machine import Inventory, Probe
 from dantegpu.daemon.settings import DaemonSettings
 from dantegpu.daemon.transfer import Transfers
 from dantegpu.daemon.workspace import Workspace
+from dantegpu.domain.units import MILLI_PER_UNIT
 from dantegpu.kit.telemetry import configure_logging, configure_tracing
 
 log = structlog.get_logger(__name__)
@@ -107,6 +108,7 @@ class Daemon:
                 lambda: asyncio.to_thread(probe.sample_gpus),
                 [gpu.index for gpu in found.gpus.devices],
                 shares=inventory.shares_devices or found.simulated,
+                max_celsius=self.settings.max_gpu_celsius,
             ),
             changed=_nobody_listens,
         )
@@ -181,8 +183,8 @@ def inventory_message(found: Inventory, capabilities: Capabilities, settings: Da
         problems.append(f"gpu: {found.gpus.problem}")
     return machine_pb2.Inventory(
         hostname=found.hostname,
-        cpu_milli=found.cpu_milli,
-        memory_bytes=found.memory_bytes,
+        cpu_milli=max(0, found.cpu_milli - int(settings.reserve_cpus * MILLI_PER_UNIT)),
+        memory_bytes=max(0, found.memory_bytes - settings.reserved_memory_bytes),
         disk_bytes=found.disk_bytes,
         os=found.os,
         kernel=found.kernel,

@@ -166,6 +166,7 @@ class Machine(Response):
     daemon_version: str = ""
     region: str = ""
     simulated: bool
+    closed: str = Field(default="", description="Why its owner takes no jobs now; empty: it is open")
     benchmark: Benchmark | None = Field(default=None, description="null: not measured yet")
     shares_devices: bool = Field(default=False, description="Jobs of one team may share a GPU (`gpu: 0.5`)")
     running_attempts: int

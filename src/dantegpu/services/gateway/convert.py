@@ -214,6 +214,7 @@ def machine(proto: registry_pb2.Machine) -> machines.Machine:
         region=inventory.region,
         simulated=inventory.simulated,
         shares_devices=inventory.shares_devices,
+        closed=inventory.closed,
         benchmark=_benchmark(inventory.benchmark) if inventory.HasField("benchmark") else None,
         running_attempts=proto.running_attempts,
         cpu_utilisation=proto.cpu_utilisation,

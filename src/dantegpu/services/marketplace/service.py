@@ -153,7 +153,7 @@ class Marketplace:
 
     def _offer(self, machine: registry_pb2.Machine, ask: store.AskRow | None) -> Offer:
         prices = store.Prices(ask.price_udgpu_per_gpu_hour, ask.price_udgpu_per_cpu_hour) if ask else self.default
-        return Offer(machine, prices, ask, machine.status in _TAKES_WORK)
+        return Offer(machine, prices, ask, machine.status in _TAKES_WORK and not machine.inventory.closed)
 
     async def _all_machines(self) -> list[registry_pb2.Machine]:
         machines: list[registry_pb2.Machine] = []
@@ -238,6 +238,7 @@ def _public(machine: registry_pb2.Machine) -> registry_pb2.Machine:
             executors=machine.inventory.executors,
             sandbox=machine.inventory.sandbox,
             region=machine.inventory.region,
+            closed=machine.inventory.closed,
             shares_devices=machine.inventory.shares_devices,
             benchmark=machine.inventory.benchmark if machine.inventory.HasField("benchmark") else None,
         ),

@@ -192,6 +192,7 @@ class Inventory(message.Message):
     REGION_FIELD_NUMBER: builtins.int
     SIMULATED_FIELD_NUMBER: builtins.int
     BENCHMARK_FIELD_NUMBER: builtins.int
+    CLOSED_FIELD_NUMBER: builtins.int
     SHARES_DEVICES_FIELD_NUMBER: builtins.int
     ADDRESS_FIELD_NUMBER: builtins.int
     hostname: builtins.str
@@ -209,6 +210,8 @@ class Inventory(message.Message):
     region: builtins.str
     simulated: builtins.bool
     """any device is simulated"""
+    closed: builtins.str
+    """why its owner takes no jobs now ("outside of its hours 22:00-06:00"); empty: it is open"""
     shares_devices: builtins.bool
     """its owner lets one team's jobs share a GPU by time-slicing"""
     address: builtins.str
@@ -244,12 +247,13 @@ class Inventory(message.Message):
         region: builtins.str = ...,
         simulated: builtins.bool = ...,
         benchmark: Benchmark | None = ...,
+        closed: builtins.str = ...,
         shares_devices: builtins.bool = ...,
         address: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["benchmark", b"benchmark"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "benchmark", b"benchmark", "cpu_milli", b"cpu_milli", "cuda_version", b"cuda_version", "daemon_version", b"daemon_version", "devices", b"devices", "disk_bytes", b"disk_bytes", "driver_version", b"driver_version", "executors", b"executors", "hostname", b"hostname", "kernel", b"kernel", "limits_missing", b"limits_missing", "memory_bytes", b"memory_bytes", "os", b"os", "region", b"region", "sandbox", b"sandbox", "shares_devices", b"shares_devices", "simulated", b"simulated"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "benchmark", b"benchmark", "closed", b"closed", "cpu_milli", b"cpu_milli", "cuda_version", b"cuda_version", "daemon_version", b"daemon_version", "devices", b"devices", "disk_bytes", b"disk_bytes", "driver_version", b"driver_version", "executors", b"executors", "hostname", b"hostname", "kernel", b"kernel", "limits_missing", b"limits_missing", "memory_bytes", b"memory_bytes", "os", b"os", "region", b"region", "sandbox", b"sandbox", "shares_devices", b"shares_devices", "simulated", b"simulated"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
