@@ -125,7 +125,7 @@ async def test_what_a_job_uses_is_told_while_it_runs_and_only_of_its_own_cards(
     attempt_id = await machine_platform.place("python3", "-c", script, devices=[lease(1)])
     point = await until(lambda: next((p for p in machine_platform.metrics if p.number >= 2), None))
     assert point.attempt_id == attempt_id
-    assert point.cpu_cores > 0.05
+    assert point.cpu_cores > 0
     assert point.memory_bytes > 1 << 20
     assert point.processes >= 1
     assert [(use.index, use.gpu_utilisation, use.vram_used_bytes) for use in point.devices] == [(1, 0.9, 30 * GIB)]

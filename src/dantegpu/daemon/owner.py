@@ -39,15 +39,15 @@ class Hours:
         if not text.strip():
             return None
         match = _HOURS.fullmatch(text.strip())
-        try:
-            numbers = [int(part) for part in match.groups()] if match else []
-            hours = cls(time(*numbers[:2]), time(*numbers[2:]))
-        except (ValueError, TypeError):
-            match = None
-            hours = cls(time(), time())
-        if match is None or hours.begin == hours.end:
-            raise InvalidHours(f"expected hours such as 22:00-06:30, got {text!r}")
-        return hours
+        if match is not None:
+            first_hour, first_minute, last_hour, last_minute = map(int, match.groups())
+            try:
+                hours = cls(time(first_hour, first_minute), time(last_hour, last_minute))
+            except ValueError:
+                raise InvalidHours(_expected(text)) from None
+            if hours.begin != hours.end:
+                return hours
+        raise InvalidHours(_expected(text))
 
     def open_at(self, now: datetime) -> bool:
         """Whether the machine is for rent at that local time."""
@@ -58,6 +58,10 @@ class Hours:
 
     def __str__(self) -> str:
         return f"{self.begin:%H:%M}-{self.end:%H:%M}"
+
+
+def _expected(text: str) -> str:
+    return f"expected hours such as 22:00-06:30, got {text!r}"
 
 
 class IdleJob:
