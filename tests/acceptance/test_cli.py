@@ -177,12 +177,12 @@ def test_submit_reads_standard_input_and_can_follow(ann: Typist):
 
 def test_a_wrong_job_file_is_told_by_line_and_submits_nothing(ann: Typist, tmp_path: Path):
     before = len(ann.json("ps", "--all", "-n", "500")["jobs"])
-    (tmp_path / "job.yaml").write_text("name: x\ncomands: [true]\nnodes: 2\n")
+    (tmp_path / "job.yaml").write_text("name: x\ncomands: [true]\nvolumes: []\n")
     done = ann.dante("submit", "job.yaml", cwd=tmp_path)
     assert done.returncode == 2
     lines = done.stderr.splitlines()
     assert lines[0].startswith("job.yaml:2: comands: unknown field; did you mean 'commands'?")
-    assert lines[1].startswith("job.yaml:3: nodes: 'nodes' is not supported yet")
+    assert lines[1].startswith("job.yaml:3: volumes: 'volumes' is not supported yet")
     assert len(ann.json("ps", "--all", "-n", "500")["jobs"]) == before
 
 

@@ -16,6 +16,7 @@ from pydantic import SecretStr
 from dantegpu.contracts.gen.dante.v1 import jobs_pb2, machine_pb2
 from dantegpu.daemon import agent, link, owner
 from dantegpu.daemon.enrol import EnrolmentRefused
+from dantegpu.daemon.executors.processes import descendants
 from dantegpu.daemon.journal import Journal
 from dantegpu.daemon.module import AlreadyRunning
 from tests.fixtures.machines import MachinePlatform, RunningDaemon, a_tar, daemon_settings, until
@@ -143,8 +144,9 @@ async def test_a_machine_that_cannot_renew_kills_its_attempt_before_the_lease_is
     machine_platform.answers_syncs = False
     began = loop.time()
     started = running_daemon.settings.state / "work" / "attempts" / attempt_id / "started"
-    pid = int(started.read_text().split()[0])
-    await until(lambda: not Path(f"/proc/{pid}").exists())
+    cell = int(started.read_text().split()[0])
+    assert descendants(cell)
+    await until(lambda: not descendants(cell))
     # The last renewal went out up to one sync before; the lease's margin is a fifth, and it is checked every second.
     assert loop.time() - began < 3.8
     machine_platform.answers_syncs = True

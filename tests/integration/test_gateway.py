@@ -274,10 +274,10 @@ async def test_many_jobs_in_one_call_are_answered_in_order_and_paged(ada: Person
 
 async def test_one_wrong_job_of_many_refuses_all_and_says_which(ada: Person):
     response = await ada.http.post(
-        "/v1/jobs", json={"jobs": [{"commands": ["true"]}, {"commands": ["true"], "nodes": 2}]}
+        "/v1/jobs", json={"jobs": [{"commands": ["true"]}, {"commands": ["true"], "volumes": []}]}
     )
     assert code_of(response) == (422, "invalid-request")
-    assert response.json()["errors"][0]["field"] == "jobs.1.nodes"
+    assert response.json()["errors"][0]["field"] == "jobs.1.volumes"
     assert "not supported yet" in response.json()["errors"][0]["message"]
     assert (await ada.http.get("/v1/jobs")).json()["jobs"] == []
 

@@ -41,9 +41,9 @@ def test_an_unknown_field_inside_another_is_told_with_its_own_line():
 
 
 def test_a_field_that_is_not_supported_yet_is_refused_by_name_and_not_ignored():
-    problem = only_problem("commands: [x]\nnodes: 2\n")
+    problem = only_problem("commands: [x]\nvolumes: []\n")
     assert problem.line == 2
-    assert "'nodes' is not supported yet" in problem.message
+    assert "'volumes' is not supported yet" in problem.message
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_an_alias_is_found_at_its_own_line():
 
 
 def test_all_problems_are_told_at_once_in_the_order_of_the_file():
-    problems = problems_of("comands: [x]\nenv: [MISSING]\npriority: -1\nnodes: 2\n")
+    problems = problems_of("comands: [x]\nenv: [MISSING]\npriority: -1\nvolumes: []\n")
     assert [problem.line for problem in problems] == [1, 2, 3, 4]
 
 

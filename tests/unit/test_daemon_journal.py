@@ -1,5 +1,6 @@
 """The journal keeps what must not be forgotten, and leases end by themselves."""
 
+import asyncio
 import sqlite3
 from pathlib import Path
 
@@ -24,18 +25,87 @@ def reopened(journal: Journal) -> Journal:
     return again
 
 
-def test_what_was_written_is_there_after_a_restart(tmp_path: Path):
+async def test_what_was_committed_is_there_after_a_restart(tmp_path: Path):
     journal = Journal(tmp_path / "journal.db")
     journal.open()
     row = a_row()
+    row.boot, row.lease_until = "b", 12.5
     journal.add(row)
     row.status.state, row.status.seq, row.handle, row.ended, row.log_acked = jobs_pb2.FAILED, 4, "h", True, 50
     row.status.results.add(path="a", size_bytes=1)
     journal.save(row)
-    journal = reopened(journal)
+    await journal.committed()
+    # Read by somebody else while the first is open: nothing waits for a proper end.
+    again = Journal(journal.path)
+    again.open()
+    assert list(again.attempts()) == [row]
+    again.remove(row.attempt_id)
+    assert list(reopened(again).attempts()) == []
+    journal.close()
+
+
+async def test_what_nobody_waited_for_is_written_all_the_same(tmp_path: Path):
+    journal = Journal(tmp_path / "journal.db")
+    journal.open()
+    row = a_row()
+    journal.add(row)
+    await journal.committed()
+    row.ended = True
+    journal.save(row)
+    async with asyncio.timeout(10):
+        while not journal.attempts()[0].ended:
+            await asyncio.sleep(0.01)
+    journal.close()
+
+
+async def test_attempts_that_come_together_share_a_transaction(tmp_path: Path):
+    """Without that, the disk's syncs and not the processor would set how many jobs a machine starts per second."""
+    journal = Journal(tmp_path / "journal.db")
+    journal.open()
+    begun: list[str] = []
+    journal._open.set_trace_callback(lambda text: begun.append(text) if text.startswith("BEGIN") else None)  # pyright: ignore[reportPrivateUsage]
+
+    async def intend() -> None:
+        journal.add(a_row())
+        await journal.committed()
+
+    await asyncio.gather(*(intend() for _ in range(50)))
+    assert len(journal.attempts()) == 50
+    assert len(begun) <= 2
+    journal.close()
+
+
+async def test_an_intent_that_cannot_be_written_is_an_error_and_later_changes_go_on(tmp_path: Path):
+    journal = Journal(tmp_path / "journal.db")
+    journal.open()
+    kept = a_row()
+    journal.add(kept)
+    await journal.committed()
+    kept.ended = True
+    journal.save(kept)
+    journal._open.execute("PRAGMA query_only = ON")  # pyright: ignore[reportPrivateUsage]
+    journal.add(a_row())
+    with pytest.raises(JournalError, match="could not be written"):
+        await journal.committed()
+    journal._open.execute("PRAGMA query_only = OFF")  # pyright: ignore[reportPrivateUsage]
+    await journal.committed()
+    assert [row.ended for row in journal.attempts()] == [True]
+    journal.close()
+
+
+async def test_a_journal_of_the_first_version_is_taken_over(tmp_path: Path):
+    path = tmp_path / "journal.db"
+    row = a_row()
+    with sqlite3.connect(path) as database:
+        database.executescript(f"{journal_module._SCHEMA} PRAGMA user_version = 1;")  # pyright: ignore[reportPrivateUsage]
+        values = (str(row.attempt_id), str(row.job_id), 3, row.status.SerializeToString(), 0, "h", 100, 0)
+        database.execute("INSERT INTO attempts VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
+    database.close()
+    journal = Journal(path)
+    journal.open()
+    row.handle = "h"
     assert list(journal.attempts()) == [row]
-    journal.remove(row.attempt_id)
-    assert list(reopened(journal).attempts()) == []
+    journal.close()
 
 
 def test_the_same_attempt_is_never_taken_twice(tmp_path: Path):
@@ -43,8 +113,10 @@ def test_the_same_attempt_is_never_taken_twice(tmp_path: Path):
     journal.open()
     row = a_row()
     journal.add(row)
-    with pytest.raises(sqlite3.IntegrityError):
+    with pytest.raises(JournalError, match="already"):
         journal.add(row)
+    with pytest.raises(JournalError, match="already"):
+        reopened(journal).add(row)
 
 
 def test_a_full_journal_takes_nothing_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

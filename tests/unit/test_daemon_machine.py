@@ -8,7 +8,7 @@ import pytest
 
 from dantegpu.daemon.executors import seccomp
 from dantegpu.daemon.executors.base import AttemptRefused, AttemptSpec, DeviceGrant
-from dantegpu.daemon.executors.cgroup import Cgroup, detect
+from dantegpu.daemon.executors.cgroup import Cgroup, Limits, detect
 from dantegpu.daemon.executors.sandbox import PythonRuntime, environment
 from dantegpu.daemon.probe.devices import InvalidSimulation, simulated_gpus
 from dantegpu.daemon.probe.machine import Probe
@@ -70,11 +70,15 @@ def test_version_2_groups_get_their_limits_and_tell_of_kills(tmp_path: Path):
     folder = own / "dante-1/slot-0"
     for name in ("memory.max", "memory.swap.max", "cpu.max", "pids.max"):
         (folder / name).touch()
-    group.set_limits(cpu_milli=1500, memory_bytes=1 << 30, pids_max=10)
+    group.set_limits(Limits(cpu_milli=1500, memory_bytes=1 << 30, pids_max=10))
     limits = {name: (folder / name).read_text() for name in ("memory.max", "memory.swap.max", "cpu.max", "pids.max")}
     assert limits == {
         "memory.max": str(1 << 30), "memory.swap.max": "0", "cpu.max": "150000 100000", "pids.max": "10",
     }  # fmt: skip
+    for name in limits:
+        (folder / name).write_text("")
+    group.set_limits(Limits(pids_max=5))
+    assert [(folder / name).read_text() for name in limits] == ["max", "max", "max 100000", "5"]
     (folder / "memory.events").write_text("low 0\noom 1\noom_kill 2\n")
     assert group.oom_kills() == 2
     (folder / "cpu.stat").write_text("usage_usec 2500000\n")

@@ -19,10 +19,12 @@ from dantegpu.domain.job import (
     EndJob,
     Event,
     Folded,
+    GangNode,
     IllegalTransition,
     JobSnapshot,
     JobState,
     LeaseExpired,
+    OnNode,
     OpenAttempt,
     Outcome,
     Placed,
@@ -88,6 +90,7 @@ AN_EVENT: dict[type, Event] = {
     StopRequested: StopRequested("usr"),
     AttemptEnded: ENDED_WELL,
     LeaseExpired: LeaseExpired(T0),
+    OnNode: OnNode(0, AttemptStarting()),
 }
 
 
@@ -110,6 +113,8 @@ def test_a_job_that_goes_well_is_placed_runs_is_billed_and_published():
 @pytest.mark.parametrize(("state", "event_type"), list(product(JobState, get_args(Event.__value__))))
 def test_every_pair_of_state_and_event_is_listed_or_raises(state: JobState, event_type: type[Event]):
     job, event = a_job_in(state), AN_EVENT[event_type]
+    if event_type is OnNode and state.live:
+        job = replace(job, nodes=2, gang=(GangNode(ATTEMPT, MACHINE), GangNode(AttemptId.new(), MachineId.new())))
     if (state, event_type) in TRANSITIONS:
         after, _ = transition(job, event, at(100))
         assert after.state in TRANSITIONS[state, event_type].to

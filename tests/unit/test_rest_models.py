@@ -89,6 +89,7 @@ specs: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         "retry": st.sampled_from([True, False, {"on_events": ["error"], "duration": "5m"}]),
         "priority": st.integers(0, 100),
         "network": st.booleans(),
+        "nodes": st.integers(1, 64),
         "array": st.sampled_from([3, {"lr": [0.1, "a"], "seed": "-1..9"}]),
         "after": st.sampled_from([[], [str(JobId.new())]]),
         "deadline": st.sampled_from([None, "8h", "2026-12-01T18:00:00+02:00"]),
@@ -115,7 +116,7 @@ def test_an_unknown_field_is_named_with_its_path_and_the_nearest_known_one():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("nodes", 2), ("budget", 25), ("spot_policy", "auto"), ("checkpoint", {}), ("regions", ["eu"]),
+        ("volumes", []), ("budget", 25), ("spot_policy", "auto"), ("checkpoint", {}), ("regions", ["eu"]),
         ("files", ["data:/data"]), ("type", "service"), ("type", "dev-environment"),
     ],
 )  # fmt: skip

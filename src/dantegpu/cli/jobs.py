@@ -152,6 +152,7 @@ def _print_job(job: "Job") -> None:
         ("command", " ".join(spec.command) or "\n".join(spec.commands)),
         ("image", spec.image),
         ("wants", wants),
+        ("nodes", spec.nodes if spec.nodes > 1 else ""),
         ("max price", f"{spec.max_price} $dGPU per GPU-hour" if spec.max_price else ""),
         ("max duration", spec.max_duration),
         ("network", "yes" if spec.network else "no"),
@@ -163,7 +164,7 @@ def _print_job(job: "Job") -> None:
     ])  # fmt: skip
     if job.attempts:
         output.say()
-        rows = [_attempt_row(attempt) for attempt in job.attempts]
+        rows = [_attempt_row(attempt, job.spec.nodes) for attempt in job.attempts]
         headers = ["ATTEMPT", "MACHINE", "STATE", "OUTCOME", "$dGPU/h", "BILLED", "$dGPU", "REMARK"]
         output.print_table(headers, rows, right=[0, 4, 5, 6])
 
@@ -174,10 +175,11 @@ def _sweep(axes: "dict[str, str | list[str]]") -> str:
     )
 
 
-def _attempt_row(attempt: "Attempt") -> list[str]:
+def _attempt_row(attempt: "Attempt", nodes: int) -> list[str]:
+    number = f"{attempt.epoch} node {attempt.node_rank}" if nodes > 1 else str(attempt.epoch)
     marks = [attempt.message, "simulated" if attempt.simulated else ""]
     return [
-        str(attempt.epoch), attempt.machine_id, attempt.state, attempt.outcome or "",
+        number, attempt.machine_id, attempt.state, attempt.outcome or "",
         output.money(attempt.rate_udgpu_per_hour), f"{attempt.billed_seconds}s", output.money(attempt.cost_udgpu),
         shorten("; ".join(mark for mark in marks if mark)),
     ]  # fmt: skip

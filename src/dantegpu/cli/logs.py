@@ -25,12 +25,17 @@ def _with_task(job: str, task: int | None) -> str:
     return job if task is None else f"{job}:{task}"
 
 
+_NODE = click.option("--node", type=click.IntRange(0), default=0, metavar="N",
+                     help="Which node of a job with several; default: node 0.")  # fmt: skip
+
+
 @command("logs")
 @JOB
 @click.option("-f", "--follow", is_flag=True, help="Go on live until the job has ended.")
 @click.option("--attempt", type=click.IntRange(0), default=0, help="Which attempt (1, 2, ...); default: the latest.")
+@_NODE
 @_TASK
-def logs(cli: Cli, job: str, follow: bool, attempt: int, task: int | None) -> None:
+def logs(cli: Cli, job: str, follow: bool, attempt: int, node: int, task: int | None) -> None:
     """Print what a job, or a task of an array, wrote to stdout and stderr, byte by byte as it came.
 
     With --json: one object per piece, `{"log": {...}}`, a line each.
@@ -38,7 +43,7 @@ def logs(cli: Cli, job: str, follow: bool, attempt: int, task: int | None) -> No
     written = False
     with cli.client(retry_seconds=FOLLOW_RETRY_SECONDS if follow else 60.0) as client:
         job_id = refs.job_id(client, _with_task(job, task))
-        for piece in client.jobs.logs(job_id, follow=follow, epoch=attempt):
+        for piece in client.jobs.logs(job_id, follow=follow, epoch=attempt, node=node):
             written = True
             if cli.as_json:
                 output.print_json({"log": piece_as_plain(job_id, piece)})
@@ -72,8 +77,9 @@ def write_raw(data: bytes) -> None:
 @JOB
 @click.option("-o", "--output", "folder", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
               help="Fetch them into this folder.")  # fmt: skip
+@_NODE
 @_TASK
-def results(cli: Cli, job: str, folder: Path | None, task: int | None) -> None:
+def results(cli: Cli, job: str, folder: Path | None, node: int, task: int | None) -> None:
     """List the files that a job left in $DANTE_OUTPUT, or fetch them with -o DIR.
 
     Those of an array come into DIR/0, DIR/1, ..., a folder for each task. Each file's SHA-256 is checked; a file
@@ -84,13 +90,13 @@ def results(cli: Cli, job: str, folder: Path | None, task: int | None) -> None:
         if client.jobs.get(job_id).array is not None:
             _results_of_tasks(cli, client, job_id, folder)
             return
-        listing = client.jobs.results(job_id)
+        listing = client.jobs.results(job_id, node=node)
         if folder is not None and listing.files:
             with output.progress("fetching", quiet=cli.as_json) as on_progress:
-                client.jobs.download(job_id, folder, on_progress=on_progress)
+                client.jobs.download(job_id, folder, node=node, on_progress=on_progress)
     files = [{"path": file.path, "size_bytes": file.size_bytes, "sha256": file.sha256} for file in listing.files]
     document: dict[str, object] = {
-        "job_id": job_id, "epoch": listing.epoch, "complete": listing.complete, "files": files,
+        "job_id": job_id, "epoch": listing.epoch, "node_rank": node, "complete": listing.complete, "files": files,
         "folder": str(folder) if folder is not None else None,
     }  # fmt: skip
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 @click.option("--cpu", metavar="N", help="Cores, such as 4 or 0.5.")
 @click.option("--memory", metavar="SIZE", help="Memory, such as 16GB.")
 @click.option("--disk", metavar="SIZE", help="Disk, such as 100GB.")
+@click.option("--nodes", type=click.IntRange(1), metavar="N", help="Run it on N machines at once, all or none.")
 @click.option("--image", metavar="IMAGE", help="Container image; default: the machine's own sandbox.")
 @click.option("-e", "--env", multiple=True, metavar="NAME[=VALUE]",
               help="Environment; a bare NAME takes your shell's value.")  # fmt: skip
@@ -80,7 +81,7 @@ def _document(words: tuple[str, ...], fields: dict[str, Any]) -> dict[str, Any]:
     resources = {name: fields[name] for name in ("gpu", "cpu", "memory", "disk") if fields[name] is not None}
     if resources:
         document["resources"] = resources
-    for name in ("image", "max_price", "max_duration", "name", "deadline"):
+    for name in ("nodes", "image", "max_price", "max_duration", "name", "deadline"):
         if fields[name] is not None:
             document[name] = fields[name]
     env = [_env_item(item) for item in fields["env"]]

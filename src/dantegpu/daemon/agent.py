@@ -2,7 +2,7 @@
 
 import asyncio
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime
 
@@ -12,8 +12,9 @@ from dantegpu.contracts.gen.dante.v1 import jobs_pb2, machine_pb2
 from dantegpu.daemon import owner
 from dantegpu.daemon.attempt import Attempt, Tools, boottime
 from dantegpu.daemon.benchmarks import BUSY_PAUSE_SECONDS, Benchmarks
-from dantegpu.daemon.executors.base import Adoption
+from dantegpu.daemon.executors.base import Adoption, ExecutorError
 from dantegpu.daemon.executors.process import ProcessExecutor
+from dantegpu.daemon.executors.processes import boot_id
 from dantegpu.daemon.journal import AttemptRow, JournalError
 from dantegpu.daemon.leases import LeaseFile, ServerClock, lease_until
 from dantegpu.daemon.link import Link
@@ -32,6 +33,10 @@ FENCE_CHECK_SECONDS = 1.0
 UNACKNOWLEDGED_SYNC_SECONDS = 0.5
 """The next sync comes this soon while the platform has not acknowledged something."""
 MIN_SYNC_PAUSE_SECONDS = 0.05
+REPORT_PAUSE_SECONDS = 0.01
+"""Between two reports: what changes meanwhile is told in one message."""
+UNTOLD_RUNNING_SECONDS = 0.02
+"""A start is told after this time. A job that is shorter is told once, as ended: half of the platform's work."""
 INVENTORY_EVERY_HEARTBEATS = 12
 STOP_GRACE_SECONDS = 3.0
 STOP_TIMEOUT_SECONDS = 8.0
@@ -74,6 +79,8 @@ class Agent:
         self._beat_now = Wakeup()
         self._report_now = Wakeup()
         self._dirty: dict[AttemptId, None] = {}
+        self._synced_at = 0.0
+        self._acknowledge_due: asyncio.TimerHandle | None = None
         self._beats_since_inventory = INVENTORY_EVERY_HEARTBEATS
         self._stopping = False
         self._server_clock = ServerClock()
@@ -83,8 +90,10 @@ class Agent:
     async def adopt(self) -> None:
         """Take over what an earlier daemon left, before anything is heard from the platform."""
         leases = self._leases.read()
+        boot = boot_id()
         for row in self._tools.journal.attempts():
-            attempt = Attempt(row, self._tools, leases.get(str(row.attempt_id), 0.0))
+            first_lease = row.lease_until if row.boot == boot else 0.0
+            attempt = Attempt(row, self._tools, leases.get(str(row.attempt_id), first_lease))
             self._attempts[row.attempt_id] = attempt
             adoption = await attempt.load()
             if row.ended:
@@ -95,6 +104,8 @@ class Agent:
             else:
                 log.info("attempt_adopted", attempt_id=str(row.attempt_id), found=adoption.value)
                 self._tasks.spawn(attempt.run(adoption), f"attempt {row.attempt_id}")
+        # Before anything is told: the next daemon must go on above the numbers that this one uses.
+        await self._tools.journal.committed()
         self._fence_expired()
         await self._executor.sweep(set(self._attempts))
 
@@ -202,7 +213,7 @@ class Agent:
             boot_id=self._boot_id,
             attempts=[attempt.status() for attempt in self._attempts.values()],
         )
-        sent_at = boottime()
+        sent_at = self._synced_at = boottime()
         try:
             state = await self._up.sync(request)
         except ServiceError as error:
@@ -215,10 +226,11 @@ class Agent:
 
     async def _report(self) -> None:
         await self._report_now.wait(None if not self._dirty else MIN_SYNC_PAUSE_SECONDS)
+        for attempt_id in [attempt_id for attempt_id in self._dirty if attempt_id not in self._attempts]:
+            del self._dirty[attempt_id]
         changed = list(self._dirty)[:MAX_REPORT_ATTEMPTS]
-        statuses = [self._attempts[attempt_id].status() for attempt_id in changed if attempt_id in self._attempts]
+        statuses = [self._attempts[attempt_id].status() for attempt_id in changed]
         if not statuses:
-            self._dirty.clear()
             return
         if not self._up.connected:
             await asyncio.sleep(FENCE_CHECK_SECONDS)
@@ -231,12 +243,26 @@ class Agent:
             self._sync_now.notify()
             await asyncio.sleep(FENCE_CHECK_SECONDS)
             return
-        for attempt_id, status in zip(changed, statuses, strict=False):
+        for attempt_id, status in zip(changed, statuses, strict=True):
             attempt = self._attempts.get(attempt_id)
             if attempt is None or attempt.row.status.seq <= status.seq:
                 self._dirty.pop(attempt_id, None)
+        if self._dirty:
+            self._report_now.notify()
         if any(self._attempts[i].ended for i in changed if i in self._attempts):
-            self._sync_now.notify()
+            self._ask_for_acknowledgement()
+        await asyncio.sleep(REPORT_PAUSE_SECONDS)
+
+    def _ask_for_acknowledgement(self) -> None:
+        """By a sync, at once if the last one was a while ago: under load one of them asks for hundreds of attempts."""
+        if self._acknowledge_due is not None:
+            return
+        wait_seconds = self._synced_at + UNACKNOWLEDGED_SYNC_SECONDS - boottime()
+        self._acknowledge_due = asyncio.get_running_loop().call_later(max(0.0, wait_seconds), self._acknowledge)
+
+    def _acknowledge(self) -> None:
+        self._acknowledge_due = None
+        self._sync_now.notify()
 
     async def _beat(self) -> None:
         await self._beat_now.wait(self._settings.heartbeat_interval_seconds)
@@ -334,8 +360,7 @@ class Agent:
         if state.error:
             log.warning("sync_refused", error=state.error)
             return
-        for ack in state.acknowledged:
-            self._acknowledged(ack)
+        self._acknowledged(state.acknowledged)
         if state.revision < self._revision:
             return
         self._revision = state.revision
@@ -349,7 +374,9 @@ class Agent:
             if attempt_id in asked and attempt_id not in wanted and not attempt.ended:
                 log.warning("attempt_without_lease", attempt_id=str(attempt_id))
                 self._give_up(attempt)
-        self._write_leases()
+        if renews:
+            # The lease that an attempt came with is in the journal.
+            self._write_leases()
 
     def _want(self, attempt_id: AttemptId, desired: machine_pb2.DesiredAttempt, sent_at: float, renews: bool) -> None:
         attempt = self._attempts.get(attempt_id)
@@ -369,7 +396,6 @@ class Agent:
         if desired.stop:
             attempt.stop(desired.stop_grace_ms / 1000, desired.stop_reason)
         if self._waiting.pop(attempt_id, None) is not None:
-            self._write_leases()
             self._tasks.spawn(attempt.run(), f"attempt {attempt_id}")
 
     def _accept(self, attempt_id: AttemptId, desired: machine_pb2.DesiredAttempt, lease: float) -> Attempt | None:
@@ -385,8 +411,9 @@ class Agent:
             sandbox=self._tools.sandbox,
         )
         row = AttemptRow(
-            attempt_id, JobId.parse(desired.job_id), desired.epoch, status, log_limit=desired.log_limit_bytes
-        )
+            attempt_id, JobId.parse(desired.job_id), desired.epoch, status, log_limit=desired.log_limit_bytes,
+            boot=boot_id(), lease_until=lease,
+        )  # fmt: skip
         try:
             self._tools.journal.add(row)
         except JournalError as error:
@@ -398,16 +425,35 @@ class Agent:
         attempt = Attempt(row, self._tools, lease)
         self._attempts[attempt_id] = attempt
         self._waiting[attempt_id] = attempt
-        self._changed(attempt)
+        if desired.spec.input_sha256 or desired.spec.image:
+            # Fetching takes a while, so people see it; else the start itself is the next thing to tell.
+            self._changed(attempt)
         return attempt
 
-    def _acknowledged(self, ack: machine_pb2.AttemptAck) -> None:
-        attempt = self._attempts.get(AttemptId.parse(ack.attempt_id))
-        if attempt is None or not attempt.ended or ack.seq < attempt.row.status.seq:
-            return
-        del self._attempts[attempt.row.attempt_id]
-        self._dirty.pop(attempt.row.attempt_id, None)
-        self._tasks.spawn(attempt.forget(), f"forget {attempt.row.attempt_id}")
+    def _acknowledged(self, acks: Iterable[machine_pb2.AttemptAck]) -> None:
+        forgettable: list[Attempt] = []
+        for ack in acks:
+            attempt = self._attempts.get(AttemptId.parse(ack.attempt_id))
+            if attempt is None or not attempt.ended or ack.seq < attempt.row.status.seq:
+                continue
+            del self._attempts[attempt.row.attempt_id]
+            self._dirty.pop(attempt.row.attempt_id, None)
+            if attempt.forgettable:
+                forgettable.append(attempt)
+            else:
+                self._tasks.spawn(attempt.forget(), f"forget {attempt.row.attempt_id}")
+        if forgettable:
+            self._tasks.spawn(self._forget(forgettable), "forget")
+
+    async def _forget(self, attempts: Iterable[Attempt]) -> None:
+        for attempt in attempts:
+            try:
+                await attempt.forget()
+            except (ExecutorError, OSError, TimeoutError) as error:
+                # Its row stays: the next daemon tries again.
+                log.warning("attempt_not_removed", attempt_id=str(attempt.row.attempt_id), error=str(error))
+            # What is new is more urgent than what is over.
+            await asyncio.sleep(0)
 
     def _give_up(self, attempt: Attempt) -> None:
         attempt.fence()
@@ -416,8 +462,15 @@ class Agent:
             self._tasks.spawn(attempt.run(), f"attempt {attempt.row.attempt_id}")
 
     def _changed(self, attempt: Attempt) -> None:
-        self._dirty[attempt.row.attempt_id] = None
-        self._report_now.notify()
+        if attempt.row.status.state == jobs_pb2.RUNNING:
+            asyncio.get_running_loop().call_later(UNTOLD_RUNNING_SECONDS, self._tell, attempt)
+        else:
+            self._tell(attempt)
+
+    def _tell(self, attempt: Attempt) -> None:
+        if attempt.row.attempt_id in self._attempts:
+            self._dirty[attempt.row.attempt_id] = None
+            self._report_now.notify()
 
     # --- leases -------------------------------------------------------------------------------------------------------
 
@@ -432,6 +485,7 @@ class Agent:
             if not attempt.ended and attempt.lease_until < now:
                 log.warning("lease_expired", attempt_id=str(attempt.row.attempt_id))
                 self._give_up(attempt)
+            attempt.check()
 
     def _write_leases(self) -> None:
         self._leases.write({str(a.row.attempt_id): a.lease_until for a in self._attempts.values() if not a.ended})

@@ -1,6 +1,7 @@
 """One attempt on this machine, from the intent to the moment when nothing of it is left."""
 
 import asyncio
+import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import structlog
 from dantegpu.contracts.gen.dante.v1 import jobs_pb2, machine_pb2
 from dantegpu.daemon.archive import ArchiveRefused, unpack
 from dantegpu.daemon.devices import DeviceWatch
+from dantegpu.daemon.environment import job_environment
 from dantegpu.daemon.executors.base import (
     Adoption,
     AlreadyStarted,
@@ -25,7 +27,7 @@ from dantegpu.daemon.executors.base import (
     Stats,
     StopReason,
 )
-from dantegpu.daemon.journal import AttemptRow, Journal
+from dantegpu.daemon.journal import AttemptRow, Journal, JournalError
 from dantegpu.daemon.logs import LogShipper, Tail
 from dantegpu.daemon.transfer import HashedFile, TransferFailed, Transfers, hash_files
 from dantegpu.daemon.workspace import AttemptFolder, ResultsTooLarge, Workspace, output_files
@@ -47,7 +49,8 @@ LOG_GIVE_UP_SECONDS = 600.0
 DISK_FACTOR = 4
 """A log this many times over its limit ends the attempt: the limit cuts what is sent, this protects the disk."""
 WATCH_SECONDS = 1.0
-_ENDED_STATES = (jobs_pb2.SUCCEEDED, jobs_pb2.FAILED, jobs_pb2.CANCELLED)
+ADOPTED_SEQ_STEP = 1000
+"""Not every change is in the journal: after a restart, reports are numbered above all that may have been told."""
 
 
 def boottime() -> float:
@@ -75,7 +78,7 @@ class Tools:
     devices: "Sequence[DeviceGrant]"
     watch: DeviceWatch
     changed: "Callable[[Attempt], None]"
-    """Called after each change of `row.status` was written to the journal."""
+    """Called after each change of `row.status`."""
 
 
 class _Ended(Exception):
@@ -101,6 +104,10 @@ class Attempt:
         self._stop: tuple[float, str] | None = None
         self._fenced = False
         self._stopping = Wakeup()
+        self._ending: asyncio.Task[None] | None = None
+        """Ends the running attempt; `_reason` is why."""
+        self._reason: _Ended | None = None
+        self._watching = False
         self._started_at: float | None = None
         self._tail = Tail(row.attempt_id, self._folder.log, row.log_limit, row.log_acked)
 
@@ -134,7 +141,8 @@ class Attempt:
         """What the platform is told now."""
         status = machine_pb2.AttemptStatus()
         status.CopyFrom(self.row.status)
-        status.log_bytes = self._tail.size
+        if self._handle is not None:
+            status.log_bytes = self._tail.size
         return status
 
     def stop(self, grace_seconds: float, reason: str) -> None:
@@ -142,12 +150,20 @@ class Attempt:
         if self._stop is None:
             self._stop = (grace_seconds, reason)
             self._stopping.notify()
+            self.check()
 
     def fence(self) -> None:
         """Its lease is over: kill it now; somebody else may already be running the job."""
         if not self._fenced:
             self._fenced = True
             self._stopping.notify()
+            self.check()
+
+    def check(self) -> None:
+        """End it if there is a reason to. Asked about once a second, for what no event tells: time and disk."""
+        if self._ending is None and self._watching and (reason := self._reason_to_stop()) is not None:
+            self._reason = reason
+            self._ending = asyncio.create_task(self._end(reason))
 
     # --- the way through ----------------------------------------------------------------------------------------------
 
@@ -155,10 +171,13 @@ class Attempt:
         """After a restart of the daemon: what is there of it."""
         if self.row.handle is not None:
             self._handle = Handle.loads(self.row.handle)
-        elif self._folder.handle.is_file():
-            self._handle = Handle.loads(self._folder.handle.read_text())
+        elif (known := self._folder.read_handle()) is not None:
+            self._handle = Handle.loads(known)
         if self._handle is None:
             return Adoption.NOT_STARTED
+        if not self.row.ended:
+            self.row.status.seq += ADOPTED_SEQ_STEP
+            self._tools.journal.save(self.row)
         return await self._tools.executor.adopt(self._handle)
 
     async def run(self, adoption: Adoption = Adoption.NOT_STARTED) -> None:
@@ -171,7 +190,7 @@ class Attempt:
                 ending, exit_status = await self._watch()
             except _Ended as error:
                 ending, exit_status = error, None
-            except (ExecutorError, OSError, TimeoutError) as error:
+            except (ExecutorError, JournalError, OSError, TimeoutError) as error:
                 log.exception("attempt_failed_here", attempt_id=str(self.row.attempt_id))
                 ending, exit_status = _Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, f"the machine failed: {error}"), None
             await self._finish(ending, exit_status)
@@ -185,9 +204,11 @@ class Attempt:
             raise _Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, refusal)
         self._tools.watch.held(desired.attempt_id, desired.team_id, self.devices)
         with span("attempt.prepare"):
-            await self._or_stopped(self._prepare(desired))
+            await self._prepare(desired)
             self._handle = await self._tools.executor.prepare(spec)
         self._tools.shipper.add(self._tail)
+        # The intent is on its way to the disk since the attempt was accepted; nothing runs before it is there.
+        await self._tools.journal.committed()
         self._raise_if_stopped()
         with span("attempt.start"):
             try:
@@ -208,7 +229,7 @@ class Attempt:
             return AttemptSpec(
                 self.row.attempt_id,
                 command,
-                {**job.env, "DANTE_JOB_ID": str(self.row.job_id)},
+                job_environment(desired),
                 cpu_milli=job.resources.cpu_milli,
                 memory_bytes=job.resources.memory_bytes,
                 network=job.network,
@@ -219,12 +240,16 @@ class Attempt:
 
     async def _prepare(self, desired: machine_pb2.DesiredAttempt) -> None:
         """The work folder with the job's input in it. Done again after a crash, from the start."""
-        if self._folder.handle.is_file():
-            return
-        await asyncio.to_thread(self._folder.remove)
-        self._folder.create()
-        if not desired.spec.input_sha256:
-            return
+        if not self._folder.create():
+            # An earlier daemon left it: prepared already, or half of an input that is fetched again.
+            if self._folder.read_handle() is not None:
+                return
+            await asyncio.to_thread(self._folder.remove)
+            self._folder.create()
+        if desired.spec.input_sha256:
+            await self._or_stopped(self._fetch(desired))
+
+    async def _fetch(self, desired: machine_pb2.DesiredAttempt) -> None:
         archive = self._folder.root / "input.tar.gz"
         reply = await self._urls(machine_pb2.UrlsRequest(input=True))
         try:
@@ -247,23 +272,22 @@ class Attempt:
         self._tools.shipper.add(self._tail)
         self.row.handle = handle.dumps()
         if self.row.status.state != jobs_pb2.RUNNING:
-            self._change(jobs_pb2.RUNNING)
-        waiting = asyncio.create_task(self._tools.executor.wait(handle))
-        reason: _Ended | None = None
+            # Not written down: after a crash, its folder says the same.
+            self._change(jobs_pb2.RUNNING, save=False)
+        self._watching = True
         try:
-            while not waiting.done():
-                reason = self._reason_to_stop()
-                if reason is not None:
-                    await self._end(reason)
-                    break
-                stopping = asyncio.create_task(self._stopping.wait(WATCH_SECONDS))
-                await asyncio.wait({waiting, stopping}, return_when=asyncio.FIRST_COMPLETED)
-                stopping.cancel()
-            status = await waiting
+            self.check()
+            status = await self._tools.executor.wait(handle)
+        except BaseException:
+            if self._ending is not None:
+                self._ending.cancel()
+            raise
         finally:
-            waiting.cancel()
+            self._watching = False
+        if self._ending is not None:
+            await self._ending
         # It may have ended by itself in the very moment in which it was stopped: then its own end counts.
-        return (reason if status.stop_reason is not None or status.lost else None), status
+        return (self._reason if status.stop_reason is not None or status.lost else None), status
 
     def _reason_to_stop(self) -> _Ended | None:
         if self._fenced:
@@ -312,7 +336,7 @@ class Attempt:
                     results = await self._upload()
             except _Ended as error:
                 ending = ending or error
-        if not self._fenced and self._handle is not None:
+        if not self._fenced and self._handle is not None and not self._tail.complete.is_set() and self._tail.size:
             await _within(self._tail.complete.wait(), LOG_COMPLETE_SECONDS)
         if self.devices:
             await self._tools.watch.released(str(self.row.attempt_id), self.devices)
@@ -338,15 +362,20 @@ class Attempt:
         self.row.log_acked = self._tail.acked
         self._change(state)
 
+    @property
+    def forgettable(self) -> bool:
+        """Whether `forget` has nothing to wait for."""
+        return self._handle is None or self._fenced or self._tail.complete.is_set()
+
     async def forget(self) -> None:
         """The platform has acknowledged the end: remove everything, once its log is stored too."""
-        if self._handle is not None and not self._fenced:
+        if not self.forgettable:
             await _within(self._tail.complete.wait(), LOG_GIVE_UP_SECONDS)
         self._tools.shipper.remove(self.row.attempt_id)
         if self._handle is not None:
             await self._tools.executor.destroy(self._handle)
         else:
-            await asyncio.to_thread(self._folder.remove)
+            await self._folder.removed()
         self._tools.journal.remove(self.row.attempt_id)
 
     def resume_log(self) -> None:
@@ -374,12 +403,13 @@ class Attempt:
             self._started_at = time.monotonic() - max(0.0, time.time() - began)
         return time.monotonic() - self._started_at
 
-    def _change(self, state: "jobs_pb2.JobState.ValueType") -> None:
+    def _change(self, state: "jobs_pb2.JobState.ValueType", *, save: bool = True) -> None:
         self.row.status.state = state
         self.row.status.seq += 1
         self.row.status.sandbox = self._tools.sandbox
-        self._tools.journal.save(self.row)
-        log.info(
+        if save:
+            self._tools.journal.save(self.row)
+        log.debug(
             "attempt_changed",
             attempt_id=str(self.row.attempt_id),
             job_id=str(self.row.job_id),
@@ -441,6 +471,8 @@ class Attempt:
     async def _upload(self) -> list[HashedFile]:
         limit = self.desired.results_limit_bytes if self.desired is not None else 0
         output: Path = self._folder.output
+        if not any(os.scandir(output)):
+            return []
         try:
             found = await asyncio.to_thread(
                 output_files, output, max_files=MAX_RESULT_FILES, max_bytes=limit or DEFAULT_RESULTS_BYTES

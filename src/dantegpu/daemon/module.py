@@ -28,7 +28,7 @@ from dantegpu.daemon.link import Link
 from dantegpu.daemon.logs import LogShipper
 from dantegpu.daemon.ops import OpsServer
 from dantegpu.daemon.probe.devices import Gpu
-from dantegpu.daemon.probe.machine import Inventory, Probe
+from dantegpu.daemon.probe.machine import Inventory, Probe, address_towards
 from dantegpu.daemon.settings import DaemonSettings
 from dantegpu.daemon.transfer import Transfers
 from dantegpu.daemon.workspace import Workspace
@@ -69,6 +69,8 @@ class Daemon:
         executor, capabilities = await choose_executor(self.settings)
         found = await asyncio.to_thread(probe.probe_machine)
         inventory = inventory_message(found, capabilities, self.settings)
+        platform_url = identity.saved.gateway_url if identity.saved is not None else self.settings.gateway_url
+        inventory.address = str(self.settings.address or await asyncio.to_thread(address_towards, platform_url))
         journal = Journal(state / "journal.db")
         transfers = Transfers()
         try:

@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, IPvAnyAddress, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from dantegpu.daemon.owner import Hours
@@ -44,6 +44,9 @@ class DaemonSettings(BaseSettings):
     sandbox: Literal["auto", "bubblewrap", "none"] = "auto"
     allow_network: bool = Field(default=False, description="jobs that ask for it may use this machine's network")
     region: str = ""
+    address: IPvAnyAddress | None = Field(
+        default=None, description="where the other nodes of a gang reach this machine; default: its way to the platform"
+    )
     sync_interval_seconds: float = Field(default=5.0, ge=0.2, le=60)
     heartbeat_interval_seconds: float = Field(default=5.0, ge=0.2, le=60)
     keep_attempts_on_stop: bool = Field(

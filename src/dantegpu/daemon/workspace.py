@@ -1,5 +1,7 @@
 """An attempt's folder on this machine: where the job's files, results and log lie, and how they go away again."""
 
+import asyncio
+import contextlib
 import os
 import shutil
 import stat
@@ -49,14 +51,54 @@ class AttemptFolder:
     def handle(self) -> Path:
         return self.root / "handle.json"
 
-    def create(self) -> None:
-        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.work.mkdir(mode=0o755, exist_ok=True)
-        self.output.mkdir(mode=0o755, exist_ok=True)
-        os.close(os.open(self.log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600))
+    def create(self) -> bool:
+        """Make what is missing of it; False when it was there already, perhaps in part."""
+        root = str(self.root)
+        try:
+            os.mkdir(root, 0o700)
+            fresh = True
+        except FileExistsError:
+            fresh = False
+        except FileNotFoundError:
+            os.makedirs(root, 0o700)
+            fresh = True
+        for name in ("work", "output"):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(f"{root}/{name}", 0o755)
+        os.close(os.open(f"{root}/output.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600))
+        return fresh
 
-    def give_to(self, uid: int) -> None:
+    def read_handle(self) -> str | None:
+        """None while nothing was prepared."""
+        try:
+            return self.handle.read_text() or None
+        except FileNotFoundError:
+            return None
+
+    def write_handle(self, text: str) -> None:
+        """Whole or not at all, also when the daemon is killed at this moment."""
+        fresh = f"{self.root}/handle.new"
+        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(descriptor, text.encode())
+        finally:
+            os.close(descriptor)
+        os.rename(fresh, f"{self.root}/handle.json")
+
+    def forget_handle(self) -> None:
+        """First of all when it goes away: whoever finds a handle takes what it names for the attempt's own."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{self.root}/handle.json")
+
+    async def give_to(self, uid: int) -> None:
         """Make the job's two folders belong to `uid`. Only while nothing of the job runs."""
+        if any(os.scandir(self.work)) or any(os.scandir(self.output)):
+            await asyncio.to_thread(self._give_all_to, uid)
+        else:
+            for top in (self.work, self.output):
+                os.chown(top, uid, uid, follow_symlinks=False)
+
+    def _give_all_to(self, uid: int) -> None:
         for top in (self.work, self.output):
             os.chown(top, uid, uid, follow_symlinks=False)
             for folder, folders, files, descriptor in os.fwalk(top):
@@ -64,11 +106,31 @@ class AttemptFolder:
                 for name in (*folders, *files):
                     os.chown(name, uid, uid, dir_fd=descriptor, follow_symlinks=False)
 
+    async def removed(self) -> None:
+        """`remove`, in a thread when it may take long."""
+        if not self._removed_empty():
+            await asyncio.to_thread(self.remove)
+
     def remove(self) -> None:
         """Remove everything; a job may have taken the permissions from its own folders."""
-        if not self.root.is_dir():
+        if self._removed_empty() or not self.root.is_dir():
             return
         shutil.rmtree(self.root, onexc=_unlock_and_retry)
+
+    def _removed_empty(self) -> bool:
+        """The short way for a job that left no files: no listing, a fixed number of calls."""
+        root = str(self.root)
+        self.forget_handle()
+        try:
+            os.rmdir(f"{root}/work")
+            os.rmdir(f"{root}/output")
+            for name in ("output.log", "started", "exit", "stop", "handle.new"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(f"{root}/{name}")
+            os.rmdir(root)
+        except OSError:
+            return False
+        return True
 
 
 def _unlock_and_retry(function: object, path: str, error: BaseException) -> None:

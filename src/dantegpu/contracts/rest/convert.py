@@ -28,6 +28,7 @@ def spec_to_proto(spec: JobSpec) -> jobs_pb2.JobSpec:
         priority=spec.priority,
         network=spec.network,
         labels=spec.labels,
+        nodes=spec.nodes,
     )
     if spec.max_price is not None:
         proto.max_price_udgpu_per_gpu_hour = parse_dgpu(spec.max_price)
@@ -92,6 +93,7 @@ def spec_from_proto(proto: jobs_pb2.JobSpec) -> JobSpec:
         input=_input_from_proto(proto),
         network=proto.network,
         labels=dict(proto.labels),
+        nodes=max(proto.nodes, 1),
     )
 
 

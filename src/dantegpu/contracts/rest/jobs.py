@@ -21,6 +21,7 @@ class Attempt(Response):
     id: str
     job_id: str
     epoch: int = Field(description="1, 2, ...: rises with each attempt of the job")
+    node_rank: int = Field(default=0, description="Which of the job's nodes; all nodes of an epoch run at once")
     machine_id: str
     state: JobState
     outcome: Outcome | None = None
@@ -226,6 +227,7 @@ class Results(Response):
 
     job_id: str
     epoch: int | None = Field(default=None, description="The attempt that made them; null: none are published")
+    node_rank: int = Field(default=0, description="The node that made them")
     complete: bool = Field(description="The job has ended: no more will come")
     files: list[ResultDownload]
 

@@ -41,6 +41,7 @@ MAX_ARGUMENT_LENGTH = 128 * KIB
 MAX_SPEC_TEXT_LENGTH = 512 * KIB
 MAX_ENV = 1000
 MAX_LABELS = 64
+MAX_NODES = 64
 MAX_JOBS_PER_CALL = 10_000
 DEFAULT_PRIORITY = 50
 MAX_AFTER = 100
@@ -51,7 +52,7 @@ _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}", re.ASCII)
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9 ._-]{0,98}[A-Za-z0-9])?", re.ASCII)
 _LABEL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?", re.ASCII)
 
-_ALIASES: Mapping[str, str] = {"run": "commands", "envs": "env"}
+_ALIASES: Mapping[str, str] = {"run": "commands", "envs": "env", "num_nodes": "nodes"}
 """SkyPilot's words."""
 _RESOURCE_ALIASES: Mapping[str, str] = {"accelerators": "gpu", "gpus": "gpu", "cpus": "cpu", "mem": "memory"}
 
@@ -248,8 +249,6 @@ class JobSpec(Request):
     """What to run: either `commands` (shell lines) or `command` (arguments, no shell)."""
 
     not_supported_yet: ClassVar[Mapping[str, str]] = {
-        "nodes": "several machines for one job",
-        "num_nodes": "several machines for one job",
         "budget": "a bound on the whole cost; use max_price and max_duration",
         "spot_policy": "interruptible machines",
         "checkpoint": "checkpoints and resuming",
@@ -274,6 +273,9 @@ class JobSpec(Request):
     commands: list[str] = Field(default_factory=list, description="Shell lines, run in order until one fails")
     command: list[str] = Field(default_factory=list, description="Program and arguments, without a shell")
     resources: Resources = Field(default_factory=Resources)
+    nodes: int = Field(
+        default=1, ge=1, le=MAX_NODES, description="Machines that run it at once, all or none, each with `resources`"
+    )
     max_price: Annotated[str | None, BeforeValidator(_price)] = Field(
         default=None, description="$dGPU per GPU-hour; null: any price", examples=["2.50"]
     )

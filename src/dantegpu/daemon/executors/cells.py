@@ -1,172 +1,238 @@
-"""Cells: a parked shim in fresh cgroups under a user of its own, ready for one attempt.
+"""Cells as the daemon sees them: parked processes in control groups of their own, each ready for one attempt at a time.
 
-Joining cgroups costs the kernel several milliseconds (it waits for an RCU grace period), so it is done before an
-attempt comes: `start` then only has to send a line through a pipe.
+Joining control groups costs the kernel several milliseconds (it waits for an RCU grace period), and a shell around
+each command costs more than most short commands. So cells are made ahead by the keeper (`keeper.py`), joined once, and
+used again: to start an attempt, the daemon sends a line to one of them, which spawns the command.
 """
 
 import asyncio
 import fcntl
+import json
 import os
-import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dantegpu.daemon.executors.base import AlreadyStarted, AttemptRefused, SandboxFailed
-from dantegpu.daemon.executors.processes import process_ended, process_info, reap
-from dantegpu.daemon.executors.sandbox import MAX_PAYLOAD_BYTES, Launch
 
-SHIM = Path(__file__).with_name("shim.sh")
+KEEPER = Path(__file__).with_name("keeper.py")
 START_TIMEOUT_SECONDS = 20.0
-_SMALL_PIPE_BYTES = 60_000
-_FIRST_FREE_DESCRIPTOR = 10
-EXIT_ALREADY_STARTED = 75
-ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
+MAX_PAYLOAD_BYTES = 4 << 20
+_CONTROL = 3
+
+_LINE_BYTES = 4096
 
 
-@dataclass(slots=True)
-class ParkedShim:
-    """A shim that has joined its cgroups and waits for the line that says which attempt it runs."""
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What a cell executes. Only `env` reaches the program: of a sandboxed job, that is nothing of its own.
 
-    pid: int
-    start_ticks: int
-    pidfd: int
-    go: int
-    script: int
-    arguments: int
-    inner_arguments: int
-    ready: int
+    `arguments` and `files`: descriptors that the program reads from, what is put there and which file.
+    """
 
-    @classmethod
-    def spawn(cls, procs_files: Sequence[Path]) -> "ParkedShim":
-        """Start it in a session of its own. Its environment is a constant: a job's never reaches root's processes."""
-        pipes = [_pipe() for _ in range(6)]  # go, script, arguments, inner arguments, between the halves, ready
-        (go, script, arguments, inner, halves, ready) = pipes
-        inherited = (go[0], script[0], arguments[0], inner[0], halves[0], halves[1], ready[0], ready[1])
-        numbers = (0, 3, 4, 5, 6, 7, 8, 9)
-        actions: list[tuple[int, ...]] = [
-            (os.POSIX_SPAWN_DUP2, source, number) for source, number in zip(inherited, numbers, strict=True)
-        ]
-        null = _above(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
-        actions += [(os.POSIX_SPAWN_DUP2, null, 1), (os.POSIX_SPAWN_DUP2, null, 2)]
-        # What the daemon itself inherited without close-on-exec must not end up in a job.
-        actions += [(os.POSIX_SPAWN_CLOSE, descriptor) for descriptor in _inheritable()]
-        shell = "/bin/sh"
-        command = [shell, str(SHIM), shutil.which("mv", path="/usr/bin:/bin") or "mv", *map(str, procs_files)]
-        pid = os.posix_spawn(shell, command, ENVIRONMENT, file_actions=actions, setsid=True)
-        pidfd = os.pidfd_open(pid)
-        info = process_info(pid)
-        for descriptor in (null, go[0], script[0], arguments[0], inner[0], *halves, ready[1]):
-            os.close(descriptor)
-        os.set_blocking(ready[0], False)
-        return cls(pid, info.start_ticks if info else 0, pidfd, go[1], script[1], arguments[1], inner[1], ready[0])
+    argv: Sequence[str]
+    env: Mapping[str, str]
+    cwd: str
+    arguments: Mapping[int, Sequence[str]] = field(default_factory=dict[int, Sequence[str]])
+    files: Mapping[int, str] = field(default_factory=dict[int, str])
+    sandbox: bool = False
+
+    def payload(self, directory: Path) -> bytes:
+        """Raises AttemptRefused."""
+        request = {
+            "directory": str(directory),
+            "argv": list(self.argv),
+            "env": dict(self.env),
+            "cwd": self.cwd,
+            "arguments": {number: list(parts) for number, parts in self.arguments.items()},
+            "files": dict(self.files),
+            "sandbox": self.sandbox,
+        }
+        text = json.dumps(request).encode()
+        if len(text) > MAX_PAYLOAD_BYTES:
+            raise AttemptRefused(f"command and environment need {len(text)} bytes, at most {MAX_PAYLOAD_BYTES} fit")
+        return len(text).to_bytes(4, "big") + text
+
+
+class Cell:
+    """One end of a line to a cell. `ended` is the exit code of the attempt that runs; None: the cell has died."""
+
+    def __init__(self, line: socket.socket) -> None:
+        self.pid = 0
+        self.start_ticks = 0
+        loop = asyncio.get_running_loop()
+        self.ended: asyncio.Future[int | None] = loop.create_future()
+        self._parked: asyncio.Future[None] = loop.create_future()
+        self._started: asyncio.Future[None] = loop.create_future()
+        self._line = line
+        self._said = b""
+        self._open = True
+        line.setblocking(False)
+        loop.add_reader(line.fileno(), self._readable)
+
+    @property
+    def alive(self) -> bool:
+        return self._open
+
+    async def parked(self) -> None:
+        """Return when it has joined its groups. Raises SandboxFailed."""
+        async with asyncio.timeout(START_TIMEOUT_SECONDS):
+            await self._parked
 
     async def start(self, directory: Path, launch: Launch) -> None:
-        """Hand over and return when the command runs.
+        """Have it run `launch` and return when that runs.
 
         Raises AlreadyStarted, SandboxFailed (with nothing in `detail`: the attempt's log has it), AttemptRefused.
         """
-        payloads = (
-            (self.script, launch.script),
-            (self.arguments, launch.arguments),
-            (self.inner_arguments, launch.inner_arguments),
-        )
-        try:
-            # All of it lies in the pipes before the line that starts it: a daemon dying here starts nothing.
-            for descriptor, payload in payloads:
-                _send(descriptor, payload)
-            _send(self.go, f"{directory}\n".encode())
-        except BrokenPipeError as error:
-            raise SandboxFailed("the parked shim has died") from error
-        finally:
-            self._close_writers()
-        said = await self._listen()
-        if said.endswith(b"r\n"):
-            return
-        if not said:
-            raise SandboxFailed("the shim could not join its cgroups")
-        await process_ended(self.pidfd)
-        if _exit_status(self.pidfd) == EXIT_ALREADY_STARTED:
-            raise AlreadyStarted(f"{directory.name} was started before")
-        raise SandboxFailed("")
-
-    async def _listen(self) -> bytes:
-        """What the shim's halves say until the last of them has closed the pipe, which the running command has."""
+        payload = launch.payload(directory)
         loop = asyncio.get_running_loop()
-        readable = asyncio.Event()
-        said = b""
-        loop.add_reader(self.ready, readable.set)
+        self.ended, self._started = loop.create_future(), loop.create_future()
+        if not self._open:
+            raise SandboxFailed("the parked cell has died")
+        try:
+            sent = self._line.send(payload)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            raise SandboxFailed("the parked cell has died") from error
         try:
             async with asyncio.timeout(START_TIMEOUT_SECONDS):
-                while not said.endswith(b"r\n"):
-                    await readable.wait()
-                    readable.clear()
-                    try:
-                        chunk = os.read(self.ready, 64)
-                    except BlockingIOError:
-                        continue
-                    if not chunk:
-                        break
-                    said += chunk
+                if sent < len(payload):
+                    await loop.sock_sendall(self._line, memoryview(payload)[sent:])
+                await self._started
         except TimeoutError as error:
             raise SandboxFailed(f"it did not start within {START_TIMEOUT_SECONDS:.0f} s") from error
-        finally:
-            loop.remove_reader(self.ready)
-        return said
-
-    def _close_writers(self) -> None:
-        for name in ("go", "script", "arguments", "inner_arguments"):
-            descriptor: int = getattr(self, name)
-            if descriptor >= 0:
-                os.close(descriptor)
-                setattr(self, name, -1)
 
     def close(self) -> None:
-        """Let go of it: a shim that was never started leaves by itself, a running one goes on."""
-        self._close_writers()
-        for name in ("ready", "pidfd"):
-            descriptor: int = getattr(self, name)
-            if descriptor >= 0:
-                os.close(descriptor)
-                setattr(self, name, -1)
-        reap(self.pid)
+        """Let go of it: it leaves as soon as nothing runs in it. Idempotent."""
+        if self._open:
+            self._open = False
+            asyncio.get_running_loop().remove_reader(self._line.fileno())
+            self._line.close()
+            self._end("")
+
+    def _readable(self) -> None:
+        try:
+            data = self._line.recv(_LINE_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+            return
+        *lines, self._said = (self._said + data).split(b"\n")
+        for line in lines:
+            word, _, rest = line.decode(errors="replace").partition(" ")
+            self._hear(word, rest)
+
+    def _hear(self, word: str, rest: str) -> None:
+        match word:
+            case "parked":
+                self.pid, self.start_ticks = map(int, rest.split())
+                _resolve(self._parked, None)
+            case "broken":
+                self._end(rest)
+            case "running":
+                _resolve(self._started, None)
+            case "already":
+                _refuse(self._started, AlreadyStarted("it was started before"))
+            case "failed":
+                _refuse(self._started, SandboxFailed(rest))
+            case "exit":
+                _resolve(self.ended, int(rest) if int(rest) >= 0 else None)
+            case _:
+                raise AssertionError(f"a cell said {word!r}")
+
+    def _end(self, why: str) -> None:
+        _refuse(self._parked, SandboxFailed(why or "the cell could not join its cgroups"))
+        _refuse(self._started, SandboxFailed(why or "the parked cell has died"))
+        _resolve(self.ended, None)
 
 
-def _exit_status(pidfd: int) -> int | None:
-    ended = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
-    return None if ended is None else ended.si_status
+def _resolve[T](future: "asyncio.Future[T]", value: T) -> None:
+    if not future.done():
+        future.set_result(value)
 
 
-def _pipe() -> tuple[int, int]:
-    reading, writing = os.pipe2(os.O_CLOEXEC)
-    return _above(reading), _above(writing)
+def _refuse(future: "asyncio.Future[None]", error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)
+        # Nobody may be waiting for this one; that is no error of its own.
+        future.exception()
 
 
-def _above(descriptor: int) -> int:
-    """The same, numbered so that putting others onto 0..9 in the child cannot overwrite it."""
-    if descriptor >= _FIRST_FREE_DESCRIPTOR:
-        return descriptor
-    copy = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE_DESCRIPTOR)
-    os.close(descriptor)
-    return copy
+class Keeper:
+    """The keeper process of this daemon, started when the first cell is asked for and again if it dies."""
+
+    def __init__(self) -> None:
+        self._control: socket.socket | None = None
+        self._pid = 0
+
+    async def cell(self, procs_files: Sequence[Path]) -> Cell:
+        """A new cell, parked in those groups. Raises SandboxFailed."""
+        ours, theirs = socket.socketpair()
+        try:
+            self._send(json.dumps([str(path) for path in procs_files]).encode(), theirs.fileno())
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        cell = Cell(ours)
+        try:
+            await cell.parked()
+        except BaseException:
+            cell.close()
+            raise
+        return cell
+
+    def _send(self, packet: bytes, descriptor: int) -> None:
+        if self._control is not None:
+            try:
+                socket.send_fds(self._control, [packet], [descriptor])
+            except OSError:
+                self.close()
+            else:
+                return
+        self._control = self._spawn()
+        socket.send_fds(self._control, [packet], [descriptor])
+
+    def _spawn(self) -> socket.socket:
+        """In a session of its own, with an environment that is a constant: no secret of the daemon's gets there."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        # Numbered above 0..3, which the child gets: putting one there must not overwrite another, nor leave it closed.
+        inherited = [fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, _CONTROL + 1) for number in (null, theirs.fileno())]
+        actions: list[tuple[int, ...]] = [(os.POSIX_SPAWN_DUP2, inherited[0], number) for number in (0, 1, 2)]
+        actions.append((os.POSIX_SPAWN_DUP2, inherited[1], _CONTROL))
+        # What the daemon itself inherited without close-on-exec must not end up in a job.
+        actions += [(os.POSIX_SPAWN_CLOSE, number) for number in _inheritable() if number > _CONTROL]
+        try:
+            command = [sys.executable, "-I", "-S", str(KEEPER)]
+            self._pid = os.posix_spawn(sys.executable, command, {"LANG": "C.UTF-8"}, file_actions=actions)
+        finally:
+            for number in (null, *inherited):
+                os.close(number)
+            theirs.close()
+        return ours
+
+    def close(self) -> None:
+        """It leaves; its cells stay for as long as something runs in them. Idempotent."""
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+            os.waitpid(self._pid, 0)
 
 
 def _inheritable() -> list[int]:
     found: list[int] = []
     for name in os.listdir("/proc/self/fd"):
         try:
-            if int(name) >= _FIRST_FREE_DESCRIPTOR and os.get_inheritable(int(name)):
+            if os.get_inheritable(int(name)):
                 found.append(int(name))
         except OSError:
             continue  # the one that listed the folder
     return found
-
-
-def _send(descriptor: int, payload: bytes) -> None:
-    if len(payload) > MAX_PAYLOAD_BYTES:
-        raise AttemptRefused(f"command and environment need {len(payload)} bytes, at most {MAX_PAYLOAD_BYTES} fit")
-    if len(payload) > _SMALL_PIPE_BYTES:
-        fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, len(payload))
-    os.set_blocking(descriptor, False)
-    if payload and os.write(descriptor, payload) != len(payload):
-        raise SandboxFailed("the pipe to the shim is too small")

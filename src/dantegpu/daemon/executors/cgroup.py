@@ -6,7 +6,7 @@ Source: the kernel's Documentation/admin-guide/cgroup-v1 and cgroup-v2.rst.
 import asyncio
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,6 +58,15 @@ def _own_folder(mount: _Mount, own_path: str) -> Path:
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """Of one attempt; 0 is no limit."""
+
+    cpu_milli: int = 0
+    memory_bytes: int = 0
+    pids_max: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Cgroup:
     """One attempt's groups: controller -> folder. With version 2, several controllers share a folder."""
 
@@ -80,29 +89,31 @@ class Cgroup:
         for folder in self.distinct:
             folder.mkdir(mode=0o755, exist_ok=True)
 
-    def set_limits(self, *, cpu_milli: int, memory_bytes: int, pids_max: int) -> None:
+    def set_limits(self, limits: Limits) -> None:
         """Zero leaves a resource without a limit. Limits that are not available here are skipped."""
-        if "memory" in self.folders and memory_bytes:
-            self._limit_memory(self.folders["memory"], memory_bytes)
-        if "cpu" in self.folders and cpu_milli:
-            quota_us = max(1000, cpu_milli * CPU_PERIOD_US // 1000)
+        if "memory" in self.folders:
+            self._limit_memory(self.folders["memory"], limits.memory_bytes)
+        if "cpu" in self.folders:
+            quota_us = max(1000, limits.cpu_milli * CPU_PERIOD_US // 1000) if limits.cpu_milli else 0
             folder = self.folders["cpu"]
             if self.version["cpu"] == 2:
-                _write(folder / "cpu.max", f"{quota_us} {CPU_PERIOD_US}")
+                _write(folder / "cpu.max", f"{quota_us or 'max'} {CPU_PERIOD_US}")
             else:
                 _write(folder / "cpu.cfs_period_us", str(CPU_PERIOD_US))
-                _write(folder / "cpu.cfs_quota_us", str(quota_us))
-        if "pids" in self.folders and pids_max:
-            _write(self.folders["pids"] / "pids.max", str(pids_max))
+                _write(folder / "cpu.cfs_quota_us", str(quota_us or -1))
+        if "pids" in self.folders:
+            _write(self.folders["pids"] / "pids.max", str(limits.pids_max or "max"))
 
     def _limit_memory(self, folder: Path, memory_bytes: int) -> None:
         if self.version["memory"] == 2:
-            _write(folder / "memory.max", str(memory_bytes))
-            _write_optional(folder / "memory.swap.max", "0")
+            _write(folder / "memory.max", str(memory_bytes or "max"))
+            _write_optional(folder / "memory.swap.max", "0" if memory_bytes else "max")
         else:
-            _write(folder / "memory.limit_in_bytes", str(memory_bytes))
-            # Without it a job over its limit would swap the provider's machine to a standstill instead of ending.
-            _write_optional(folder / "memory.memsw.limit_in_bytes", str(memory_bytes))
+            # Memory with swap may never have the lower limit of the two: first it gets none, at last its own. Without
+            # it a job over its limit would swap the provider's machine to a standstill instead of ending.
+            _write_optional(folder / "memory.memsw.limit_in_bytes", "-1")
+            _write(folder / "memory.limit_in_bytes", str(memory_bytes or -1))
+            _write_optional(folder / "memory.memsw.limit_in_bytes", str(memory_bytes or -1))
 
     def oom_kills(self) -> int:
         """How many of the attempt's processes the kernel killed for memory."""
@@ -121,15 +132,15 @@ class Cgroup:
                 return {int(line) for line in text.split() if line != "0"}
         return set()
 
-    async def kill(self) -> None:
-        """SIGKILL everything and return when nothing is left."""
+    async def kill(self, spare: Set[int] = frozenset()) -> None:
+        """SIGKILL everything but `spare` and return when nothing else is left."""
         deadline = asyncio.get_running_loop().time() + REMOVE_TIMEOUT_SECONDS
         pause_seconds = 0.001
         while True:
-            members = self.members()
+            members = self.members() - spare
             if not members:
                 return
-            if not any(_kill_group(folder) for folder in self.distinct):
+            if spare or not any(_kill_group(folder) for folder in self.distinct):
                 signal_processes(members, self.members(), signal.SIGKILL)
             if asyncio.get_running_loop().time() > deadline:
                 raise TimeoutError(f"processes {sorted(members)[:5]} do not die")
@@ -143,13 +154,24 @@ class Cgroup:
         for folder in self.distinct:
             await _remove_folder(folder)
 
-    def stats(self) -> Stats:
+    def count_anew(self) -> float:
+        """For the next attempt in the same groups: the highest use of memory counts from now; CPU seconds until now."""
+        memory = self.folders.get("memory")
+        if memory is not None:
+            _write_optional(memory / self._memory_file("peak", "max_usage_in_bytes"), "0")
+        return self._cpu_seconds() or 0.0
+
+    def _memory_file(self, name: str, older_name: str) -> str:
+        return f"memory.{name if self.version['memory'] == 2 else older_name}"
+
+    def stats(self, cpu_seconds_before: float = 0.0) -> Stats:
         memory = self.folders.get("memory")
         current, peak = None, None
         if memory is not None:
-            names = ("current", "peak") if self.version["memory"] == 2 else ("usage_in_bytes", "max_usage_in_bytes")
-            current, peak = (_read_number(memory / f"memory.{name}") for name in names)
-        return Stats(self._cpu_seconds(), current, peak, len(self.members()))
+            current = _read_number(memory / self._memory_file("current", "usage_in_bytes"))
+            peak = _read_number(memory / self._memory_file("peak", "max_usage_in_bytes"))
+        used = self._cpu_seconds()
+        return Stats(None if used is None else used - cpu_seconds_before, current, peak, len(self.members()))
 
     def _cpu_seconds(self) -> float | None:
         if "cpuacct" in self.folders:

@@ -1,7 +1,7 @@
 """Executor `process`: an attempt is a process tree on this machine, in a bubblewrap sandbox or without one.
 
-An attempt lives in its own session under a small shell script (`shim.sh`) that outlives the daemon and writes down how
-the attempt ended. See `sandbox` for what a job sees, `cgroup` for its limits, `cells` for how it is started quickly.
+An attempt is a child of a cell, a small process that outlives the daemon and writes down how the attempt ended. See
+`sandbox` for what a job sees, `cgroup` for its limits, `cells` and `keeper` for how it is started quickly.
 """
 
 import asyncio
@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import zlib
-from collections.abc import Mapping
+from collections.abc import Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from dantegpu.daemon.executors.base import (
     StopReason,
     UnknownHandle,
 )
-from dantegpu.daemon.executors.cells import ParkedShim
+from dantegpu.daemon.executors.cells import Cell, Launch
 from dantegpu.daemon.executors.processes import (
     boot_id,
     descendants,
@@ -40,18 +40,18 @@ from dantegpu.daemon.executors.processes import (
     process_ended,
     process_info,
     processes_with_env,
-    reap,
     signal_processes,
 )
 from dantegpu.daemon.executors.sandbox import (
+    ATTEMPT_VARIABLE,
     Bubblewrap,
-    Launch,
     Layout,
     PythonRuntime,
     sandboxed,
     unsandboxed,
     write_etc,
 )
+from dantegpu.daemon.executors.slots import SLOTS_MAX, Slot, Slots
 from dantegpu.daemon.workspace import AttemptFolder, Workspace
 from dantegpu.domain.ids import AttemptId
 
@@ -60,13 +60,15 @@ log = structlog.get_logger(__name__)
 # Between the ranges that systemd and shadow-utils hand out (systemd.io/UIDS-GIDS), so nobody's files are in reach.
 FIRST_UID = 1_879_100_000
 UID_BLOCKS = 4096
-UIDS_PER_BLOCK = 4096
 SANDBOX_PIDS = 8
-"""Processes of the sandbox itself, on top of what the job may have."""
+"""Processes of the cell and of the sandbox itself, on top of what the job may have."""
+CELL_MEMORY_BYTES = 4 << 20
+"""What the cell may use of its groups' memory, on top of what the job may have."""
 KILL_TIMEOUT_SECONDS = 5.0
 STARTED_TIMEOUT_SECONDS = 1.0
 SELF_TEST_BYTES = 64 << 20
-ATTEMPT_VARIABLE = "DANTE_ATTEMPT_ID"
+HANDLE_VERSIONS = (1, 2)
+"""1: started by the shell script of a daemon before this version. Its files in the folder are the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,33 +80,53 @@ class _Place:
     boot: str
     sandbox: SandboxKind
     groups: cgroup.Cgroup
+    oom_kills: int = 0
+    cpu_seconds: float = 0.0
+    """What the groups had counted before, for others."""
+    version: int = HANDLE_VERSIONS[-1]
 
     def dumps(self) -> str:
         return json.dumps(
             {
-                "version": 1,
+                "version": self.version,
                 "slot": self.slot,
                 "uid": self.uid,
                 "boot": self.boot,
                 "sandbox": self.sandbox.value,
                 "groups": self.groups.to_json(),
+                "oom_kills": self.oom_kills,
+                "cpu_seconds": self.cpu_seconds,
             }
         )
 
     @classmethod
     def loads(cls, text: str) -> "_Place":
         raw = json.loads(text)
-        if raw.get("version") != 1:
+        if raw.get("version") not in HANDLE_VERSIONS:
             raise UnknownHandle(f"handle version {raw.get('version')!r} is not of this daemon's version")
         groups = cgroup.Cgroup.from_json(raw["groups"])
-        return cls(raw["slot"], raw["uid"], raw["boot"], SandboxKind(raw["sandbox"]), groups)
+        kind = SandboxKind(raw["sandbox"])
+        counted = (raw.get("oom_kills", 0), raw.get("cpu_seconds", 0.0))
+        return cls(raw["slot"], raw["uid"], raw["boot"], kind, groups, *counted, raw["version"])
 
 
 @dataclass(slots=True)
-class _Cell:
-    slot: int
-    groups: cgroup.Cgroup
-    shim: ParkedShim
+class _Run:
+    """An attempt of this daemon, or one that it took over."""
+
+    place: _Place
+    slot: Slot | None = None
+    cell: Cell | None = None
+    """The cell that runs it; not the slot's own when an earlier daemon had prepared it."""
+    pidfd: int = -1
+    """Of the cell of an earlier daemon."""
+    cell_pid: int = 0
+    asked: bool = False
+    """To start: from then on the cell may say something about it."""
+    started: bool = False
+    status: ExitStatus | None = None
+    released: bool = False
+    """Nothing of it runs, and its groups may be somebody else's."""
 
 
 class ProcessExecutor(Executor):
@@ -129,12 +151,10 @@ class ProcessExecutor(Executor):
         self._python = PythonRuntime.of_this_process(workspace.root)
         self._filter: Path | None = None
         self._capabilities: Capabilities | None = None
-        self._spare: _Cell | None = None
-        self._shims: dict[AttemptId, ParkedShim] = {}
-        self._pidfds: dict[AttemptId, int] = {}
-        self._slots: set[int] = set()
+        self._slots = Slots()
+        self._runs: dict[AttemptId, _Run] = {}
         block = zlib.crc32(os.fsencode(workspace.root.absolute())) % UID_BLOCKS
-        self._uid_base = FIRST_UID + block * UIDS_PER_BLOCK
+        self._uid_base = FIRST_UID + block * SLOTS_MAX
         self._group_name = f"dante-{zlib.crc32(os.fsencode(workspace.root.absolute())):08x}"
 
     # --- what works here ----------------------------------------------------------------------------------------------
@@ -147,6 +167,7 @@ class ProcessExecutor(Executor):
             # Not below the feet of jobs that run: they see this folder.
             await asyncio.to_thread(write_etc, self._etc)
         self._tree = await asyncio.to_thread(cgroup.detect, self._group_name)
+        self._slots.open(self._tree)
         missing = dict(self._tree.missing)
         if self._python.problem:
             missing["python"] = self._python.problem
@@ -178,8 +199,8 @@ class ProcessExecutor(Executor):
         for line in Path("/proc/self/uid_map").read_text().splitlines():
             inside, _, count = map(int, line.split())
             last = max(last, inside + count - 1)
-        if last < self._uid_base + UIDS_PER_BLOCK:
-            self._uid_base = max(1, min(last, 65_533) - UIDS_PER_BLOCK)
+        if last < self._uid_base + SLOTS_MAX:
+            self._uid_base = max(1, min(last, 65_533) - SLOTS_MAX)
 
     async def _self_test(self) -> str:
         """Run `true` in the sandbox; what went wrong, or nothing. Whether user namespaces work shows only by trying."""
@@ -196,43 +217,27 @@ class ProcessExecutor(Executor):
 
     def _take_slots(self) -> None:
         for folder in self._workspace.attempts():
-            if folder.handle.is_file():
-                handle = Handle.loads(folder.handle.read_text())
-                self._slots.add(_Place.loads(handle.data).slot)
+            if (known := folder.read_handle()) is not None:
+                place = _Place.loads(Handle.loads(known).data)
+                if not _over(place, folder):
+                    self._slots.taken.add(place.slot)
 
     @property
     def _etc(self) -> Path:
         return self._workspace.root / "sandbox-etc"
 
-    # --- cells --------------------------------------------------------------------------------------------------------
-
-    def _new_cell(self) -> _Cell:
-        for slot in range(UIDS_PER_BLOCK):
-            groups = self._tree.group(f"slot-{slot}")
-            # A group that is there may still hold what a daemon before this one started.
-            if slot in self._slots or groups.exists():
-                continue
-            self._slots.add(slot)
-            groups.create()
-            return _Cell(slot, groups, ParkedShim.spawn(groups.procs_files))
-        raise AttemptRefused(f"all {UIDS_PER_BLOCK} places for attempts are taken")
-
-    def _take_cell(self) -> _Cell:
-        cell, self._spare = self._spare, None
-        if cell is not None:
-            return cell
-        return self._new_cell()
-
-    def _make_spare(self) -> None:
-        if self._spare is None and self._capabilities is not None:
-            self._spare = self._new_cell()
+    def _release(self, run: _Run) -> None:
+        """Nothing of the attempt runs any more: its cell is free for the next one."""
+        if run.slot is not None:
+            slot, run.slot, run.cell, run.released = run.slot, None, None, True
+            self._slots.release(slot)
 
     # --- Executor -----------------------------------------------------------------------------------------------------
 
     async def prepare(self, spec: AttemptSpec) -> Handle:
         folder = self._workspace.attempt(spec.attempt_id)
-        if folder.handle.is_file():
-            return Handle.loads(folder.handle.read_text())
+        if (known := folder.read_handle()) is not None:
+            return Handle.loads(known)
         capabilities = await self.probe()
         if self._wanted is SandboxKind.BUBBLEWRAP and capabilities.sandbox is SandboxKind.NONE:
             raise AttemptRefused(f"this machine has no sandbox: {capabilities.missing['sandbox']}")
@@ -241,19 +246,25 @@ class ProcessExecutor(Executor):
         for path in (path for device in spec.devices for path in device.paths):
             if not Path(path).exists():
                 raise AttemptRefused(f"the device node {path} is not there")
-        cell = self._take_cell()
-        cell.groups.set_limits(
-            cpu_milli=spec.cpu_milli,
-            memory_bytes=spec.memory_bytes,
-            pids_max=spec.pids_max + SANDBOX_PIDS if spec.pids_max else 0,
+        slot = await self._slots.take()
+        limits = cgroup.Limits(
+            spec.cpu_milli,
+            spec.memory_bytes + CELL_MEMORY_BYTES if spec.memory_bytes else 0,
+            spec.pids_max + SANDBOX_PIDS if spec.pids_max else 0,
         )
-        place = _Place(cell.slot, self._uid_base + cell.slot, boot_id(), capabilities.sandbox, cell.groups)
-        handle = Handle(self.name, spec.attempt_id, place.dumps())
-        folder.create()
+        if limits != slot.limits:
+            slot.groups.set_limits(limits)
+            slot.limits = limits
+        uid = self._uid_base + slot.number
+        counted = (slot.oom_kills, slot.groups.count_anew() if slot.idle_since else 0.0)
+        place = _Place(slot.number, uid, boot_id(), capabilities.sandbox, slot.groups, *counted)
+        self._runs[spec.attempt_id] = _Run(place, slot, slot.cell, cell_pid=slot.cell.pid)
+        if not folder.root.is_dir():
+            folder.create()
         if self._as_another_user(place):
-            await asyncio.to_thread(folder.give_to, place.uid)
-        folder.handle.write_text(handle.dumps())
-        self._shims[spec.attempt_id] = cell.shim
+            await folder.give_to(place.uid)
+        handle = Handle(self.name, spec.attempt_id, place.dumps())
+        folder.write_handle(handle.dumps())
         return handle
 
     @staticmethod
@@ -261,34 +272,30 @@ class ProcessExecutor(Executor):
         return place.sandbox is SandboxKind.BUBBLEWRAP and os.geteuid() == 0
 
     async def start(self, handle: Handle, spec: AttemptSpec) -> None:
-        place, folder = self._open(handle)
+        folder = self._workspace.attempt(handle.attempt_id)
         if folder.started.exists():
             raise AlreadyStarted(f"{handle.attempt_id} was started before")
-        shim = self._shims.get(handle.attempt_id)
-        if shim is None:
-            # A daemon before this one prepared it: its parked shim left with it.
-            place.groups.create()
-            shim = self._shims[handle.attempt_id] = ParkedShim.spawn(place.groups.procs_files)
+        run = self._runs.get(handle.attempt_id)
+        if run is None or run.cell is None:
+            # A daemon before this one prepared it: its cell left with it.
+            run = self._runs[handle.attempt_id] = _Run(self._place(handle))
+            run.place.groups.create()
+            run.cell = await self._slots.cell(run.place.groups)
+            run.cell_pid = run.cell.pid
+        run.asked = True
         try:
-            await shim.start(folder.root, self._launch(place, folder, spec))
+            await run.cell.start(folder.root, self._launch(run.place, folder, spec))
+        except AlreadyStarted:
+            # By a daemon before this one, in the same groups: this cell must not be given to others.
+            run.cell.close()
+            del self._runs[handle.attempt_id]
+            raise
         except SandboxFailed as error:
             raise SandboxFailed(error.detail or _tail(folder.log)) from error
-        self._pidfds[handle.attempt_id] = shim.pidfd
-        asyncio.get_running_loop().call_later(0.2, self._make_spare_quietly)
-
-    def _make_spare_quietly(self) -> None:
-        """Not at once: the attempt that has just started needs the processor more."""
-        try:
-            self._make_spare()
-        except OSError as error:
-            log.warning("no_spare_cell", error=str(error))
+        run.started = True
+        self._slots.spare_soon()
 
     def _launch(self, place: _Place, folder: AttemptFolder, spec: AttemptSpec) -> Launch:
-        env: Mapping[str, str] = {**spec.env, ATTEMPT_VARIABLE: str(spec.attempt_id)}
-        spec = AttemptSpec(
-            spec.attempt_id, spec.command, env, spec.cpu_milli, spec.memory_bytes, spec.pids_max, spec.tmp_bytes,
-            spec.network, spec.devices,
-        )  # fmt: skip
         if place.sandbox is SandboxKind.NONE or self._tools is None:
             return unsandboxed(folder.work, folder.output, spec, self._python.host_search_path)
         layout = Layout(folder.work, folder.output, self._etc, self._python, self._filter)
@@ -296,36 +303,60 @@ class ProcessExecutor(Executor):
 
     async def adopt(self, handle: Handle) -> Adoption:
         place, folder = self._open(handle)
-        self._slots.add(place.slot)
-        if handle.attempt_id in self._pidfds:
+        run = self._runs.get(handle.attempt_id)
+        if run is not None and run.status is not None:
+            return Adoption.ENDED
+        if run is not None and (run.pidfd >= 0 or folder.started.exists()):
             return Adoption.RUNNING
+        if _over(place, folder):
+            return Adoption.ENDED
+        self._slots.taken.add(place.slot)
         if place.boot != boot_id():
             return Adoption.ENDED if folder.started.exists() else Adoption.NOT_STARTED
         if not folder.started.exists():
             return Adoption.NOT_STARTED
         started = await _read_started(folder.started)
-        if started is None:
+        pidfd = open_process(*started) if started is not None else None
+        if started is None or pidfd is None:
             return Adoption.ENDED
-        pidfd = open_process(*started)
-        if pidfd is None:
-            return Adoption.ENDED
-        self._pidfds[handle.attempt_id] = pidfd
+        self._runs[handle.attempt_id] = _Run(place, pidfd=pidfd, cell_pid=started[0])
         return Adoption.RUNNING
 
     async def wait(self, handle: Handle) -> ExitStatus:
-        place, folder = self._open(handle)
-        pidfd = self._pidfds.get(handle.attempt_id)
-        if pidfd is not None:
-            await process_ended(pidfd)
-        await self._kill_all(handle, place)
-        shim = self._shims.get(handle.attempt_id)
-        if shim is not None:
-            reap(shim.pid)
+        run = self._runs.get(handle.attempt_id)
+        if run is not None and run.status is not None:
+            return run.status
+        if run is None:
+            run = self._runs[handle.attempt_id] = _Run(self._place(handle))
+        await self._gone(run)
+        folder = self._workspace.attempt(handle.attempt_id)
+        if not (run.place.groups.folders and _over(run.place, folder)):
+            # Else the cell has seen to it.
+            await self._kill_all(handle, run)
         exit_code = _read_exit(folder.exit)
         reason = StopReason(folder.stop.read_text()) if folder.stop.is_file() else None
         if exit_code is None and reason is not None and folder.started.exists():
             exit_code = 128 + signal.SIGKILL
-        return ExitStatus(exit_code, exit_code not in (0, None) and place.groups.oom_kills() > 0, reason)
+        run.status = ExitStatus(exit_code, exit_code not in (0, None) and self._oom_killed(run), reason)
+        if run.cell is not None and run.cell.alive and exit_code is not None:
+            self._release(run)
+        elif run.cell is None and run.pidfd < 0 and _over(run.place, folder):
+            run.released = True  # Under a daemon before this one.
+        return run.status
+
+    async def _gone(self, run: _Run) -> None:
+        """Until its cell has noted its end, or has died."""
+        if run.cell is not None:
+            await asyncio.shield(run.cell.ended)
+        elif run.pidfd >= 0:
+            await process_ended(run.pidfd)
+
+    @staticmethod
+    def _oom_killed(run: _Run) -> bool:
+        counted = run.place.groups.oom_kills()
+        if run.slot is not None:
+            run.slot.oom_kills = counted
+        return counted > run.place.oom_kills
 
     async def stop(self, handle: Handle, *, grace_seconds: float, reason: StopReason) -> None:
         place, folder = self._open(handle)
@@ -333,48 +364,64 @@ class ProcessExecutor(Executor):
             return
         if not folder.stop.exists():
             folder.stop.write_text(reason.value)
-        pidfd = self._pidfds.get(handle.attempt_id)
-        if pidfd is not None and grace_seconds > 0:
-            job = self._job_processes(handle, place)
-            signal_processes(job, self._job_processes(handle, place), signal.SIGTERM)
+        run = self._runs.get(handle.attempt_id) or _Run(place)
+        if run.status is not None:
+            return
+        if (run.cell is not None or run.pidfd >= 0) and grace_seconds > 0:
+            job = self._job_processes(handle, run)
+            signal_processes(job, self._job_processes(handle, run), signal.SIGTERM)
             try:
                 async with asyncio.timeout(grace_seconds):
-                    await process_ended(pidfd)
+                    await self._gone(run)
             except TimeoutError:
                 log.info("attempt_killed_after_grace", attempt_id=str(handle.attempt_id), grace_seconds=grace_seconds)
-        await self._kill_all(handle, place)
-        if pidfd is not None:
-            # The shim still writes down the end of what was killed under it.
-            await process_ended(pidfd)
+        await self._kill_all(handle, run)
+        # The cell still writes down the end of what was killed under it.
+        await self._gone(run)
 
     async def destroy(self, handle: Handle) -> None:
         place, folder = self._open(handle)
-        shim = self._shims.pop(handle.attempt_id, None)
-        pidfd = self._pidfds.pop(handle.attempt_id, None)
-        if place.boot == boot_id():
-            await self._kill_all(handle, place)
-            if pidfd is not None:
-                await process_ended(pidfd)
-            elif shim is not None:
-                shim.close()
-            await place.groups.remove()
-        if shim is not None:
-            shim.close()
-        elif pidfd is not None:
-            os.close(pidfd)
-        await asyncio.to_thread(folder.remove)
-        self._slots.discard(place.slot)
+        run = self._runs.pop(handle.attempt_id, None)
+        if run is not None:
+            if not run.asked and run.slot is not None and run.slot.cell.alive:
+                # Prepared and never started. In this order: after a crash, its groups are not taken for its own.
+                folder.forget_handle()
+                self._release(run)
+            elif not run.released:
+                await self._destroy_running(handle, run)
+        elif folder.read_handle() is not None and not _over(place, folder):
+            await self._destroy_running(handle, _Run(place))
+        await folder.removed()
+
+    async def _destroy_running(self, handle: Handle, run: _Run) -> None:
+        """Kill what there may be of it; also the cell, unless it says that nothing else is left."""
+        if run.started and run.cell is not None and run.cell.alive:
+            await self._kill_all(handle, run)
+            await asyncio.wait({run.cell.ended}, timeout=KILL_TIMEOUT_SECONDS)
+            if run.cell.alive and run.cell.ended.done():
+                self._release(run)
+                return
+        if run.place.boot == boot_id():
+            await self._kill_all(handle, run, with_cell=True)
+            await run.place.groups.remove()
+        if run.pidfd >= 0:
+            os.close(run.pidfd)
+        if run.cell is not None:
+            run.cell.close()
+        self._slots.taken.discard(run.place.slot)
 
     async def stats(self, handle: Handle) -> Stats:
-        place, _ = self._open(handle)
-        pids = self._processes(handle, place)
-        known = place.groups.stats() if place.groups.folders else Stats(None, None, None, len(pids))
+        run = self._run(handle)
+        if run.status is not None:
+            return Stats(None, None, None, 0)
+        pids = self._processes(handle, run)
+        known = run.place.groups.stats(run.place.cpu_seconds)
         read_bytes, written_bytes = disk_bytes(pids)
-        return replace(known, read_bytes=read_bytes, written_bytes=written_bytes)
+        return replace(known, pids=len(pids), read_bytes=read_bytes, written_bytes=written_bytes)
 
     async def processes(self, handle: Handle) -> set[int]:
-        place, _ = self._open(handle)
-        return self._processes(handle, place)
+        run = self._run(handle)
+        return set() if run.status is not None else self._processes(handle, run)
 
     async def sweep(self, known: set[AttemptId]) -> None:
         """Kill and remove what no attempt in `known` accounts for: rests of a daemon that died in between."""
@@ -382,74 +429,79 @@ class ProcessExecutor(Executor):
         for folder in self._workspace.attempts():
             if folder.root.name in {str(attempt_id) for attempt_id in known}:
                 continue
-            if folder.handle.is_file():
-                await self.destroy(Handle.loads(folder.handle.read_text()))
+            if (written := folder.read_handle()) is not None:
+                await self.destroy(Handle.loads(written))
             else:
                 await asyncio.to_thread(folder.remove)
-        used = {f"slot-{slot}" for slot in self._slots}
+        used = {f"slot-{slot}" for slot in self._slots.taken}
         for name in self._tree.groups() - used:
             await self._tree.group(name).remove()
 
     async def close(self) -> None:
-        if self._spare is not None:
-            self._spare.shim.close()
-            await self._spare.groups.remove()
-            self._slots.discard(self._spare.slot)
-            self._spare = None
         self._capabilities = None
+        await self._slots.close()
         self._tree.remove_if_empty()
-        for attempt_id, shim in list(self._shims.items()):
-            self._pidfds.pop(attempt_id, None)
-            shim.close()
-        for pidfd in self._pidfds.values():
-            os.close(pidfd)
-        self._shims.clear()
-        self._pidfds.clear()
+        for run in self._runs.values():
+            if run.cell is not None:
+                run.cell.close()
+            if run.pidfd >= 0:
+                os.close(run.pidfd)
+        self._runs.clear()
 
     # --- processes ----------------------------------------------------------------------------------------------------
 
     def _open(self, handle: Handle) -> tuple[_Place, AttemptFolder]:
+        return self._place(handle), self._workspace.attempt(handle.attempt_id)
+
+    def _place(self, handle: Handle) -> _Place:
         if handle.executor != self.name:
             raise UnknownHandle(f"a handle of the executor {handle.executor!r}")
-        return _Place.loads(handle.data), self._workspace.attempt(handle.attempt_id)
+        return _Place.loads(handle.data)
 
-    def _shim_pid(self, handle: Handle) -> int | None:
-        shim = self._shims.get(handle.attempt_id)
-        if shim is not None:
-            return shim.pid
+    def _run(self, handle: Handle) -> _Run:
+        return self._runs.get(handle.attempt_id) or _Run(self._place(handle))
+
+    def _cell_pid(self, handle: Handle, run: _Run) -> int:
+        """0: there is none. A cell is never killed with its attempt, or nobody would note the end."""
+        if run.cell_pid:
+            return run.cell_pid
         started = _parse_started(self._workspace.attempt(handle.attempt_id).started)
-        if started is None:
-            return None
-        info = process_info(started[0])
-        return started[0] if info is not None and info.start_ticks == started[1] else None
+        info = process_info(started[0]) if started is not None else None
+        return info.pid if started is not None and info is not None and info.start_ticks == started[1] else 0
 
-    def _processes(self, handle: Handle, place: _Place) -> set[int]:
-        """Everything of the attempt except the shim."""
-        if place.groups.folders:
-            return place.groups.members()
-        shim_pid = self._shim_pid(handle)
-        found = descendants(shim_pid) if shim_pid is not None else set[int]()
+    def _processes(self, handle: Handle, run: _Run) -> set[int]:
+        """Everything of the attempt except the cell."""
+        cell_pid = self._cell_pid(handle, run)
+        if run.place.groups.folders:
+            return run.place.groups.members() - {cell_pid}
+        found = descendants(cell_pid) if cell_pid else set[int]()
         # Without cgroups, a daemonised child of an unsandboxed job is known only by the environment it began with.
         return found | processes_with_env(f"{ATTEMPT_VARIABLE}={handle.attempt_id}".encode())
 
-    def _job_processes(self, handle: Handle, place: _Place) -> set[int]:
-        """The job's own processes, without the sandbox's: those stay in the session of the shim."""
-        shim_pid = self._shim_pid(handle)
-        infos = (process_info(pid) for pid in self._processes(handle, place))
-        return {info.pid for info in infos if info is not None and info.session != shim_pid}
+    def _job_processes(self, handle: Handle, run: _Run) -> set[int]:
+        """The job's own processes, without the sandbox's: those stay in the session of the cell."""
+        cell_pid = self._cell_pid(handle, run)
+        infos = (process_info(pid) for pid in self._processes(handle, run))
+        return {info.pid for info in infos if info is not None and info.session != cell_pid}
 
-    async def _kill_all(self, handle: Handle, place: _Place) -> None:
-        if place.boot != boot_id():
+    async def _kill_all(self, handle: Handle, run: _Run, *, with_cell: bool = False) -> None:
+        if run.place.boot != boot_id():
             return
-        if place.groups.folders:
-            await place.groups.kill()
+        if run.place.groups.folders:
+            spare: Set[int] = frozenset() if with_cell else {self._cell_pid(handle, run)}
+            await run.place.groups.kill(spare)
             return
         deadline = asyncio.get_running_loop().time() + KILL_TIMEOUT_SECONDS
-        while alive := _alive(self._processes(handle, place)):
-            signal_processes(alive, _alive(self._processes(handle, place)), signal.SIGKILL)
+        while alive := _alive(self._processes(handle, run)):
+            signal_processes(alive, _alive(self._processes(handle, run)), signal.SIGKILL)
             if asyncio.get_running_loop().time() > deadline:
                 raise TimeoutError(f"processes {sorted(alive)[:5]} do not die")
             await asyncio.sleep(0.002)
+
+
+def _over(place: _Place, folder: AttemptFolder) -> bool:
+    """Whether a cell has noted its end: nothing of it is left in its groups, which may be somebody else's by now."""
+    return place.version > 1 and _read_exit(folder.exit) is not None
 
 
 def _alive(pids: set[int]) -> set[int]:
@@ -478,8 +530,8 @@ async def _read_started(path: Path) -> tuple[int, int] | None:
 def _read_exit(path: Path) -> int | None:
     try:
         return int(path.read_text())
-    except FileNotFoundError:
-        return None
+    except (FileNotFoundError, ValueError):
+        return None  # Not there, or its line was cut off by a crash of the machine.
 
 
 def _tail(path: Path, size_bytes: int = 2000) -> str:

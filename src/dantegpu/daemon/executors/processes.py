@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 MAX_PROCESSES_READ = 512
@@ -17,6 +18,7 @@ _STAT_STARTTIME = 19
 # The parked shim and the job's parent processes all live in the shim's session; whatever the job starts does not.
 
 
+@cache
 def boot_id() -> str:
     """Changes with each boot: pids and start times of an older boot mean nothing."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -8,26 +8,27 @@ An ordinary user's daemon needs one stage only.
 """
 
 import os
-import shlex
 import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from dantegpu.daemon.executors.base import AttemptSpec
+from dantegpu.daemon.executors.cells import Launch
 
 INSIDE_UID = 1000
+ATTEMPT_VARIABLE = "DANTE_ATTEMPT_ID"
 WORK = "/work"
 OUTPUT = "/output"
 HOSTNAME = "dante"
 SEARCH_PATH = "/usr/local/bin:/usr/bin:/bin"
 RELOCATED_PREFIX = "/opt/dante/venv"
 GET_BUBBLEWRAP = "install it, for example with: apt-get install bubblewrap"
-MAX_PAYLOAD_BYTES = 1 << 20
-"""What a pipe holds at most: the daemon hands over all arguments before the job may start."""
+_READY, _SECCOMP = 9, 7
+_FIRST_STAGE, _SECOND_STAGE = 4, 5
 
 _MERGED = ("bin", "lib", "lib32", "lib64", "sbin")
 # Copied from the host's /etc, once, into one folder that becomes the job's: one mount instead of a dozen is 2 ms.
@@ -48,7 +49,7 @@ _OWN_ETC = {
 }
 # Tells the daemon on descriptor 9 that the command runs, then becomes it; a missing command ends with 127, as in a
 # shell.
-_ENTRY = 'echo r >&9; exec "$@" 9>&-'
+_ENTRY = f'echo r >&{_READY}; exec "$@" {_READY}>&-'
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,15 +123,6 @@ class Layout:
     seccomp: Path | None
 
 
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """What the shim is handed: a script for descriptor 3 and arguments for descriptors 4 and 5."""
-
-    script: bytes
-    arguments: bytes = b""
-    inner_arguments: bytes = b""
-
-
 def write_etc(folder: Path, host: Path = Path("/etc")) -> None:
     """Make the job's /etc: what programs need of the host's, nothing else, and its own users and names."""
     fresh = folder.with_name(f"{folder.name}.new")
@@ -187,6 +179,7 @@ def environment(spec: AttemptSpec, *, work: str, output: str, search_path: str) 
         variables["OMP_NUM_THREADS"] = str(max(1, -(-spec.cpu_milli // 1000)))
     variables |= spec.env
     variables["DANTE_OUTPUT"] = output
+    variables[ATTEMPT_VARIABLE] = str(spec.attempt_id)
     real = [device for device in spec.devices if not device.simulated]
     # Set also when empty: a job without a lease must find no device, whatever its own environment says.
     for name, vendor in _VISIBLE_DEVICES.items():
@@ -203,45 +196,33 @@ def sandboxed(tools: Bubblewrap, layout: Layout, spec: AttemptSpec, uid: int) ->
     user = ["--unshare-user", "--uid", str(INSIDE_UID), "--gid", str(INSIDE_UID), "--new-session", "--clearenv"]
     user += [part for name, value in variables.items() for part in ("--setenv", name, value)]
     user += ["--chdir", WORK, "--cap-drop", "ALL"]
-    redirect = "3<&-"
+    files: dict[int, str] = {}
     if layout.seccomp is not None:
-        user += ["--seccomp", "7"]
-        redirect += f" 7<{shlex.quote(str(layout.seccomp))}"
+        user += ["--seccomp", str(_SECCOMP)]
+        files[_SECCOMP] = str(layout.seccomp)
     elif "--disable-userns" in tools.options and not tools.as_root:
         user.append("--disable-userns")
     mounts = [*_namespaces(spec), *_mounts(tools, layout, spec)]
+    from_first, from_second = (["--args", str(number), "--"] for number in (_FIRST_STAGE, _SECOND_STAGE))
+    outside = {"PATH": SEARCH_PATH, "LANG": "C.UTF-8"}
     if not tools.as_root:
-        command = [tools.bwrap, "--args", "4", "--", *entry]
-        return Launch(_script(command, f"{redirect} 5<&-"), _nul([*mounts, *user]))
+        command = [tools.bwrap, *from_first, *entry]
+        return Launch(command, outside, "/", {_FIRST_STAGE: [*mounts, *user]}, files, sandbox=True)
     capabilities = ["--cap-drop", "ALL"]
     for name in ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"):
         capabilities += ["--cap-add", name]
     drop = [tools.setpriv, "--reuid", str(uid), "--regid", str(uid), "--clear-groups", "--inh-caps=-all"]
     drop += ["--bounding-set=-all", "--no-new-privs", "--"]
-    command = [tools.bwrap, "--args", "4", "--", *drop, tools.bwrap, "--args", "5", "--", *entry]
+    command = [tools.bwrap, *from_first, *drop, tools.bwrap, *from_second, *entry]
     first = [*mounts, "--clearenv", "--setenv", "PATH", SEARCH_PATH, *capabilities]
     second = ["--dev-bind", "/", "/", "--die-with-parent", *user]
-    return Launch(_script(command, redirect), _nul(first), _nul(second))
+    return Launch(command, outside, "/", {_FIRST_STAGE: first, _SECOND_STAGE: second}, files, sandbox=True)
 
 
 def unsandboxed(work: Path, output: Path, spec: AttemptSpec, search_path: str) -> Launch:
     """How to start `spec` as the daemon's own user, seeing what that user sees, in a session of its own."""
     variables = environment(spec, work=str(work), output=str(output), search_path=search_path)
-    setsid = shutil.which("setsid", path="/usr/bin:/bin") or "setsid"
-    assignments = "".join(f"{name}={shlex.quote(value)} " for name, value in variables.items())
-    # The variables are set by the shell, never given as arguments: a command line is readable by everybody.
-    names = "".join(f" {name}" for name in variables)
-    script = f"cd {shlex.quote(str(work))} || exit 1\n{assignments}\nexport{names}\n"
-    command = [setsid, "/bin/sh", "-c", _ENTRY, "sh", *spec.command]
-    return Launch(script.encode() + _script(command, "3<&- 4<&- 5<&-"))
-
-
-def _script(command: Sequence[str], redirect: str) -> bytes:
-    return f"exec {shlex.join(command)} {redirect}\n".encode()
-
-
-def _nul(arguments: Sequence[str]) -> bytes:
-    return b"".join(os.fsencode(argument) + b"\0" for argument in arguments)
+    return Launch(spec.command, variables, str(work))
 
 
 def _namespaces(spec: AttemptSpec) -> list[str]:

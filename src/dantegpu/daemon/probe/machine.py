@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -96,6 +97,20 @@ class Probe:
     def close(self) -> None:
         for driver in self._drivers:
             driver.close()
+
+
+def address_towards(url: str) -> str:
+    """This machine's address on its way to `url`, for others of the same network; empty when there is no way."""
+    parts = urlsplit(url)
+    try:
+        family, kind, protocol, _, target = socket.getaddrinfo(
+            parts.hostname, parts.port or 443, type=socket.SOCK_DGRAM
+        )[0]
+        with socket.socket(family, kind, protocol) as route:
+            route.connect(target)  # of a datagram socket: the route is looked up, nothing is sent
+            return str(route.getsockname()[0])
+    except OSError:
+        return ""
 
 
 def _own_memory_limit() -> int:

@@ -15,6 +15,7 @@ from dantegpu.domain.job.events import (
     EndJob,
     Event,
     LeaseExpired,
+    OnNode,
     OpenAttempt,
     Placed,
     PlacementRevoked,
@@ -25,10 +26,12 @@ from dantegpu.domain.job.events import (
     StopAttempt,
     StopRequested,
 )
+from dantegpu.domain.job.gang import rank_of
 from dantegpu.domain.job.model import (
     DEFAULT_MAX_ATTEMPTS,
     DEFAULT_RETRY,
     ENDS_JOB,
+    GangNode,
     JobSnapshot,
     JobState,
     Outcome,
@@ -56,10 +59,12 @@ __all__ = [
     "EndJob",
     "Event",
     "Folded",
+    "GangNode",
     "IllegalTransition",
     "JobSnapshot",
     "JobState",
     "LeaseExpired",
+    "OnNode",
     "OpenAttempt",
     "Outcome",
     "Placed",
@@ -77,5 +82,6 @@ __all__ = [
     "StopReason",
     "StopRequested",
     "fold_report",
+    "rank_of",
     "transition",
 ]

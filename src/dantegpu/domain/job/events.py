@@ -22,10 +22,11 @@ class RetryDue:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A plan was applied: devices are leased and the hold is open."""
+    """A plan was applied: devices are leased and the hold is open. `others` are the nodes 1, 2, ... of a gang."""
 
     attempt_id: AttemptId
     machine_id: MachineId
+    others: tuple[tuple[AttemptId, MachineId], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,14 @@ class LeaseExpired:
     message: str = "the machine stopped answering"
 
 
+@dataclass(frozen=True, slots=True)
+class OnNode:
+    """What happened to the attempt of one node of a gang."""
+
+    rank: int
+    event: AttemptStarting | AttemptRunning | AttemptStopping | AttemptEnded | LeaseExpired
+
+
 type Event = (
     StillWaiting
     | RetryDue
@@ -91,6 +100,7 @@ type Event = (
     | StopRequested
     | AttemptEnded
     | LeaseExpired
+    | OnNode
 )
 
 
@@ -104,6 +114,7 @@ class OpenAttempt:
     attempt_id: AttemptId
     machine_id: MachineId
     epoch: int
+    node_rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)

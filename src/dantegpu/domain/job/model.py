@@ -68,7 +68,10 @@ class QueueReason(StrEnum):
     NO_MATCHING_MACHINE = "no_matching_machine"
     RESTRICTED = "restricted"
     PRICE_ABOVE_MAX = "price_above_max"
+    TOO_FEW_MACHINES = "too_few_machines"
     NO_CAPACITY = "no_capacity"
+    RESERVED = "reserved"
+    BEHIND_RESERVATION = "behind_reservation"
     WAITING_FOR_RETRY = "waiting_for_retry"
     PLACEMENT_REVOKED = "placement_revoked"
     PAUSED = "paused"
@@ -88,7 +91,10 @@ _QUEUE_REASON_TEXTS: Mapping[QueueReason, str] = MappingProxyType({
     QueueReason.NO_MATCHING_MACHINE: "Machines with such GPUs are online, but none is large enough otherwise.",
     QueueReason.RESTRICTED: "The machines that fit take only jobs of their own team (simulated GPUs or no sandbox).",
     QueueReason.PRICE_ABOVE_MAX: "Every machine that fits costs more than the job's max_price.",
+    QueueReason.TOO_FEW_MACHINES: "Fewer machines fit than the job has nodes.",
     QueueReason.NO_CAPACITY: "Machines that fit are online, but busy.",
+    QueueReason.RESERVED: "Machines that fit are busy; it has a reservation, and smaller jobs do not delay it.",
+    QueueReason.BEHIND_RESERVATION: "What is free is kept for a larger job that was there before it.",
     QueueReason.WAITING_FOR_RETRY: "An attempt ended early; the next one starts after a short wait.",
     QueueReason.PLACEMENT_REVOKED: "The chosen machine could not take the job; another is being looked for.",
     QueueReason.PAUSED: "It is paused and waits to be resumed.",
@@ -106,6 +112,7 @@ class StopReason(StrEnum):
     NO_FUNDS = "no_funds"
     PREEMPTED = "preempted"
     MACHINE_DRAINED = "machine_drained"
+    NODE_FAILED = "node_failed"
     DEADLINE = "deadline"
     DEPENDENCY = "dependency"
 
@@ -146,11 +153,36 @@ DEFAULT_RETRY = RetryPolicy()
 
 
 @dataclass(frozen=True, slots=True)
+class GangNode:
+    """One node of a gang in its live epoch: an attempt of its own, with its own machine, reports and end.
+
+    `state` is PLACED to STOPPING while the attempt lives, and terminal once it has ended.
+    """
+
+    attempt_id: AttemptId
+    machine_id: MachineId
+    state: JobState = JobState.PLACED
+    report_seq: int = 0
+    running_at: datetime | None = None
+    ended_at: datetime | None = None
+    outcome: Outcome | None = None
+    exit_code: int | None = None
+    message: str = ""
+
+    @property
+    def ended(self) -> bool:
+        return self.ended_at is not None
+
+
+@dataclass(frozen=True, slots=True)
 class JobSnapshot:
     """All that a transition needs to know of a job. Times are the server's, aware UTC.
 
     `epoch` is the fencing token: it rises with each attempt and never falls. `report_seq` is the last report folded
     for the live attempt. `attempt_id`, `machine_id`, `placed_at` and `running_at` are of the live attempt, else None.
+
+    A job with several `nodes` is a gang: while it lives, `gang` has one entry per node rank, `attempt_id` and
+    `machine_id` are those of node 0, and `running_at` is when the last of its nodes began to run.
     """
 
     id: JobId
@@ -176,3 +208,5 @@ class JobSnapshot:
     outcome: Outcome | None = None
     exit_code: int | None = None
     message: str = ""
+    nodes: int = 1
+    gang: tuple[GangNode, ...] = ()

@@ -3,6 +3,7 @@
 `explain(snapshot, job, now)` answers why one job waits and what the smallest change would open.
 """
 
+from dantegpu.domain.scheduling.backfill import MARGIN_SECONDS, Decision, RoundPlan, Running, is_large, plan_round
 from dantegpu.domain.scheduling.constraints import Constraint, ConstraintCount, PendingJob
 from dantegpu.domain.scheduling.explain import Relaxation, Why, explain
 from dantegpu.domain.scheduling.plan import Blocked, DeviceShare, Placement, Plan, SchedulerState, Unplaced, schedule
@@ -13,9 +14,11 @@ from dantegpu.domain.scheduling.snapshot import Lease, Snapshot, SnapshotBuilder
 
 __all__ = [
     "DEFAULT_POLICY",
+    "MARGIN_SECONDS",
     "Blocked",
     "Constraint",
     "ConstraintCount",
+    "Decision",
     "DeviceShare",
     "JobGroup",
     "JobQueue",
@@ -28,6 +31,8 @@ __all__ = [
     "QueuedJob",
     "Refusal",
     "Relaxation",
+    "RoundPlan",
+    "Running",
     "SchedulerState",
     "Snapshot",
     "SnapshotBuilder",
@@ -35,5 +40,7 @@ __all__ = [
     "Unplaced",
     "Why",
     "explain",
+    "is_large",
+    "plan_round",
     "schedule",
 ]

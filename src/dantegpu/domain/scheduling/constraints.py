@@ -20,6 +20,7 @@ class PendingJob:
 
     `max_price_udgpu_per_hour` is per GPU-hour, or per core-hour for a job without GPUs; None takes any price.
     `requires_sandbox`: never on a machine that cannot isolate it, not even an own one. `runs_image`: in a container.
+    A job with several `nodes` is a gang: each takes the whole request on a machine of its own, all or none.
     `excluded_machines` are never taken, `avoided_machines` only when nothing else fits. `regions` empty: anywhere.
     """
 
@@ -35,6 +36,8 @@ class PendingJob:
     excluded_machines: frozenset[MachineId] = frozenset()
     avoided_machines: frozenset[MachineId] = frozenset()
     not_before: datetime | None = None
+    nodes: int = 1
+    max_duration_seconds: int | None = None
 
     @property
     def shape(self) -> tuple[object, ...]:

@@ -64,12 +64,18 @@ def explain(snapshot: Snapshot, job: PendingJob, now: datetime) -> Why:
     masks = constraint_masks(snapshot, job)
     fitting = all_of(snapshot, masks)
     free = fitting & free_now(snapshot, Capacity.of(snapshot), job)
+    starts = int(free.sum()) >= job.nodes
+    relaxations: list[Relaxation] = []
     if job.not_before is not None and job.not_before > now:
         reason: QueueReason | None = QueueReason.WAITING_FOR_RETRY
+    elif not starts and 0 < fitting.sum() < job.nodes:
+        reason = QueueReason.TOO_FEW_MACHINES
     else:
-        reason = None if free.any() else waiting_reason(snapshot, masks)
-    relaxations: list[Relaxation] = []
-    if not free.any():
+        reason = None if starts else waiting_reason(snapshot, masks)
+    if not starts:
+        fewer = int(free.sum()) or min(int(fitting.sum()), job.nodes - 1)
+        if fewer:
+            relaxations.append(Relaxation("nodes", str(job.nodes), str(fewer), fewer, bool(free.any())))
         for constraint in masks:
             change = _smallest_change(snapshot, job, constraint, all_of(snapshot, masks, but=constraint))
             if change is not None and (relaxation := _measure(snapshot, change, fitting)) is not None:

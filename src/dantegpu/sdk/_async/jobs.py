@@ -140,21 +140,22 @@ class AsyncJobsApi:
                 return
 
     async def logs(
-        self, job_id: str, *, follow: bool = False, epoch: int = 0, offset: int = 0
+        self, job_id: str, *, follow: bool = False, epoch: int = 0, offset: int = 0, node: int = 0
     ) -> AsyncGenerator[LogBytes]:
         """The log of one attempt (0: the latest that has one), as bytes; with `follow`, live until the job has ended.
 
+        Each `node` of a job with several has a log of its own.
         A followed job that is tried again goes on with the next attempt's log, from offset 0, unless `epoch` was given.
         """
         path = f"/v1/jobs/{job_id}/logs"
         if follow:
-            params: Params = {"epoch": epoch, "offset": offset}
+            params: Params = {"epoch": epoch, "offset": offset, "node": node or None}
             async with aclosing(self._transport.stream(path, params=params)) as stream:
                 async for message in stream:
                     yield LogBytes.of(_parsed(LogChunk, message.data))
             return
         while True:
-            params = {"epoch": epoch, "offset": offset, "limit_bytes": LOG_BYTES_PER_READ}
+            params = {"epoch": epoch, "offset": offset, "limit_bytes": LOG_BYTES_PER_READ, "node": node or None}
             headers, data = await self._transport.fetch(path, params=params)
             piece = LogBytes.of_answer(headers, data)
             if data:
@@ -168,16 +169,19 @@ class AsyncJobsApi:
         params: Params = {"epoch": epoch, "after": after, "node": node}
         return await self._transport.call(Metrics, "GET", f"/v1/jobs/{job_id}/metrics", params=params)
 
-    async def results(self, job_id: str) -> Results:
-        """The published result files, each with a URL that is valid for a few minutes."""
-        return await self._transport.call(Results, "GET", f"/v1/jobs/{job_id}/results")
+    async def results(self, job_id: str, *, node: int = 0) -> Results:
+        """The published result files of a node, each with a URL that is valid for a few minutes."""
+        params: Params = {"node": node or None}
+        return await self._transport.call(Results, "GET", f"/v1/jobs/{job_id}/results", params=params)
 
-    async def download(self, job_id: str, folder: Path, *, on_progress: OnProgress = no_progress) -> "list[Path]":
-        """Fetch all results into `folder`. A file appears under its name only when its digest is right.
+    async def download(
+        self, job_id: str, folder: Path, *, node: int = 0, on_progress: OnProgress = no_progress
+    ) -> "list[Path]":
+        """Fetch all results of a node into `folder`. A file appears under its name only when its digest is right.
 
         Raises TransferProblem, also for a path that would leave `folder`.
         """
-        listing = await self.results(job_id)
+        listing = await self.results(job_id, node=node)
         targets = [safe_target(folder, file.path) for file in listing.files]
         total_bytes = sum(file.size_bytes for file in listing.files)
         done_bytes = 0
@@ -185,7 +189,7 @@ class AsyncJobsApi:
         for file, target in zip(listing.files, targets, strict=True):
             if not await self._download_one(file, target, done_bytes, total_bytes, on_progress):
                 # The URL of a file that comes late has ended: ask for new ones.
-                again = {fresh.path: fresh for fresh in (await self.results(job_id)).files}
+                again = {fresh.path: fresh for fresh in (await self.results(job_id, node=node)).files}
                 fresh = again.get(file.path)
                 if fresh is None or not await self._download_one(fresh, target, done_bytes, total_bytes, on_progress):
                     raise TransferProblem(f"storage does not hand out {file.path}")

@@ -104,6 +104,7 @@ def attempt(proto: jobs_pb2.Attempt) -> jobs.Attempt:
         id=proto.id,
         job_id=proto.job_id,
         epoch=proto.epoch,
+        node_rank=proto.node_rank,
         machine_id=proto.machine_id,
         state=job_state(proto.state),
         outcome=_outcome(proto.outcome),

@@ -24,7 +24,12 @@ class MonitoringRpc(monitoring_pb2_grpc.MonitoringServiceServicer):
         self, request: monitoring_pb2.ReadLogsRequest, context: "Context"
     ) -> monitoring_pb2.ReadLogsResponse:
         read = await self._service.read(
-            current_actor(), JobId.parse(request.job_id), request.epoch, request.offset, request.limit_bytes
+            current_actor(),
+            JobId.parse(request.job_id),
+            request.epoch,
+            request.offset,
+            request.limit_bytes,
+            request.node_rank,
         )
         return monitoring_pb2.ReadLogsResponse(
             epoch=read.epoch,

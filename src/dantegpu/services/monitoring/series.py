@@ -99,9 +99,9 @@ class SeriesService:
             return await store.drop_old_series(tx, before, DROP_BATCH)
 
 
-def _attempt(attempt_id: UUID, owner: jobs_pb2.ResolvedAttempt) -> tuple[AttemptRow, int]:
-    row = AttemptRow(attempt_id, JobId.parse(owner.job_id).uuid, TeamId.parse(owner.team_id).uuid, owner.epoch)
-    return row, owner.node_rank
+def _attempt(attempt_id: UUID, owner: jobs_pb2.ResolvedAttempt) -> AttemptRow:
+    job_id, team_id = JobId.parse(owner.job_id), TeamId.parse(owner.team_id)
+    return AttemptRow(attempt_id, job_id.uuid, team_id.uuid, owner.epoch, owner.node_rank)
 
 
 def _usable(point: machine_pb2.MetricsPoint) -> UUID | None:

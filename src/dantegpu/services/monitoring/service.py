@@ -11,6 +11,7 @@ import structlog
 from prometheus_client import Counter
 
 from dantegpu.contracts.gen.dante.v1 import jobs_pb2, jobs_pb2_grpc, storage_pb2, storage_pb2_grpc
+from dantegpu.contracts.objects import epoch_folder
 from dantegpu.domain.clock import Clock
 from dantegpu.domain.ids import AttemptId, JobId, MachineId, TeamId
 from dantegpu.kit import rpc
@@ -24,7 +25,7 @@ from dantegpu.services.monitoring.store import AttemptRow, HeadRow, Piece
 log = structlog.get_logger(__name__)
 
 PIECE_BYTES = 16 << 20
-"""Archived logs lie in pieces of this size, `logs/<job>/<epoch>/<number>`: each fits one internal message."""
+"""Archived logs lie in pieces of this size, `logs/<job>/<epoch>[-<node>]/<number>`: each fits one internal message."""
 READ_BYTES_MAX = 1 << 20
 CHUNK_BYTES_MAX = 256 << 10
 TAIL_BYTES_MIN = 2 << 10
@@ -180,7 +181,9 @@ class LogService:
 
     # --- read ---------------------------------------------------------------------------------------------------------
 
-    async def read(self, actor: Actor, job_id: JobId, epoch: int, offset: int, limit_bytes: int) -> Read:
+    async def read(
+        self, actor: Actor, job_id: JobId, epoch: int, offset: int, limit_bytes: int, node_rank: int = 0
+    ) -> Read:
         """Bytes from `offset` on; an attempt without a log has an empty one. Raises Unauthenticated, InvalidRange,
         LogNotFound."""
         if not actor.is_service:
@@ -189,7 +192,7 @@ class LogService:
             raise InvalidRange("epoch, offset and limit are not negative")
         limit = min(limit_bytes or READ_BYTES_MAX, READ_BYTES_MAX)
         async with self._db.transaction() as tx:
-            head = await store.head_of_job(tx, job_id.uuid, epoch)
+            head = await store.head_of_job(tx, job_id.uuid, epoch, node_rank)
             if head is not None and not _may_read(actor, head):
                 raise LogNotFound(job_id)
             if head is None or offset >= head.size_bytes:
@@ -244,7 +247,7 @@ class LogService:
 
     async def _check_archived(self, head: HeadRow) -> None:
         async with self._db.transaction() as tx:
-            now = await store.head_of_job(tx, head.job_id, head.epoch)
+            now = await store.head_of_job(tx, head.job_id, head.epoch, head.node_rank)
         if now is None or not now.archived:
             log.error("log_has_a_hole", attempt_id=str(AttemptId(head.attempt_id)), size_bytes=head.size_bytes)
 
@@ -267,7 +270,9 @@ class LogService:
 
 
 def _attempt_row(attempt_id: UUID, owner: jobs_pb2.ResolvedAttempt) -> AttemptRow:
-    return AttemptRow(attempt_id, JobId.parse(owner.job_id).uuid, TeamId.parse(owner.team_id).uuid, owner.epoch)
+    return AttemptRow(
+        attempt_id, JobId.parse(owner.job_id).uuid, TeamId.parse(owner.team_id).uuid, owner.epoch, owner.node_rank
+    )
 
 
 def _cut(head: HeadRow, data: bytes, new: list[Piece], lengthened: list[Piece]) -> int:
@@ -299,7 +304,7 @@ def _read(head: HeadRow | None, epoch: int, offset: int, data: bytes) -> Read:
 
 
 def _piece_key(head: HeadRow, piece: int) -> str:
-    return f"logs/{JobId(head.job_id)}/{head.epoch}/{piece}"
+    return f"logs/{JobId(head.job_id)}/{epoch_folder(head.epoch, head.node_rank)}/{piece}"
 
 
 def _join(chunks: Iterable[store.ChunkRow], offset: int, limit: int) -> bytes:

@@ -18,6 +18,7 @@ class AttemptRow:
     job_id: UUID
     team_id: UUID
     epoch: int
+    node_rank: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class HeadRow:
     updated_at: datetime
     tail_offset: int
     team_id: UUID | None
+    node_rank: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,8 @@ async def lock_heads(tx: Tx, attempts: Sequence[AttemptRow], now: datetime) -> d
     attempt_ids = [attempt.attempt_id for attempt in attempts]
     await tx.run(
         QUERIES["make_heads"], attempt_ids=attempt_ids, job_ids=[attempt.job_id for attempt in attempts],
-        team_ids=[attempt.team_id for attempt in attempts], epochs=[attempt.epoch for attempt in attempts], now=now,
+        team_ids=[attempt.team_id for attempt in attempts], epochs=[attempt.epoch for attempt in attempts],
+        node_ranks=[attempt.node_rank for attempt in attempts], now=now,
     )  # fmt: skip
     rows = await tx.all(HeadRow, QUERIES["lock_heads"], attempt_ids=attempt_ids)
     return {row.attempt_id: row for row in rows}
@@ -86,9 +89,9 @@ def _columns(pieces: Sequence[Piece]) -> dict[str, object]:
     }
 
 
-async def head_of_job(tx: Tx, job_id: UUID, epoch: int) -> HeadRow | None:
-    """The head of that epoch; 0 = the latest one."""
-    return await tx.one(HeadRow, QUERIES["head_of_job"], job_id=job_id, epoch=epoch)
+async def head_of_job(tx: Tx, job_id: UUID, epoch: int, node_rank: int) -> HeadRow | None:
+    """The node's head of that epoch; 0 = the latest one."""
+    return await tx.one(HeadRow, QUERIES["head_of_job"], job_id=job_id, epoch=epoch, node_rank=node_rank)
 
 
 async def chunks_between(tx: Tx, attempt_id: UUID, start: int, stop: int) -> list[ChunkRow]:
@@ -138,13 +141,13 @@ class PointRow:
     point: bytes
 
 
-async def lock_series(tx: Tx, attempts: Sequence[tuple[AttemptRow, int]], now: datetime) -> dict[UUID, SeriesRow]:
-    """Series of the attempts (each with its node's rank), made where missing, locked in id order."""
-    attempt_ids = [attempt.attempt_id for attempt, _ in attempts]
+async def lock_series(tx: Tx, attempts: Sequence[AttemptRow], now: datetime) -> dict[UUID, SeriesRow]:
+    """Series of the attempts, made where missing, locked in id order."""
+    attempt_ids = [attempt.attempt_id for attempt in attempts]
     await tx.run(
-        QUERIES["make_metric_heads"], attempt_ids=attempt_ids, job_ids=[attempt.job_id for attempt, _ in attempts],
-        team_ids=[attempt.team_id for attempt, _ in attempts], epochs=[attempt.epoch for attempt, _ in attempts],
-        ranks=[rank for _, rank in attempts], now=now,
+        QUERIES["make_metric_heads"], attempt_ids=attempt_ids, job_ids=[attempt.job_id for attempt in attempts],
+        team_ids=[attempt.team_id for attempt in attempts], epochs=[attempt.epoch for attempt in attempts],
+        ranks=[attempt.node_rank for attempt in attempts], now=now,
     )  # fmt: skip
     rows = await tx.all(SeriesRow, QUERIES["lock_metric_heads"], attempt_ids=attempt_ids)
     return {row.attempt_id: row for row in rows}

@@ -82,7 +82,7 @@ class JobRpc(jobs_pb2_grpc.JobServiceServicer):
         async with self._db.transaction() as tx:
             refs = [JobRef.parse(text) for text in request.job_ids]
             details = await self._intake.get(tx, current_actor(), refs)
-        return jobs_pb2.GetJobsResponse(jobs=[_detailed(detail) for detail in details])
+        return jobs_pb2.GetJobsResponse(jobs=[_detailed(detail, request.node_rank) for detail in details])
 
     async def ListJobs(self, request: jobs_pb2.ListJobsRequest, context: Context) -> jobs_pb2.ListJobsResponse:
         async with self._db.transaction() as tx:
@@ -178,6 +178,7 @@ class JobRpc(jobs_pb2_grpc.JobServiceServicer):
                     machine_id=str(MachineId(row.machine_id)),
                     epoch=row.epoch,
                     live=row.live,
+                    node_rank=row.node_rank,
                 )
                 for row in rows
             ]
@@ -294,11 +295,11 @@ def _job_message(row: JobRow) -> jobs_pb2.Job:
     )
 
 
-def _detailed(details: JobDetails) -> jobs_pb2.Job:
+def _detailed(details: JobDetails, node_rank: int) -> jobs_pb2.Job:
     message = job_message(details.job, details.progress)
     for attempt in details.attempts:
         message.attempts.append(_attempt_message(attempt, details.leases.get(attempt.id, [])))
-        if attempt.epoch == details.job.results_epoch:
+        if attempt.epoch == details.job.results_epoch and attempt.node_rank == node_rank:
             message.results.extend(machine_pb2.AttemptStatus.FromString(attempt.results).results)
     return message
 
@@ -322,6 +323,7 @@ def _attempt_message(row: AttemptRow, leases: Sequence[LeaseRow]) -> jobs_pb2.At
         ended_at=_timestamp(row.ended_at),
         simulated=row.simulated,
         sandbox=row.sandbox,
+        node_rank=row.node_rank,
     )
 
 

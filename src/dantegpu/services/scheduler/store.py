@@ -90,6 +90,9 @@ class AttemptRow:
     cost_udgpu: int
     settled: bool
     stop_requested_at: datetime | None
+    node_rank: int
+    nodes: int
+    report_seq: int
     array_id: UUID | None
 
 
@@ -112,6 +115,10 @@ class DesiredRow:
     lease_expires_at: datetime
     spec: bytes
     traceparent: str
+    node_rank: int
+    first_attempt_id: UUID
+    node_machines: list[UUID]
+    """By rank; empty: the job has one node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +139,8 @@ class LiveLeaseRow:
     cpu_milli: int
     memory_bytes: int
     disk_bytes: int
+    running_at: datetime | None
+    max_duration_seconds: int
     device_ids: list[UUID]
     millis: list[int]
 
@@ -152,6 +161,7 @@ class ResolvedRow:
     team_id: UUID
     machine_id: UUID
     epoch: int
+    node_rank: int
     live: bool
 
 
@@ -245,11 +255,13 @@ async def events_after(tx: Tx, job_id: UUID, after: int, limit: int) -> list[Eve
 
 
 async def insert_attempts(tx: Tx, rows: Sequence[Record], *, now: datetime, lease_seconds: float) -> None:
-    """Raises PlanConflict when a job would get a second live attempt."""
+    """Raises PlanConflict when a job would get a second live attempt, or a gang would be placed in part."""
     try:
         await tx.run(QUERIES["insert_attempts"], rows=_json(rows), now=now, lease_seconds=lease_seconds)
     except UniqueViolation as error:
         raise PlanConflict("a job has a live attempt already") from error
+    except CheckViolation as error:
+        raise PlanConflict("a gang was to be placed in part") from error
 
 
 async def lease_devices(tx: Tx, rows: Sequence[Record]) -> None:
@@ -282,6 +294,14 @@ async def attempts_of_jobs(tx: Tx, job_ids: Sequence[UUID]) -> list[AttemptRow]:
     return await tx.all(AttemptRow, QUERIES["attempts_of_jobs"], job_ids=list(job_ids))
 
 
+async def gang_nodes(tx: Tx, job_ids: Sequence[UUID]) -> dict[UUID, list[AttemptRow]]:
+    """Job -> the attempts of its latest epoch, by node rank."""
+    found: dict[UUID, list[AttemptRow]] = {}
+    for row in await tx.all(AttemptRow, QUERIES["gang_nodes"], job_ids=list(job_ids)):
+        found.setdefault(row.job_id, []).append(row)
+    return found
+
+
 async def leases_of_attempts(tx: Tx, attempt_ids: Sequence[UUID]) -> dict[UUID, list[LeaseRow]]:
     found: dict[UUID, list[LeaseRow]] = {}
     for row in await tx.all(LeaseRow, QUERIES["leases_of_attempts"], attempt_ids=list(attempt_ids)):
@@ -309,7 +329,10 @@ async def out_of_lease(tx: Tx, ids: Sequence[UUID], now: datetime) -> set[UUID]:
 async def report_positions(tx: Tx, machine_id: UUID, job_ids: Sequence[UUID]) -> dict[UUID, int]:
     """Live attempt of these jobs on this machine -> the last report of it that was folded."""
     rows = await tx.all(_Position, QUERIES["report_positions"], machine_id=machine_id, job_ids=list(job_ids))
-    return {row.id: row.report_seq for row in rows}
+    found: dict[UUID, int] = {}
+    for row in rows:
+        found[row.id] = max(row.report_seq, found.get(row.id, 0))
+    return found
 
 
 async def resolve_attempts(tx: Tx, ids: Sequence[UUID]) -> list[ResolvedRow]:

@@ -8,7 +8,7 @@ from dantegpu.contracts.rest import jobs
 from dantegpu.domain.clock import Clock
 from dantegpu.kit import rpc
 from dantegpu.kit.actor import Actor
-from dantegpu.kit.errors import ErrorStatus, RemoteError
+from dantegpu.kit.errors import ErrorStatus, InvalidArgument, RemoteError
 from dantegpu.services.gateway import convert
 from dantegpu.services.gateway.clients import Clients
 from dantegpu.services.gateway.streams import Event, Source
@@ -19,10 +19,19 @@ LOG_GRACE = timedelta(seconds=10)
 """How long after an attempt's end the rest of its log may still arrive."""
 
 
-async def get_job(clients: Clients, job_id: str, actor: Actor | None = None) -> jobs_pb2.Job:
-    """A job of the actor's. Raises RemoteError (not found) for anybody else's."""
-    response = await rpc.call(clients.jobs.GetJobs, jobs_pb2.GetJobsRequest(job_ids=[job_id]), actor=actor)
+async def get_job(clients: Clients, job_id: str, actor: Actor | None = None, node_rank: int = 0) -> jobs_pb2.Job:
+    """A job of the actor's with the results of one node. Raises RemoteError (not found) for anybody else's."""
+    request = jobs_pb2.GetJobsRequest(job_ids=[job_id], node_rank=node_rank)
+    response = await rpc.call(clients.jobs.GetJobs, request, actor=actor)
     return response.jobs[0]
+
+
+def check_node(job: jobs_pb2.Job, node_rank: int) -> None:
+    """Raises InvalidArgument for a node that the job does not have."""
+    nodes = max(job.spec.nodes, 1)
+    if node_rank >= nodes:
+        what = "one node, which is node 0" if nodes == 1 else f"{nodes} nodes, 0 to {nodes - 1}"
+        raise InvalidArgument(f"{job.id} has {what}; there is no node {node_rank}")
 
 
 def is_terminal(job: jobs_pb2.Job | jobs_pb2.Attempt) -> bool:
@@ -82,6 +91,7 @@ class LogSource(Source):
         epoch: int,
         offset: int,
         one_attempt: bool,
+        node_rank: int,
     ) -> None:
         self._clients = clients
         self._actor = actor
@@ -90,6 +100,7 @@ class LogSource(Source):
         self._epoch = epoch
         self._offset = offset
         self._one_attempt = one_attempt
+        self._node_rank = node_rank
         self._complete = False
 
     async def read(self) -> list[Event]:
@@ -105,7 +116,11 @@ class LogSource(Source):
 
     async def _read_here(self) -> list[Event]:
         request = monitoring_pb2.ReadLogsRequest(
-            job_id=self._job.id, epoch=self._epoch, offset=self._offset, limit_bytes=LOG_BYTES_PER_READ
+            job_id=self._job.id,
+            epoch=self._epoch,
+            offset=self._offset,
+            limit_bytes=LOG_BYTES_PER_READ,
+            node_rank=self._node_rank,
         )
         found = await read_logs(self._clients, request, self._actor)
         self._epoch = self._epoch or found.epoch
@@ -135,7 +150,7 @@ class LogSource(Source):
     def _nothing_more(self, job: jobs_pb2.Job) -> bool:
         """Whether the current attempt's log cannot grow any more although its end never arrived."""
         epoch = self._epoch or job.epoch
-        attempt = next((each for each in job.attempts if each.epoch == epoch), None)
+        attempt = next((a for a in job.attempts if (a.epoch, a.node_rank) == (epoch, self._node_rank)), None)
         if attempt is None:
             return is_terminal(job) or epoch < job.epoch
         if not is_terminal(attempt):

@@ -9,10 +9,11 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.responses import StreamingResponse
 
+from dantegpu.contracts import objects
 from dantegpu.contracts.gen.dante.v1 import billing_pb2, jobs_pb2, monitoring_pb2, storage_pb2
 from dantegpu.contracts.rest import billing, jobs, storage
 from dantegpu.contracts.rest.convert import spec_to_proto
-from dantegpu.contracts.rest.spec import JobList, JobSpec
+from dantegpu.contracts.rest.spec import MAX_NODES, JobList, JobSpec
 from dantegpu.contracts.subjects import job_event, logs_appended
 from dantegpu.domain.ids import JobId
 from dantegpu.domain.job import JobState
@@ -34,6 +35,7 @@ from dantegpu.services.gateway.rest.follow import (
     LOG_BYTES_PER_READ,
     JobEventSource,
     LogSource,
+    check_node,
     get_job,
     is_terminal,
     read_logs,
@@ -159,6 +161,7 @@ async def explain_job(job_id: JobIdPath, _actor: JobReader, platform: Platform) 
     return convert.explanation(response.explanations[0])
 
 
+type NodeRank = Annotated[int, Query(ge=0, lt=MAX_NODES, description="Which node, of a job with several")]
 type LastEventId = Annotated[
     str,
     Header(
@@ -228,26 +231,27 @@ async def job_logs(
     epoch: Annotated[int, Query(ge=0, le=MAX_LOG_EPOCH, description="Which attempt; 0: the latest with a log")] = 0,
     offset: Annotated[int, Query(ge=0, le=1 << 60, description="First byte")] = 0,
     limit_bytes: Annotated[int, Query(ge=1, le=1 << 40, description="At most so much")] = 1 << 40,
+    node: NodeRank = 0,
 ) -> Response:
     job = await get_job(platform.clients, job_id)
+    check_node(job, node)
     _refuse_array(job, "logs")
     if not _wants_stream(accept):
-        return await _stored_log(platform, job_id, epoch, offset, limit_bytes)
+        request = monitoring_pb2.ReadLogsRequest(job_id=job_id, epoch=epoch, offset=offset, node_rank=node)
+        return await _stored_log(platform, request, limit_bytes)
     one_attempt = epoch > 0
     if last_event_id:
         seen_epoch, _, seen_offset = last_event_id.partition(":")
         epoch, offset = number_after(seen_epoch, "Last-Event-ID"), number_after(seen_offset, "Last-Event-ID")
-    source = LogSource(platform.clients, actor, platform.clock, job, epoch, offset, one_attempt)
+    source = LogSource(platform.clients, actor, platform.clock, job, epoch, offset, one_attempt, node)
     team = str(actor.require_team())
     platform.streams.check_room(team)
     parsed = JobId.parse(job_id)
     return EventStream(platform.streams.follow(team, [logs_appended(parsed), job_event(parsed)], source))
 
 
-async def _stored_log(platform: Platform, job_id: str, epoch: int, offset: int, limit_bytes: int) -> Response:
-    request = monitoring_pb2.ReadLogsRequest(
-        job_id=job_id, epoch=epoch, offset=offset, limit_bytes=min(limit_bytes, LOG_BYTES_PER_READ)
-    )
+async def _stored_log(platform: Platform, request: monitoring_pb2.ReadLogsRequest, limit_bytes: int) -> Response:
+    request.limit_bytes = min(limit_bytes, LOG_BYTES_PER_READ)
     first = await read_logs(platform.clients, request)
     end = min(first.size_bytes, first.offset + limit_bytes)
 
@@ -286,13 +290,15 @@ async def job_metrics(
 
 
 @router.get("/v1/jobs/{job_id}/results", summary="What a job left in $DANTE_OUTPUT, with download addresses")
-async def job_results(job_id: JobIdPath, _actor: JobReader, platform: Platform) -> jobs.Results:
-    job = await get_job(platform.clients, job_id)
+async def job_results(job_id: JobIdPath, _actor: JobReader, platform: Platform, node: NodeRank = 0) -> jobs.Results:
+    job = await get_job(platform.clients, job_id, node_rank=node)
+    check_node(job, node)
+    prefix = objects.results_prefix(job_id, job.results_epoch, node)
     _refuse_array(job, "results")
     items = [
         storage_pb2.Presign(
             method=storage_pb2.Presign.GET,
-            key=f"results/{job_id}/{job.results_epoch}/{file.path}",
+            key=f"{prefix}/{file.path}",
             download_name=file.path.rpartition("/")[2],
         )
         for file in job.results
@@ -308,7 +314,9 @@ async def job_results(job_id: JobIdPath, _actor: JobReader, platform: Platform) 
         jobs.ResultDownload(path=file.path, size_bytes=file.size_bytes, sha256=file.sha256, url=url)
         for file, url in zip(job.results, urls, strict=True)
     ]
-    return jobs.Results(job_id=job_id, epoch=job.results_epoch or None, complete=is_terminal(job), files=files)
+    return jobs.Results(
+        job_id=job_id, epoch=job.results_epoch or None, node_rank=node, complete=is_terminal(job), files=files
+    )
 
 
 @router.get("/v1/jobs/{job_id}/receipt", tags=["wallet"], summary="What a job cost, window by window")

@@ -1,7 +1,7 @@
 -- name: make_heads
-INSERT INTO log_heads (attempt_id, job_id, team_id, epoch, updated_at)
-SELECT *, %(now)s FROM unnest(%(attempt_ids)s::uuid[], %(job_ids)s::uuid[], %(team_ids)s::uuid[], %(epochs)s::bigint[])
-    AS new (attempt_id, job_id, team_id, epoch)
+INSERT INTO log_heads (attempt_id, job_id, team_id, epoch, node_rank, updated_at)
+SELECT *, %(now)s FROM unnest(%(attempt_ids)s::uuid[], %(job_ids)s::uuid[], %(team_ids)s::uuid[], %(epochs)s::bigint[],
+    %(node_ranks)s::integer[]) AS new (attempt_id, job_id, team_id, epoch, node_rank)
 ORDER BY attempt_id ON CONFLICT DO NOTHING;
 
 -- name: lock_heads
@@ -24,7 +24,9 @@ INSERT INTO log_chunks (attempt_id, start_offset, data)
 SELECT * FROM unnest(%(attempt_ids)s::uuid[], %(offsets)s::bigint[], %(data)s::bytea[]);
 
 -- name: head_of_job
-SELECT * FROM log_heads WHERE job_id = %(job_id)s AND (%(epoch)s = 0 OR epoch = %(epoch)s) ORDER BY epoch DESC LIMIT 1;
+SELECT * FROM log_heads
+WHERE job_id = %(job_id)s AND node_rank = %(node_rank)s AND (%(epoch)s = 0 OR epoch = %(epoch)s)
+ORDER BY epoch DESC LIMIT 1;
 
 -- name: chunks_between
 -- The chunk that `start` falls into, and those behind it that begin before `stop`.

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterable
+from ipaddress import ip_address
 
 from dantegpu.contracts.gen.dante.v1 import machine_pb2, registry_pb2
 from dantegpu.domain.benchmark import cpu_score, gpu_score, implausible
@@ -54,6 +55,8 @@ def checked(machine_id: MachineId, inventory: machine_pb2.Inventory) -> bytes:
         raise InvalidInventory("devices", f"{len(inventory.devices)} devices, at most {MAX_DEVICES} per machine")
     _check_unique("devices.index", [str(device.index) for device in inventory.devices])
     _check_unique("devices.uuid", [device.uuid for device in inventory.devices if device.uuid])
+    if inventory.address:
+        _check_address(inventory.address)
     result = machine_pb2.Inventory()
     result.CopyFrom(inventory)
     _check_benchmark(result)
@@ -149,6 +152,14 @@ def _check_text(field: str, text: str) -> None:
         raise InvalidInventory(field, f"{len(text)} characters, at most {MAX_TEXT_LENGTH}")
     if not text.isprintable():
         raise InvalidInventory(field, "contains control characters")
+
+
+def _check_address(text: str) -> None:
+    """It becomes part of the environment of other machines' jobs."""
+    try:
+        ip_address(text)
+    except ValueError:
+        raise InvalidInventory("address", f"{text[:80]!r} is no IP address") from None
 
 
 def _check_amount(field: str, value: float, maximum: float) -> None:

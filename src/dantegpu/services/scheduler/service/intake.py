@@ -19,7 +19,7 @@ from dantegpu.domain.clock import Clock
 from dantegpu.domain.ids import InvalidId, JobId, TeamId
 from dantegpu.domain.job import JobState, QueueReason, StopReason
 from dantegpu.domain.resources import InvalidGpuSpec
-from dantegpu.domain.scheduling import DEFAULT_POLICY, Snapshot, Why, explain, schedule
+from dantegpu.domain.scheduling import Snapshot, Why, explain
 from dantegpu.kit import rpc
 from dantegpu.kit.actor import SERVICE, Actor
 from dantegpu.kit.db import Database, Tx
@@ -31,7 +31,7 @@ from dantegpu.services.scheduler import store, store_arrays, store_lifetimes
 from dantegpu.services.scheduler.errors import InputNotUploaded, InvalidJob, JobNotFound, NoOfferFits, TaskNotFound
 from dantegpu.services.scheduler.service.arrays import split, stop_array
 from dantegpu.services.scheduler.service.inventory import Inventory
-from dantegpu.services.scheduler.service.placement import live_leases, pending_of, pending_of_spec, request_of
+from dantegpu.services.scheduler.service.placement import live_leases, pending_of, pending_of_spec, plan_of, request_of
 from dantegpu.services.scheduler.service.transitions import JobBatch, Wakeups, event_message
 from dantegpu.services.scheduler.settings import SchedulerSettings
 from dantegpu.services.scheduler.store import AttemptRow, JobRow, LeaseRow
@@ -40,6 +40,7 @@ from dantegpu.services.scheduler.store_arrays import ProgressRow
 MAX_JOBS_PER_CALL = 10_000
 MAX_SPEC_BYTES = 64 << 10
 """A machine hears of all its attempts in one NATS message, whose payload is bounded (2 MiB embedded)."""
+MAX_NODES = 64
 MAX_NAME_LENGTH = 100
 MAX_EVENTS_PAGE = 1000
 MAX_ARRAY_BYTES = 256 << 20
@@ -127,6 +128,8 @@ class Intake:
             raise InvalidJob(f"{where}give either a command or `commands`: what shall run?", field="commands")
         if spec.ByteSize() > MAX_SPEC_BYTES:
             raise InvalidJob(f"{where}the job is {spec.ByteSize()} bytes long, at most {MAX_SPEC_BYTES} are accepted")
+        if not 0 <= spec.nodes <= MAX_NODES:
+            raise InvalidJob(f"{where}nodes {spec.nodes}: expected 1 to {MAX_NODES}", field="nodes")
         if not 0 <= spec.priority <= 100:
             raise InvalidJob(f"{where}priority {spec.priority}: expected 0 to 100", field="priority")
         if any("\x00" in text for text in _texts(spec)):
@@ -211,8 +214,8 @@ class Intake:
         now = self._clock.now()
         pending = [pending_of_spec(JobId.new(), team_id, now, spec) for spec in specs]
         async with self._db.transaction() as tx:
-            leases = await live_leases(tx)
-        plan = schedule(Snapshot.from_machines(self._inventory.machines(), leases), pending, DEFAULT_POLICY, now=now)
+            live = await store.live_leases(tx)
+        _, plan = plan_of(self._inventory.machines(), live, pending, now)
         if plan.unplaced:
             first = plan.unplaced[0]
             detail = f" ({first.detail})" if first.detail else ""

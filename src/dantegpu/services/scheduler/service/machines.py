@@ -10,7 +10,7 @@ import structlog
 from google.protobuf.message import DecodeError
 from nats.aio.msg import Msg
 
-from dantegpu.contracts import subjects
+from dantegpu.contracts import objects, subjects
 from dantegpu.contracts.gen.dante.v1 import (
     jobs_pb2,
     machine_pb2,
@@ -38,6 +38,9 @@ log = structlog.get_logger(__name__)
 MAX_ATTEMPTS_PER_SYNC = 10_000
 MAX_RESULT_FILES = 10_000
 MAX_PATH_LENGTH = 1024
+FIRST_RENDEZVOUS_PORT = 20_000
+RENDEZVOUS_PORTS = 10_000
+"""Below the range that kernels give to outgoing connections."""
 _ENDED = frozenset({jobs_pb2.SUCCEEDED, jobs_pb2.FAILED, jobs_pb2.CANCELLED})
 
 
@@ -185,7 +188,15 @@ class Machines:
             traceparent=row.traceparent,
             log_limit_bytes=self._settings.log_limit_bytes,
             results_limit_bytes=self._settings.results_limit_bytes,
+            node_rank=row.node_rank,
+            node_addresses=[self._address(MachineId(machine)) for machine in row.node_machines],
+            rendezvous_port=_rendezvous_port(row.first_attempt_id),
         )
+
+    def _address(self, machine_id: MachineId) -> str:
+        """Where others reach the machine; empty when it has just left."""
+        machine = self._inventory.machine(machine_id)
+        return machine.inventory.address if machine is not None else ""
 
     async def urls(self, machine_id: MachineId, request: machine_pb2.UrlsRequest) -> machine_pb2.UrlsReply:
         """Presigned URLs for an attempt that this machine holds at this moment, and for nothing else (I7)."""
@@ -206,7 +217,8 @@ class Machines:
         if request.input and not jobs_pb2.JobSpec.FromString(job.spec).input_sha256:
             return machine_pb2.UrlsReply(error="refused: the job has no input")
         items = [_presign_input(job)] if request.input else []
-        items += [_presign_result(job.id, attempt.epoch, result) for result in request.results]
+        prefix = objects.results_prefix(str(JobId(job.id)), attempt.epoch, attempt.node_rank)
+        items += [_presign_result(prefix, result) for result in request.results]
         answer = await rpc.call(self._storage.PresignUrls, storage_pb2.PresignRequest(items=items), actor=SERVICE)
         urls = list(answer.urls)
         input_url = urls.pop(0) if request.input else ""
@@ -241,10 +253,15 @@ def _presign_input(job: store.JobRow) -> storage_pb2.Presign:
     return storage_pb2.Presign(method=storage_pb2.Presign.GET, key=f"blobs/{TeamId(job.team_id)}/{spec.input_sha256}")
 
 
-def _presign_result(job_id: UUID, epoch: int, result: jobs_pb2.ResultFile) -> storage_pb2.Presign:
+def _rendezvous_port(first_attempt_id: UUID) -> int:
+    """A port on node 0 that all nodes agree on without asking, and that another job there hardly has."""
+    return FIRST_RENDEZVOUS_PORT + first_attempt_id.int % RENDEZVOUS_PORTS
+
+
+def _presign_result(prefix: str, result: jobs_pb2.ResultFile) -> storage_pb2.Presign:
     return storage_pb2.Presign(
         method=storage_pb2.Presign.PUT,
-        key=f"results/{JobId(job_id)}/{epoch}/{result.path}",
+        key=f"{prefix}/{result.path}",
         size_bytes=result.size_bytes,
         sha256=result.sha256,
     )

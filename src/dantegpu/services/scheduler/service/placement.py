@@ -1,10 +1,12 @@
 """The leader's rounds: what waits, what is free, one plan, holds for it, one transaction that applies it."""
 
 import asyncio
+import heapq
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
+from typing import Any
 from uuid import UUID
 
 import structlog
@@ -20,7 +22,21 @@ from dantegpu.domain.ids import AttemptId, DeviceId, InvalidId, JobId, MachineId
 from dantegpu.domain.job import JobState, QueueReason
 from dantegpu.domain.pricing import WINDOW_SECONDS
 from dantegpu.domain.resources import MachineInfo, ResourceRequest, parse_gpu_spec
-from dantegpu.domain.scheduling import DEFAULT_POLICY, Lease, PendingJob, Placement, Snapshot, Unplaced, schedule
+from dantegpu.domain.scheduling import (
+    DEFAULT_POLICY,
+    MARGIN_SECONDS,
+    Decision,
+    Lease,
+    PendingJob,
+    Placement,
+    Plan,
+    RoundPlan,
+    Running,
+    Snapshot,
+    is_large,
+    plan_round,
+    schedule,
+)
 from dantegpu.domain.units import format_dgpu
 from dantegpu.kit import rpc
 from dantegpu.kit.actor import SERVICE
@@ -36,13 +52,16 @@ from dantegpu.services.scheduler.errors import PlanConflict
 from dantegpu.services.scheduler.service.inventory import Inventory
 from dantegpu.services.scheduler.service.transitions import JobBatch, Opening, Wakeups
 from dantegpu.services.scheduler.settings import SchedulerSettings
-from dantegpu.services.scheduler.store import JobRow
+from dantegpu.services.scheduler.store import JobRow, LiveLeaseRow
 
 log = structlog.get_logger(__name__)
 
 LOAD_PAGE = 1000
 MAX_PLACEMENTS_PER_ROUND = 1000
 MAX_REASONS_PER_ROUND = 1000
+MAX_BACKFILL_JOBS = 2000
+MAX_LARGE_JOBS = 100
+"""While a large job waits, a round looks at so many of the first small and large ones; the others wait their turn."""
 NO_FUNDS_RETRY_SECONDS = 10.0
 IDLE_ROUND_SECONDS = 5.0
 """A round also runs this often while something waits: what woke nobody is found all the same."""
@@ -71,6 +90,7 @@ def pending_of_spec(job_id: JobId, team_id: TeamId, submitted_at: datetime, spec
         priority=spec.priority,
         max_price_udgpu_per_hour=spec.max_price_udgpu_per_gpu_hour if has_limit else None,
         runs_image=bool(spec.image),
+        nodes=max(spec.nodes, 1),
     )
 
 
@@ -86,17 +106,62 @@ def request_of(spec: jobs_pb2.JobSpec) -> ResourceRequest:
 
 
 async def live_leases(tx: Tx) -> list[Lease]:
-    return [
-        Lease(
-            machine_id=MachineId(row.machine_id),
-            team_id=TeamId(row.team_id),
-            cpu_milli=row.cpu_milli,
-            memory_bytes=row.memory_bytes,
-            disk_bytes=row.disk_bytes,
-            devices=tuple((DeviceId(device), milli) for device, milli in zip(row.device_ids, row.millis, strict=True)),
-        )
-        for row in await store.live_leases(tx)
+    return [_lease(row) for row in await store.live_leases(tx)]
+
+
+def _lease(row: LiveLeaseRow) -> Lease:
+    return Lease(
+        machine_id=MachineId(row.machine_id),
+        team_id=TeamId(row.team_id),
+        cpu_milli=row.cpu_milli,
+        memory_bytes=row.memory_bytes,
+        disk_bytes=row.disk_bytes,
+        devices=tuple((DeviceId(device), milli) for device, milli in zip(row.device_ids, row.millis, strict=True)),
+    )
+
+
+def plan_of(
+    machines: Iterable[MachineInfo], live: Sequence[LiveLeaseRow], pending: Sequence[PendingJob], now: datetime
+) -> tuple[Snapshot, Plan | RoundPlan]:
+    """What is there, and who gets it. Only where something large waits does a round cost what reservations cost."""
+    leases = [_lease(row) for row in live]
+    snapshot = Snapshot.from_machines(machines, leases)
+    large = [job for job in pending if is_large(job)]
+    if not large:
+        return snapshot, schedule(snapshot, pending, DEFAULT_POLICY, now=now)
+    small = [job for job in pending if not is_large(job)]
+    first = heapq.nsmallest(MAX_BACKFILL_JOBS, small, key=_rank) + heapq.nsmallest(MAX_LARGE_JOBS, large, key=_rank)
+    running = [
+        Running(lease, (row.running_at or now) + timedelta(seconds=row.max_duration_seconds + MARGIN_SECONDS))
+        for lease, row in zip(leases, live, strict=True)
     ]
+    return snapshot, plan_round(snapshot, running, first, DEFAULT_POLICY, now=now)
+
+
+def _rank(job: PendingJob) -> tuple[int, datetime]:
+    return -job.priority, job.submitted_at
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """A job's place in a plan: one placement per node, by rank, and the attempt that each will open."""
+
+    job_id: UUID
+    placements: tuple[Placement, ...]
+    attempts: tuple[AttemptId, ...]
+
+    @staticmethod
+    def of(placements: Sequence[Placement], limit: int) -> "list[_Chosen]":
+        """About `limit` placements, job by job: a gang is never cut."""
+        by_job: dict[UUID, list[Placement]] = {}
+        for number, placement in enumerate(placements):
+            job_id = placement.job_id.uuid
+            if number >= limit and job_id not in by_job:
+                break
+            by_job.setdefault(job_id, []).append(placement)
+        return [
+            _Chosen(job_id, tuple(nodes), tuple(AttemptId.new() for _ in nodes)) for job_id, nodes in by_job.items()
+        ]
 
 
 @dataclass(slots=True)
@@ -197,6 +262,7 @@ class PlacementLeader:
                     # It passed the intake's check once; it must not keep the others from being placed now.
                     log.error("job_unreadable", job_id=str(JobId(row.id)), error=str(error))
                     continue
+                pending = replace(pending, max_duration_seconds=duration)
                 told = (row.reason or "", row.reason_detail)
                 self._queue[row.id] = _Waiting(pending, duration, told, row.traceparent, row.array_id, row.deadline_at)
         self._again.notify()
@@ -267,22 +333,22 @@ class PlacementLeader:
             return False
         with span("placement round", jobs=str(len(ready))):
             async with self._db.transaction() as tx:
-                leases = await live_leases(tx)
-            snapshot = Snapshot.from_machines(self._inventory.machines(), leases)
-            plan = schedule(snapshot, ready, DEFAULT_POLICY, now=now)
-            chosen = plan.placements[:MAX_PLACEMENTS_PER_ROUND]
-            attempts = {placement.job_id.uuid: AttemptId.new() for placement in chosen}
-            refused = await self._open_holds(chosen, attempts, snapshot)
+                live = await store.live_leases(tx)
+            snapshot, plan = plan_of(self._inventory.machines(), live, ready, now)
+            chosen = _Chosen.of(plan.placements, MAX_PLACEMENTS_PER_ROUND)
+            refused = await self._open_holds(chosen, snapshot)
             try:
-                unused = await self._apply(chosen, attempts, refused, plan.unplaced, snapshot, now)
+                unused = await self._apply(chosen, refused, plan.unplaced, snapshot, now)
             except (PlanConflict, LostLeadership):
                 # Rolled back for certain. After anything else the commit may have happened, and the attempts need
                 # their holds (I5): settlement's sweep looks which of them exist.
-                await self._void(attempts.values())
+                await self._void(_attempts_of(chosen))
                 raise
-            if unused:
-                await self._void(unused)
-        return len(plan.placements) > len(chosen) or bool(refused and self._ready(monotonic, now))
+            # Of a gang that is refused for one node, the holds of the others were opened for nothing.
+            partly = [job for job in chosen if job.job_id in refused and len(job.attempts) > 1]
+            await self._void([*unused, *_attempts_of(partly)])
+        more = len(plan.placements) > sum(len(job.placements) for job in chosen)
+        return more or bool(refused and self._ready(monotonic, now))
 
     def _ready(self, monotonic: float, now: datetime) -> list[PendingJob]:
         self._paused_teams = {team: until for team, until in self._paused_teams.items() if until > monotonic}
@@ -293,15 +359,13 @@ class PlacementLeader:
             if waiting.deadline_at is None or waiting.deadline_at > now
         ]
 
-    async def _open_holds(
-        self, chosen: Sequence[Placement], attempts: dict[UUID, AttemptId], snapshot: Snapshot
-    ) -> dict[UUID, billing_pb2.HoldResult]:
+    async def _open_holds(self, chosen: Sequence[_Chosen], snapshot: Snapshot) -> dict[UUID, billing_pb2.HoldResult]:
         """Open the first window's hold of each placement; the refusals by job."""
         if not chosen:
             return {}
         requests = [
             billing_pb2.HoldRequest(
-                attempt_id=str(attempts[placement.job_id.uuid]),
+                attempt_id=str(attempt_id),
                 job_id=str(JobId(self._array_of(placement) or placement.job_id.uuid)),
                 window=0,
                 payer_team_id=str(placement.team_id),
@@ -310,7 +374,8 @@ class PlacementLeader:
                 window_seconds=WINDOW_SECONDS,
                 simulated=snapshot.machines[placement.machine_index].simulated,
             )
-            for placement in chosen
+            for job in chosen
+            for placement, attempt_id in zip(job.placements, job.attempts, strict=True)
         ]
         try:
             answer = await rpc.call(
@@ -318,13 +383,10 @@ class PlacementLeader:
             )
         except ServiceError:
             # Some may be open all the same, and would tie up money until the sweep finds them.
-            await self._void(attempts.values())
+            await self._void(_attempts_of(chosen))
             raise
-        return {
-            placement.job_id.uuid: result
-            for placement, result in zip(chosen, answer.results, strict=True)
-            if not result.opened
-        }
+        jobs = (job.job_id for job in chosen for _ in job.attempts)
+        return {job_id: result for job_id, result in zip(jobs, answer.results, strict=True) if not result.opened}
 
     def _array_of(self, placement: Placement) -> UUID | None:
         waiting = self._queue.get(placement.job_id.uuid)
@@ -332,16 +394,15 @@ class PlacementLeader:
 
     async def _apply(
         self,
-        chosen: Sequence[Placement],
-        attempts: dict[UUID, AttemptId],
+        chosen: Sequence[_Chosen],
         refused: dict[UUID, billing_pb2.HoldResult],
-        unplaced: Sequence[Unplaced],
+        unplaced: Sequence[Decision],
         snapshot: Snapshot,
         now: datetime,
     ) -> list[AttemptId]:
         """Write the plan. Returns the attempts that came to nothing because their job changed meanwhile."""
         told = self._news(unplaced, refused)
-        placed = [placement for placement in chosen if placement.job_id.uuid not in refused]
+        placed = [job for job in chosen if job.job_id not in refused]
         if not placed and not told:
             return []
         unused: list[AttemptId] = []
@@ -350,19 +411,17 @@ class PlacementLeader:
         async with self._db.transaction() as tx:
             assert self.leadership is not None, "rounds run under a lease"
             await self.leadership.assert_held(tx)
-            batch = await JobBatch.lock(tx, [*(p.job_id.uuid for p in placed), *told], now)
-            for placement in placed:
-                job_id = placement.job_id.uuid
-                job = batch.get(job_id)
+            batch = await JobBatch.lock(tx, [*(job.job_id for job in placed), *told], now)
+            for place in placed:
+                job = batch.get(place.job_id)
                 if job is None or job.state is not JobState.QUEUED:
-                    unused.append(attempts[job_id])
-                    gone.append(job_id)
+                    unused.extend(place.attempts)
+                    gone.append(place.job_id)
                     continue
-                machine = snapshot.machines[placement.machine_index]
-                event = lifecycle.Placed(attempts[job_id], placement.machine_id)
-                with self._span(placement, attempts[job_id]):
-                    batch.apply(job_id, event, self._opening(placement, machine))
-                done.append(job_id)
+                first, *others = zip(place.attempts, (node.machine_id for node in place.placements), strict=True)
+                with self._span(place):
+                    batch.apply(place.job_id, lifecycle.Placed(*first, tuple(others)), self._opening(place, snapshot))
+                done.append(place.job_id)
             for job_id, reason in told.items():
                 job = batch.get(job_id)
                 if job is None or job.state is not JobState.QUEUED:
@@ -377,19 +436,19 @@ class PlacementLeader:
                 self._queue[job_id].told = reason
         return unused
 
-    def _span(self, placement: Placement, attempt_id: AttemptId) -> AbstractContextManager[object]:
+    def _span(self, place: _Chosen) -> AbstractContextManager[object]:
         """The placement as a part of its submission's trace; the round has one of its own."""
-        waiting = self._queue.get(placement.job_id.uuid)
+        waiting = self._queue.get(place.job_id)
         return span(
             "placement",
             waiting.traceparent if waiting else "",
-            job_id=str(placement.job_id),
-            attempt_id=str(attempt_id),
-            machine_id=str(placement.machine_id),
+            job_id=str(JobId(place.job_id)),
+            attempt_id=str(place.attempts[0]),
+            machine_id=str(place.placements[0].machine_id),
         )
 
     def _news(
-        self, unplaced: Sequence[Unplaced], refused: dict[UUID, billing_pb2.HoldResult]
+        self, unplaced: Sequence[Decision], refused: dict[UUID, billing_pb2.HoldResult]
     ) -> dict[UUID, tuple[str, str]]:
         """Jobs whose reason is another one than the database has."""
         news: dict[UUID, tuple[str, str]] = {}
@@ -413,33 +472,43 @@ class PlacementLeader:
                 news[job_id] = reason
         return news
 
-    def _opening(self, placement: Placement, machine: MachineInfo) -> Opening:
+    def _opening(self, place: _Chosen, snapshot: Snapshot) -> Opening:
+        machines = [snapshot.machines[placement.machine_index] for placement in place.placements]
+        known = [self._inventory.machine(machine.id) for machine in machines]
+        names = [
+            f"{found.inventory.hostname if found else machine.id} ({machine.id})"
+            for found, machine in zip(known, machines, strict=True)
+        ]
+        rate = sum(placement.rate_udgpu_per_hour for placement in place.placements)
+        return Opening(
+            attempts=tuple(map(self._attempt, place.placements, machines)),
+            devices=tuple(
+                tuple(
+                    {"device_id": share.device_id.uuid, "device_index": share.index, "milli": share.milli}
+                    for share in placement.devices
+                )
+                for placement in place.placements
+            ),
+            message=f"on {', '.join(names)}, {format_dgpu(rate)} $dGPU per hour",
+        )
+
+    def _attempt(self, placement: Placement, machine: MachineInfo) -> dict[str, Any]:
         waiting = self._queue.get(placement.job_id.uuid)
         known = self._inventory.machine(machine.id)
-        return Opening(
-            attempt={
-                "job_id": placement.job_id.uuid,
-                "array_id": waiting.array_id if waiting else None,
-                "team_id": placement.team_id.uuid,
-                "machine_id": machine.id.uuid,
-                "provider_team_id": machine.team_id.uuid,
-                "simulated": any(machine.devices[share.index].simulated for share in placement.devices),
-                "sandbox": known.inventory.sandbox if known else "",
-                "cpu_milli": placement.cpu_milli,
-                "memory_bytes": placement.memory_bytes,
-                "disk_bytes": placement.disk_bytes,
-                "rate_udgpu_per_hour": placement.rate_udgpu_per_hour,
-                "max_duration_seconds": (
-                    waiting.max_duration_seconds if waiting else self._settings.max_duration_seconds
-                ),
-            },
-            devices=tuple(
-                {"device_id": share.device_id.uuid, "device_index": share.index, "milli": share.milli}
-                for share in placement.devices
-            ),
-            message=f"on {known.inventory.hostname if known else machine.id} ({machine.id}), "
-            f"{format_dgpu(placement.rate_udgpu_per_hour)} $dGPU per hour",
-        )
+        return {
+            "job_id": placement.job_id.uuid,
+            "array_id": waiting.array_id if waiting else None,
+            "team_id": placement.team_id.uuid,
+            "machine_id": machine.id.uuid,
+            "provider_team_id": machine.team_id.uuid,
+            "simulated": any(machine.devices[share.index].simulated for share in placement.devices),
+            "sandbox": known.inventory.sandbox if known else "",
+            "cpu_milli": placement.cpu_milli,
+            "memory_bytes": placement.memory_bytes,
+            "disk_bytes": placement.disk_bytes,
+            "rate_udgpu_per_hour": placement.rate_udgpu_per_hour,
+            "max_duration_seconds": waiting.max_duration_seconds if waiting else self._settings.max_duration_seconds,
+        }
 
     async def _void(self, attempts: Iterable[AttemptId]) -> None:
         """Give back holds whose attempt came to nothing. When this fails, settlement's sweep finds them."""
@@ -450,6 +519,10 @@ class PlacementLeader:
             await rpc.call(self._billing.CloseHolds, billing_pb2.CloseHoldsRequest(holds=closes), actor=SERVICE)
         except ServiceError as error:
             log.warning("holds_not_voided", holds=len(closes), error=error.message)
+
+
+def _attempts_of(chosen: Iterable[_Chosen]) -> list[AttemptId]:
+    return [attempt_id for job in chosen for attempt_id in job.attempts]
 
 
 def _refusal_reason(refusal: billing_pb2.HoldResult) -> tuple[str, str]:

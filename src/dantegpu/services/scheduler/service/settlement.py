@@ -153,8 +153,7 @@ class Settlement:
             if broke:
                 batch = await JobBatch.lock(tx, [attempt.job_id for attempt in broke], now)
                 for attempt in broke:
-                    job = batch.get(attempt.job_id)
-                    if job is not None and job.attempt_id == AttemptId(attempt.id):
+                    if batch.holds(attempt.job_id, attempt.id):
                         batch.apply(attempt.job_id, lifecycle.StopRequested(by="billing", why=StopReason.NO_FUNDS))
                 await batch.save(tx, self._outbox, self._wakeups, lease_seconds=self._settings.lease_seconds)
             if opened:

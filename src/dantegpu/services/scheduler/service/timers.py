@@ -8,7 +8,6 @@ import structlog
 
 from dantegpu.domain import job as lifecycle
 from dantegpu.domain.clock import Clock
-from dantegpu.domain.ids import AttemptId
 from dantegpu.domain.job import StopReason
 from dantegpu.kit.db import Database
 from dantegpu.kit.errors import ServiceError
@@ -72,11 +71,10 @@ class Timers:
         current = await store.lock_attempts(tx, [row.attempt_id for row in due])
         lost = 0
         for row in due:
-            job = batch.get(row.job_id)
-            if job is None or job.attempt_id != AttemptId(row.attempt_id):
+            if not batch.holds(row.job_id, row.attempt_id):
                 continue
             if row.lost and may_lose and current[row.attempt_id].lease_renewed_at == row.lease_renewed_at:
-                batch.apply(row.job_id, lifecycle.LeaseExpired(renewed_at=row.lease_renewed_at))
+                batch.apply_to(row.job_id, row.attempt_id, lifecycle.LeaseExpired(renewed_at=row.lease_renewed_at))
                 lost += 1
             elif row.overdue:
                 batch.apply(row.job_id, lifecycle.StopRequested(by="max_duration", why=StopReason.MAX_DURATION))

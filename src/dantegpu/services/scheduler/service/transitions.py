@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -18,7 +18,7 @@ from dantegpu.domain.pricing import billable_seconds
 from dantegpu.kit.db import Tx
 from dantegpu.kit.outbox import Outbox
 from dantegpu.services.scheduler import store
-from dantegpu.services.scheduler.store import JobRow
+from dantegpu.services.scheduler.store import AttemptRow, JobRow
 
 
 @dataclass(slots=True)
@@ -35,10 +35,10 @@ class Wakeups:
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """What a placement adds to the attempt that a Placed event opens."""
+    """What a placement adds to the attempt that a Placed event opens; a gang has one of each per node, by rank."""
 
-    attempt: Mapping[str, Any]
-    devices: tuple[Mapping[str, Any], ...]
+    attempts: tuple[Mapping[str, Any], ...]
+    devices: tuple[tuple[Mapping[str, Any], ...], ...]
     message: str
 
 
@@ -54,7 +54,8 @@ _ATTEMPT_END_STATES: Mapping[Outcome, JobState] = {
 
 
 def snapshot_of(row: JobRow) -> JobSnapshot:
-    """The row as the transition table wants it."""
+    """The row as the transition table wants it; the nodes of a live gang come from their attempts."""
+    spec = jobs_pb2.JobSpec.FromString(row.spec)
     return JobSnapshot(
         id=JobId(row.id),
         team_id=TeamId(row.team_id),
@@ -62,7 +63,7 @@ def snapshot_of(row: JobRow) -> JobSnapshot:
         state=JobState(row.state),
         epoch=row.epoch,
         attempts_used=row.attempts_used,
-        retry=_retry_policy(jobs_pb2.JobSpec.FromString(row.spec)),
+        retry=_retry_policy(spec),
         queue_reason=QueueReason(row.reason) if row.reason else None,
         queue_detail=row.reason_detail,
         not_before=row.not_before,
@@ -75,6 +76,21 @@ def snapshot_of(row: JobRow) -> JobSnapshot:
         stop_by=row.stop_by,
         avoided_machines=tuple(MachineId(machine) for machine in row.avoided_machines),
         first_running_at=row.first_running_at,
+        ended_at=row.ended_at,
+        outcome=Outcome(row.outcome) if row.outcome else None,
+        exit_code=row.exit_code,
+        message=row.message,
+        nodes=max(spec.nodes, 1),
+    )
+
+
+def _gang_node(row: AttemptRow) -> lifecycle.GangNode:
+    return lifecycle.GangNode(
+        attempt_id=AttemptId(row.id),
+        machine_id=MachineId(row.machine_id),
+        state=JobState(row.state),
+        report_seq=row.report_seq,
+        running_at=row.running_at,
         ended_at=row.ended_at,
         outcome=Outcome(row.outcome) if row.outcome else None,
         exit_code=row.exit_code,
@@ -112,14 +128,32 @@ class JobBatch:
 
     @staticmethod
     async def lock(tx: Tx, job_ids: Iterable[UUID], now: datetime) -> "JobBatch":
-        return JobBatch(await store.lock_jobs(tx, set(job_ids)), now)
+        batch = JobBatch(await store.lock_jobs(tx, set(job_ids)), now)
+        await batch.find_gangs(tx)
+        return batch
+
+    async def find_gangs(self, tx: Tx) -> None:
+        """The attempts of the live gangs among the jobs; other jobs cost nothing here."""
+        live = [job_id for job_id, job in self._jobs.items() if job.nodes > 1 and job.attempt_id is not None]
+        for job_id, nodes in (await store.gang_nodes(tx, live)).items() if live else ():
+            self._jobs[job_id] = replace(self._jobs[job_id], gang=tuple(map(_gang_node, nodes)))
 
     async def find_out_of_lease(self, tx: Tx) -> None:
         """Before fold(): find the attempts whose lease has run out; what is reported of them changes nothing (I2)."""
-        live = [job.attempt_id.uuid for job in self._jobs.values() if job.attempt_id is not None]
+        live = [attempt_id.uuid for job in self._jobs.values() for attempt_id in _live_attempts(job)]
         if live:
             expired = await store.out_of_lease(tx, live, self._now)
             self._out_of_lease = frozenset(AttemptId(attempt_id) for attempt_id in expired)
+
+    def apply_to(self, job_id: UUID, attempt_id: UUID, event: lifecycle.LeaseExpired) -> None:
+        """Like apply(), for what befalls one attempt of the job, which may be a node of a gang."""
+        rank = lifecycle.rank_of(self._jobs[job_id], AttemptId(attempt_id))
+        self.apply(job_id, event if rank is None else lifecycle.OnNode(rank, event))
+
+    def holds(self, job_id: UUID, attempt_id: UUID) -> bool:
+        """Does the attempt live, as the job's or as a node of its gang?"""
+        job = self._jobs.get(job_id)
+        return job is not None and AttemptId(attempt_id) in _live_attempts(job)
 
     def get(self, job_id: UUID) -> JobSnapshot | None:
         """The job as it is after what was applied so far; None when there is no such job."""
@@ -154,7 +188,11 @@ class JobBatch:
         """The report of the start got lost or was overtaken: bill from when it must have started, never from before
         the placement."""
         before = self._jobs[job_id]
-        if before.running_at is not None or status.ran_ms <= 0 or before.placed_at is None:
+        if (
+            _running_at(before, AttemptId.parse(status.attempt_id)) is not None
+            or status.ran_ms <= 0
+            or before.placed_at is None
+        ):
             return
         ran = timedelta(milliseconds=min(status.ran_ms, MAX_RAN_MS))
         started_at = max(before.placed_at, self._now - ran)
@@ -178,7 +216,9 @@ class JobBatch:
             return
         self._jobs[job_id] = after
         self._changed.add(job_id)
-        if before.attempt_id is not None and after.attempt_id == before.attempt_id:
+        if after.gang and before.gang:
+            self._nodes(before, after)
+        elif before.attempt_id is not None and after.attempt_id == before.attempt_id:
             self._attempt(before.attempt_id.uuid, after)
         for effect in effects:
             self._effect(effect, before, opening, status)
@@ -193,6 +233,16 @@ class JobBatch:
         record["running_at"] = job.running_at
         return record
 
+    def _nodes(self, before: JobSnapshot, after: JobSnapshot) -> None:
+        for was, node in zip(before.gang, after.gang, strict=True):
+            if node != was:
+                record = self._attempts.setdefault(node.attempt_id.uuid, {"id": node.attempt_id.uuid})
+                record |= {
+                    "state": node.state.value,
+                    "running_at": node.running_at,
+                    "report_seq": node.report_seq,
+                }
+
     def _effect(
         self,
         effect: lifecycle.Effect,
@@ -201,13 +251,18 @@ class JobBatch:
         status: machine_pb2.AttemptStatus | None,
     ) -> None:
         match effect:
-            case lifecycle.OpenAttempt(attempt_id, machine_id, epoch):
+            case lifecycle.OpenAttempt(attempt_id, machine_id, epoch, rank):
                 assert opening is not None, "a placement says what it opens"
-                self._opened.append({**opening.attempt, "id": attempt_id.uuid, "epoch": epoch})
-                self._leases.extend({**device, "attempt_id": attempt_id.uuid} for device in opening.devices)
+                of_node = {"id": attempt_id.uuid, "epoch": epoch, "node_rank": rank, "nodes": before.nodes}
+                self._opened.append({**opening.attempts[rank], **of_node})
+                self._leases.extend({**device, "attempt_id": attempt_id.uuid} for device in opening.devices[rank])
                 self._machines.add(machine_id.uuid)
             case lifecycle.StopAttempt(attempt_id, machine_id, _, why):
-                record = self._attempt(attempt_id.uuid, self._jobs[before.id.uuid])
+                record = (
+                    self._attempts.setdefault(attempt_id.uuid, {"id": attempt_id.uuid})
+                    if before.gang
+                    else self._attempt(attempt_id.uuid, self._jobs[before.id.uuid])
+                )
                 record["stop_reason"] = why.value
                 record["stop_requested_at"] = self._now
                 self._machines.add(machine_id.uuid)
@@ -221,7 +276,8 @@ class JobBatch:
                     seconds = min(seconds, max(1, math.ceil(status.ran_ms / 1000)))
                 self._attempts[attempt_id.uuid]["billed_seconds"] = seconds
             case lifecycle.PublishResults(_, epoch):
-                if status is not None and status.results:
+                # The other nodes of a gang have told theirs before.
+                if before.gang or (status is not None and status.results):
                     self._results_epoch[before.id.uuid] = epoch
             case lifecycle.ScheduleRetry() | lifecycle.EndJob():
                 pass  # `not_before` and the terminal state are in the job itself
@@ -242,7 +298,7 @@ class JobBatch:
             "outcome": outcome.value if outcome else None,
             "exit_code": exit_code,
             "message": message,
-            "running_at": before.running_at,
+            "running_at": _running_at(before, AttemptId(attempt_id)),
             "ended_at": self._now,
         }
         if status is not None:
@@ -334,8 +390,19 @@ class JobBatch:
 
 _ATTEMPT_COLUMNS = (
     "id", "state", "stop_reason", "outcome", "exit_code", "message", "running_at", "ended_at", "results",
-    "billed_seconds", "sandbox", "stop_requested_at",
+    "billed_seconds", "sandbox", "stop_requested_at", "report_seq",
 )  # fmt: skip
+
+
+def _live_attempts(job: JobSnapshot) -> list[AttemptId]:
+    if job.gang:
+        return [node.attempt_id for node in job.gang if not node.ended]
+    return [job.attempt_id] if job.attempt_id is not None else []
+
+
+def _running_at(job: JobSnapshot, attempt_id: AttemptId) -> datetime | None:
+    rank = lifecycle.rank_of(job, attempt_id)
+    return job.running_at if rank is None else job.gang[rank].running_at
 
 
 def _complete(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,15 +56,15 @@ WHERE job_id = %(job_id)s AND seq > %(after)s ORDER BY seq LIMIT %(limit)s;
 
 -- name: insert_attempts
 INSERT INTO attempts (id, job_id, team_id, epoch, machine_id, provider_team_id, simulated, sandbox, cpu_milli,
-    memory_bytes, disk_bytes, rate_udgpu_per_hour, max_duration_seconds, array_id, state, created_at,
+    memory_bytes, disk_bytes, rate_udgpu_per_hour, max_duration_seconds, array_id, node_rank, nodes, state, created_at,
     lease_renewed_at, lease_expires_at)
 SELECT id, job_id, team_id, epoch, machine_id, provider_team_id, simulated, sandbox, cpu_milli, memory_bytes,
-    disk_bytes, rate_udgpu_per_hour, max_duration_seconds, array_id, 'PLACED', %(now)s, %(now)s,
+    disk_bytes, rate_udgpu_per_hour, max_duration_seconds, array_id, node_rank, nodes, 'PLACED', %(now)s, %(now)s,
     %(now)s + make_interval(secs => %(lease_seconds)s)
 FROM jsonb_to_recordset(%(rows)s) AS new (
     id uuid, job_id uuid, team_id uuid, epoch bigint, machine_id uuid, provider_team_id uuid, simulated boolean,
     sandbox text, cpu_milli bigint, memory_bytes bigint, disk_bytes bigint, rate_udgpu_per_hour bigint,
-    max_duration_seconds bigint, array_id uuid);
+    max_duration_seconds bigint, array_id uuid, node_rank integer, nodes integer);
 
 -- name: lease_devices
 WITH leased AS (
@@ -98,10 +98,12 @@ UPDATE attempts SET
     exit_code = new.exit_code, message = coalesce(new.message, attempts.message),
     running_at = coalesce(attempts.running_at, new.running_at), ended_at = new.ended_at,
     results = coalesce(decode(new.results, 'hex'), attempts.results),
-    billed_seconds = coalesce(new.billed_seconds, 0), sandbox = coalesce(new.sandbox, attempts.sandbox)
+    billed_seconds = coalesce(new.billed_seconds, 0), sandbox = coalesce(new.sandbox, attempts.sandbox),
+    report_seq = coalesce(new.report_seq, attempts.report_seq)
 FROM jsonb_to_recordset(%(rows)s) AS new (
     id uuid, state text, stop_reason text, outcome text, exit_code integer, message text, running_at timestamptz,
-    ended_at timestamptz, results text, billed_seconds bigint, sandbox text, stop_requested_at timestamptz)
+    ended_at timestamptz, results text, billed_seconds bigint, sandbox text, stop_requested_at timestamptz,
+    report_seq bigint)
 WHERE attempts.id = new.id AND attempts.ended_at IS NULL;
 
 -- name: attempts_by_id
@@ -111,7 +113,12 @@ SELECT * FROM attempts WHERE id = ANY(%(ids)s);
 SELECT * FROM attempts WHERE id = ANY(%(ids)s) ORDER BY id FOR UPDATE;
 
 -- name: attempts_of_jobs
-SELECT * FROM attempts WHERE job_id = ANY(%(job_ids)s) ORDER BY job_id, epoch;
+SELECT * FROM attempts WHERE job_id = ANY(%(job_ids)s) ORDER BY job_id, epoch, node_rank;
+
+-- name: gang_nodes
+-- Of the live epoch, nodes that have ended included.
+SELECT a.* FROM attempts a JOIN jobs j ON j.id = a.job_id AND j.epoch = a.epoch
+WHERE j.id = ANY(%(job_ids)s) ORDER BY a.job_id, a.node_rank;
 
 -- name: leases_of_attempts
 SELECT attempt_id, device_id, device_index, milli FROM device_leases WHERE attempt_id = ANY(%(attempt_ids)s)
@@ -134,10 +141,17 @@ WHERE id IN (
 SELECT id FROM attempts WHERE id = ANY(%(ids)s) AND lease_expires_at <= %(now)s;
 
 -- name: report_positions
-SELECT attempt_id AS id, report_seq FROM jobs WHERE id = ANY(%(job_ids)s) AND machine_id = %(machine_id)s;
+SELECT attempt_id AS id, report_seq FROM jobs WHERE id = ANY(%(job_ids)s) AND machine_id = %(machine_id)s
+UNION ALL
+-- A gang's nodes count their reports for themselves; its job stays at 0.
+SELECT id, report_seq FROM attempts
+WHERE job_id = ANY(%(job_ids)s) AND machine_id = %(machine_id)s AND ended_at IS NULL AND nodes > 1;
 
 -- name: desired_attempts
-SELECT a.id, a.job_id, a.team_id, a.epoch, a.machine_id, a.stop_reason, a.lease_expires_at, j.spec, j.traceparent
+SELECT a.id, a.job_id, a.team_id, a.epoch, a.machine_id, a.stop_reason, a.lease_expires_at, j.spec, j.traceparent,
+    a.node_rank, j.attempt_id AS first_attempt_id, CASE WHEN a.nodes > 1 THEN ARRAY(
+        SELECT node.machine_id FROM attempts node WHERE node.job_id = a.job_id AND node.epoch = a.epoch
+        ORDER BY node.node_rank) ELSE '{}' END AS node_machines
 FROM attempts a JOIN jobs j ON j.id = a.job_id
 WHERE a.machine_id = ANY(%(machine_ids)s) AND a.ended_at IS NULL AND a.lease_expires_at > %(now)s
 ORDER BY a.id;
@@ -151,7 +165,7 @@ ON CONFLICT (machine_id) DO UPDATE SET desired_revision = m.desired_revision + 1
 SELECT machine_id, desired_revision FROM machines WHERE machine_id = ANY(%(machine_ids)s);
 
 -- name: live_leases
-SELECT a.machine_id, a.team_id, a.cpu_milli, a.memory_bytes, a.disk_bytes,
+SELECT a.machine_id, a.team_id, a.cpu_milli, a.memory_bytes, a.disk_bytes, a.running_at, a.max_duration_seconds,
     coalesce(array_agg(l.device_id ORDER BY l.device_index) FILTER (WHERE l.device_id IS NOT NULL), '{}') AS device_ids,
     coalesce(array_agg(l.milli ORDER BY l.device_index) FILTER (WHERE l.device_id IS NOT NULL), '{}') AS millis
 FROM attempts a LEFT JOIN device_leases l ON l.attempt_id = a.id
@@ -218,4 +232,4 @@ UPDATE jobs SET settled = true, event_seq = event_seq + 1 WHERE id = ANY(%(job_i
 SELECT id FROM attempts WHERE id = ANY(%(ids)s) AND NOT settled;
 
 -- name: resolve_attempts
-SELECT id, job_id, team_id, machine_id, epoch, ended_at IS NULL AS live FROM attempts WHERE id = ANY(%(ids)s);
+SELECT id, job_id, team_id, machine_id, epoch, node_rank, ended_at IS NULL AS live FROM attempts WHERE id = ANY(%(ids)s);

@@ -522,7 +522,7 @@ class DesiredAttempt(message.Message):
     results_limit_bytes: builtins.int
     node_rank: builtins.int
     rendezvous_port: builtins.int
-    """on node 0; 0 = the job has one node"""
+    """on node 0"""
     @builtins.property
     def spec(self) -> jobs_pb2.JobSpec: ...
     @builtins.property

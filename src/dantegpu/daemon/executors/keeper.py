@@ -1,0 +1,318 @@
+"""The keeper and its cells: the small processes that start attempts and outlive the daemon.
+
+Run by the daemon as a script, alone: it imports the standard library only, so that a cell, a fork of the keeper, has
+about a megabyte of its own. Each cell joins its control groups once and then runs attempts, one after the other. It is
+the parent of what it starts, notes how that ended, and leaves only when its daemon is gone and nothing of it runs.
+
+Daemon to keeper, one packet per cell: the files to join the groups by, with one end of the cell's line.
+Daemon to cell: 4 bytes of length and a JSON object per attempt, see `_Request`.
+Cell to daemon, a line each: `parked PID TICKS` or `broken WHY`, then per attempt `running` or `failed WHY` and at its
+end `exit CODE`, or only `already`.
+"""
+
+import errno
+import gc
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from typing import NoReturn, TypedDict
+
+CONTROL = 3
+FIRST_FREE_DESCRIPTOR = 10
+MAX_CELL_BYTES = 16 << 10
+KILL_TIMEOUT_SECONDS = 5.0
+READY = 9
+_NOT_FOUND, _NOT_EXECUTABLE = 127, 126
+_SHELL = "/bin/sh"
+# Python ignores them; a job must not.
+_DEFAULT_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ)
+
+
+class _Request(TypedDict):
+    """One attempt: what to execute. `arguments`: descriptor -> what the program reads from it, NUL between parts."""
+
+    directory: str
+    argv: list[str]
+    env: dict[str, str]
+    cwd: str
+    arguments: dict[str, list[str]]
+    files: dict[str, str]
+    sandbox: bool
+
+
+class _Cell:
+    def __init__(self, line: socket.socket, groups: Sequence[str]) -> None:
+        self._line = line
+        self._groups = groups
+        self._pid = os.getpid()
+        self._ticks = 0
+        self._null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        self._may_protect = os.geteuid() == 0
+
+    def live(self) -> None:
+        """Park, serve, and return when the daemon is gone and nothing runs."""
+        os.setsid()
+        for procs in self._groups:
+            _write(procs, "0")
+        _write_optional("/proc/self/comm", "dante-cell")
+        with open("/proc/self/stat", encoding="latin-1") as stat:
+            self._ticks = int(stat.read().rpartition(")")[2].split()[19])
+        self._protect(protected=True)
+        self.say(f"parked {self._pid} {self._ticks}")
+        while (request := self._receive()) is not None:
+            self._run(request)
+
+    def _protect(self, *, protected: bool) -> None:
+        """A job out of memory is killed, not the cell that notes how it ended. Only root may ask for that."""
+        if self._may_protect:
+            _write_optional("/proc/self/oom_score_adj", "-1000" if protected else "0")
+
+    def say(self, text: str) -> None:
+        try:
+            self._line.sendall(f"{text}\n".encode())
+        except OSError:
+            return  # The daemon has died. The files that the cell leaves tell the next one.
+
+    def _receive(self) -> _Request | None:
+        size = self._read_exactly(4)
+        text = self._read_exactly(int.from_bytes(size, "big")) if size else b""
+        return json.loads(text) if text else None
+
+    def _read_exactly(self, count: int) -> bytes:
+        """Empty when the daemon went away first: half a request starts nothing."""
+        data = b""
+        while len(data) < count:
+            try:
+                chunk = self._line.recv(count - len(data))
+            except OSError:
+                return b""
+            if not chunk:
+                return b""
+            data += chunk
+        return data
+
+    # --- one attempt --------------------------------------------------------------------------------------------------
+
+    def _run(self, request: _Request) -> None:
+        directory = request["directory"]
+        try:
+            # The one place where an attempt is started: an exclusive create, so a second cell for the same one leaves.
+            _create(f"{directory}/started", f"{self._pid} {self._ticks}\n")
+            log = os.open(f"{directory}/output.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except FileExistsError:
+            self.say("already")
+            return
+        except OSError as error:
+            self.say(f"failed {error.strerror}")
+            return
+        try:
+            code = self._sandboxed(request, log) if request["sandbox"] else self._plain(request, log)
+        finally:
+            os.close(log)
+            os.chdir("/")
+        self._empty_groups()
+        try:
+            _create(f"{directory}/exit", f"{code}\n")
+        except OSError:
+            code = -1  # The attempt was destroyed, or the disk is full: then nobody knows how it ended.
+        self.say(f"exit {code}")
+
+    def _plain(self, request: _Request, log: int) -> int:
+        command, env = request["argv"], request["env"]
+        try:
+            os.chdir(request["cwd"])
+        except OSError as error:
+            self.say(f"failed {request['cwd']}: {error.strerror}")
+            return _NOT_EXECUTABLE
+        try:
+            path = _find(command[0], env.get("PATH", os.defpath))
+            try:
+                pid = self._spawn(path, command, env, log, (), setsid=True)
+            except OSError as error:
+                if error.errno != errno.ENOEXEC:
+                    raise
+                # A script without a first line that names its interpreter: the shell's, as everywhere.
+                pid = self._spawn(_SHELL, [_SHELL, path, *command[1:]], env, log, (), setsid=True)
+        except OSError as error:
+            self.say("running")
+            missing = isinstance(error, FileNotFoundError)
+            os.write(log, os.fsencode(f"{command[0]}: {'not found' if missing else error.strerror}\n"))
+            return _NOT_FOUND if missing else _NOT_EXECUTABLE
+        self.say("running")
+        return _exit_code(pid)
+
+    def _sandboxed(self, request: _Request, log: int) -> int:
+        """The sandbox stays in the cell's session; the job has one of its own. It says by a pipe that it runs."""
+        ready, said = os.pipe()
+        opened = [(said, READY)]
+        for number, parts in request["arguments"].items():
+            opened.append((_in_memory(parts), int(number)))
+        for number, path in request["files"].items():
+            opened.append((os.open(path, os.O_RDONLY | os.O_CLOEXEC), int(number)))
+        try:
+            command = request["argv"]
+            pid = self._spawn(command[0], command, request["env"], log, opened, setsid=False)
+        except OSError as error:
+            os.close(ready)
+            self.say(f"failed {request['argv'][0]}: {error.strerror}")
+            return _NOT_EXECUTABLE
+        finally:
+            for descriptor, _ in opened:
+                os.close(descriptor)
+        runs = os.read(ready, 1) == b"r"
+        os.close(ready)
+        self.say("running" if runs else "failed ")
+        return _exit_code(pid)
+
+    def _spawn(
+        self,
+        path: str,
+        command: list[str],
+        env: dict[str, str],
+        log: int,
+        opened: Sequence[tuple[int, int]],
+        *,
+        setsid: bool,
+    ) -> int:
+        actions = [(os.POSIX_SPAWN_DUP2, self._null, 0), (os.POSIX_SPAWN_DUP2, log, 1), (os.POSIX_SPAWN_DUP2, log, 2)]
+        actions += [(os.POSIX_SPAWN_DUP2, descriptor, number) for descriptor, number in opened]
+        self._protect(protected=False)
+        try:
+            return os.posix_spawn(
+                path, command, env, file_actions=actions, setsid=setsid, setsigmask=(), setsigdef=_DEFAULT_SIGNALS
+            )
+        finally:
+            self._protect(protected=True)
+
+    def _empty_groups(self) -> None:
+        """Kill what the job left behind. `exit` is written afterwards: where it stands, nothing of the attempt runs."""
+        if not self._groups:
+            return
+        deadline = time.monotonic() + KILL_TIMEOUT_SECONDS
+        while members := self._members():
+            opened = [(pid, descriptor) for pid in members if (descriptor := _open_process(pid)) is not None]
+            # Looked at again after the descriptors were opened: a number may have gone to somebody else in between.
+            still = self._members()
+            for pid, descriptor in opened:
+                if pid in still:
+                    _kill(descriptor)
+                os.close(descriptor)
+            if time.monotonic() > deadline:
+                os._exit(1)  # The daemon sees the line end, and does what is left to do.
+            time.sleep(0.001)
+
+    def _members(self) -> set[int]:
+        with open(self._groups[0], encoding="ascii") as procs:
+            return set(map(int, procs.read().split())) - {self._pid, 0}
+
+
+def _find(command: str, search_path: str) -> str:
+    """Where execvp would find it. Raises FileNotFoundError."""
+    if "/" in command:
+        return command
+    for folder in search_path.split(os.pathsep):
+        path = f"{folder or '.'}/{command}"
+        if os.access(path, os.X_OK) and not os.path.isdir(path):
+            return path
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), command)
+
+
+def _exit_code(pid: int) -> int:
+    """As a shell counts: 128 and more for a signal."""
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return code if code >= 0 else 128 - code
+
+
+def _in_memory(parts: Sequence[str]) -> int:
+    descriptor = os.memfd_create("arguments")
+    payload = b"".join(os.fsencode(part) + b"\0" for part in parts)
+    while payload:
+        payload = payload[os.write(descriptor, payload) :]
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor
+
+
+def _create(path: str, text: str) -> None:
+    """The line is complete when it ends with its newline: a reader may come in between."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        os.write(descriptor, text.encode())
+    finally:
+        os.close(descriptor)
+
+
+def _write(path: str, text: str) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(descriptor, text.encode())
+    finally:
+        os.close(descriptor)
+
+
+def _write_optional(path: str, text: str) -> None:
+    try:
+        _write(path, text)
+    except OSError:
+        return
+
+
+def _open_process(pid: int) -> int | None:
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+
+
+def _kill(descriptor: int) -> None:
+    try:
+        signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def _new_cell(control: socket.socket, line: socket.socket, groups: Sequence[str]) -> NoReturn:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    control.close()
+    cell = _Cell(line, groups)
+    try:
+        cell.live()
+    except OSError as error:
+        cell.say(f"broken {error}")
+        os._exit(1)
+    os._exit(0)
+
+
+def main() -> None:
+    """Fork a cell for each packet, until the daemon is gone."""
+    os.setsid()
+    # What a cell opens must not lie where its jobs get theirs.
+    while os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC) < FIRST_FREE_DESCRIPTOR:
+        pass
+    os.umask(0o022)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _write_optional("/proc/self/comm", "dante-keeper")
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    control = socket.socket(fileno=os.dup(CONTROL))
+    os.close(CONTROL)
+    os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    gc.collect()
+    gc.freeze()
+    while True:
+        packet, descriptors, _, _ = socket.recv_fds(control, MAX_CELL_BYTES, 1)
+        if not packet:
+            return
+        # Else every job would have the line to its cell.
+        os.set_inheritable(descriptors[0], False)
+        line = socket.socket(fileno=descriptors[0])
+        if os.fork() == 0:
+            _new_cell(control, line, json.loads(packet))
+        line.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""Cells and their keeper: one start per attempt, one cell for many, nothing left of either."""
+
+import asyncio
+import json
+import os
+import signal
+from pathlib import Path
+
+from dantegpu.daemon.executors.base import (
+    Adoption,
+    AttemptSpec,
+    ExitStatus,
+    Handle,
+    SandboxKind,
+    StopReason,
+)
+from dantegpu.daemon.executors.cells import Keeper, Launch
+from dantegpu.daemon.executors.process import ProcessExecutor
+from dantegpu.daemon.executors.processes import process_info
+from dantegpu.daemon.workspace import Workspace
+from dantegpu.domain.ids import AttemptId
+from tests.fixtures.machines import until
+
+
+def an_executor(folder: Path) -> ProcessExecutor:
+    return ProcessExecutor(Workspace(folder), sandbox=SandboxKind.NONE)
+
+
+async def started(executor: ProcessExecutor, *command: str) -> Handle:
+    spec = AttemptSpec(AttemptId.new(), command)
+    handle = await executor.prepare(spec)
+    await executor.start(handle, spec)
+    return handle
+
+
+async def test_of_two_cells_for_one_attempt_only_one_starts_it(tmp_path: Path):
+    """The guard of the last resort, below every check that a daemon makes."""
+    launch = Launch(["sh", "-c", "echo started"], {"PATH": "/usr/bin:/bin"}, "/")
+    keeper = Keeper()
+    cells = [await keeper.cell([]) for _ in range(8)]
+    results = await asyncio.gather(*(cell.start(tmp_path, launch) for cell in cells), return_exceptions=True)
+    assert sorted(type(result).__name__ for result in results) == [*["AlreadyStarted"] * 7, "NoneType"]
+    await until((tmp_path / "exit").exists)
+    assert (tmp_path / "output.log").read_text() == "started\n"
+    for cell in cells:
+        cell.close()
+    keeper.close()
+
+
+async def test_a_cell_whose_daemon_died_before_the_start_leaves():
+    keeper = Keeper()
+    cell = await keeper.cell([])
+    cell.close()
+    await until(lambda: process_info(cell.pid) is None)
+    keeper.close()
+
+
+async def test_a_keeper_that_died_is_replaced():
+    keeper = Keeper()
+    (await keeper.cell([])).close()
+    os.kill(keeper._pid, signal.SIGKILL)  # pyright: ignore[reportPrivateUsage]
+    await until(lambda: (info := process_info(keeper._pid)) is None or info.zombie)  # pyright: ignore[reportPrivateUsage]
+    cell = await keeper.cell([])
+    assert cell.alive
+    cell.close()
+    keeper.close()
+
+
+async def test_a_daemon_that_restarts_keeps_what_runs_in_the_groups_of_what_is_over(tmp_path: Path):
+    executor = an_executor(tmp_path)
+    over = await started(executor, "true")
+    await executor.wait(over)
+    running = await started(executor, "sleep", "600")
+    assert json.loads(over.data)["slot"] == json.loads(running.data)["slot"]
+    await executor.close()
+    other = an_executor(tmp_path)
+    assert await other.adopt(over) is Adoption.ENDED
+    assert await other.adopt(running) is Adoption.RUNNING
+    await other.sweep({over.attempt_id, running.attempt_id})
+    assert await other.wait(over) == ExitStatus(0)
+    await other.destroy(over)
+    assert (await other.stats(running)).pids >= 1
+    await other.stop(running, grace_seconds=0, reason=StopReason.REQUESTED)
+    assert (await other.wait(running)).exit_code == 137
+    await other.sweep(set())
+    await other.close()
