@@ -150,7 +150,8 @@ async def test_an_idle_machine_measures_itself_and_tells_the_figures(
     daemon = RunningDaemon(daemon_settings(machine_platform, tmp_path / "machine", benchmark_every_hours=1000))
     await daemon.start()
     told = await until(
-        lambda: next((b.inventory for b in machine_platform.heartbeats if b.inventory.benchmark.cpu_gflops), None)
+        lambda: next((b.inventory for b in machine_platform.heartbeats if b.inventory.benchmark.cpu_gflops), None),
+        timeout_seconds=120,
     )
     assert told.benchmark.memory_gbps > 0
     assert told.benchmark.disk_write_mbps > 0
