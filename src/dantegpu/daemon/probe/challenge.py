@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -180,13 +181,12 @@ def fill(torch: Any, device: Any, seed: int) -> int:
 def measure_gpus(seed: int) -> list[dict[str, Any]]:
     """Nothing without PyTorch, or without a GPU that it can use."""
     try:
-        import torch  # pyright: ignore[reportMissingImports]
+        torch: Any = import_module("torch")
     except ImportError:
         return []
-    library: Any = torch  # pyright: ignore[reportUnknownVariableType]
-    if not library.cuda.is_available():
+    if not torch.cuda.is_available():
         return []
-    return [measure_gpu(library, index, seed) for index in range(library.cuda.device_count())]
+    return [measure_gpu(torch, index, seed) for index in range(torch.cuda.device_count())]
 
 
 def main(folder: Path, seed: int) -> dict[str, Any]:
