@@ -32,7 +32,13 @@ def test_a_job_file_in_the_words_of_the_peers_is_read_and_made_canonical():
             "env": ["HF_TOKEN=abc", "LR=0.1"],
             "files": [".:/work"],
             "commands": ["pip install -r requirements.txt", "python train.py"],
-            "resources": {"gpu": "A100:40GB..80GB:2", "cpu": "16..", "memory": "64GB..", "disk": "100GB"},
+            "resources": {
+                "gpu": "A100:40GB..80GB:2",
+                "cpu": "16..",
+                "memory": "64GB..",
+                "disk": "100GB",
+                "shm_size": "16GB",
+            },
             "max_price": 2.50,
             "max_duration": "8h",
             "retry": {"on_events": ["no-capacity", "interruption", "error"], "duration": "1h"},
@@ -40,7 +46,12 @@ def test_a_job_file_in_the_words_of_the_peers_is_read_and_made_canonical():
         }
     )
     assert spec.env == {"HF_TOKEN": "abc", "LR": "0.1"}
-    assert spec.resources.model_dump() == {"gpu": "A100:40GB..80GB:2", "cpu": "16", "memory": "64GB", "disk": "100GB"}
+    assert spec.resources.model_dump() == {
+        "gpu": "A100:40GB..80GB:2",
+        "cpu": "16",
+        "memory": "64GB",
+        "disk": "100GB",
+    } | {"shm_size": "16GB"}
     assert (spec.max_price, spec.max_duration) == ("2.50", "8h")
 
 
@@ -124,8 +135,26 @@ def test_a_field_of_the_peers_that_does_not_work_yet_is_refused_by_name(field: s
     assert "not supported yet" in problems_of(a_document(**{field: value}))[field].message
 
 
-def test_shared_memory_is_refused_by_name_inside_resources():
-    assert "not supported yet" in problems_of(a_document(resources={"shm_size": "1GB"}))["resources.shm_size"].message
+def test_an_image_alone_runs_its_own_program_and_what_belongs_to_it_needs_it():
+    assert JobSpec.model_validate({"image": "acme/train"}).command == []
+    assert "registry_auth" in problems_of(a_document(registry_auth={"username": "u"}))[""].message
+    assert "entrypoint" in problems_of(a_document(image="acme/train", entrypoint=["x"]))[""].message
+    assert JobSpec.model_validate({"image": "acme/train", "entrypoint": "sh -c 'a b'"}).entrypoint == [
+        "sh",
+        "-c",
+        "a b",
+    ]
+    assert "no name of an image" in problems_of(a_document(image="ghcr.io/Acme/train"))["image"].message
+    assert "without '..'" in problems_of(a_document(working_dir="../x"))["working_dir"].message
+
+
+def test_the_password_of_a_registry_is_shown_in_no_answer():
+    auth = {"username": "me", "password": "hunter2"}
+    spec = JobSpec.model_validate(a_document(image="acme/train", registry_auth=auth))
+    assert "hunter2" not in repr(spec)
+    proto = spec_to_proto(spec)
+    assert proto.registry_auth.password == "hunter2"
+    assert "hunter2" not in spec_from_proto(proto).model_dump_json()
 
 
 def test_a_gpu_nobody_knows_is_answered_with_the_nearest_name():

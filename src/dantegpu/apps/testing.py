@@ -34,6 +34,9 @@ class OptionalServer:
 # .ci/run installs these; add a line here when a test starts to need another program.
 OPTIONAL_SERVERS: Mapping[str, OptionalServer] = {
     "bubblewrap": OptionalServer("bwrap", "bubblewrap", "jobs in the sandbox"),
+    "busybox": OptionalServer("busybox", "busybox-static", "images for jobs in containers"),
+    "docker": OptionalServer("dockerd", "docker.io", "jobs in Docker's containers"),
+    "podman": OptionalServer("podman", "podman", "jobs in Podman's containers"),
     "cc": OptionalServer("cc", "build-essential", "GPU discovery, on a library that the tests build"),
 }
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 @click.option("--no-files", is_flag=True, help="Send no files.")
 @click.option("--no-wait", is_flag=True, help="Refuse it when no machine can take it now, instead of queueing.")
 @click.option("-d", "--detach", is_flag=True, help="Print the id and do not follow.")
-@click.argument("words", metavar="-- COMMAND...", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.argument("words", metavar="[-- COMMAND...]", nargs=-1, type=click.UNPROCESSED)
 def run(
     cli: Cli, workdir: Path | None, no_files: bool, no_wait: bool, detach: bool, words: tuple[str, ...], **fields: Any
 ) -> int:
@@ -77,6 +77,8 @@ def run(
 
 def _document(words: tuple[str, ...], fields: dict[str, Any]) -> dict[str, Any]:
     """The words of the command line as a job file's."""
+    if not words and not fields["image"]:
+        raise UsageProblem("there is nothing to run: dante run [OPTIONS] -- COMMAND...")
     document: dict[str, Any] = {"command": list(words)}
     resources = {name: fields[name] for name in ("gpu", "cpu", "memory", "disk") if fields[name] is not None}
     if resources:

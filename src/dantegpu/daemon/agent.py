@@ -10,10 +10,9 @@ import structlog
 
 from dantegpu.contracts.gen.dante.v1 import jobs_pb2, machine_pb2
 from dantegpu.daemon import owner
-from dantegpu.daemon.attempt import Attempt, Tools, boottime
+from dantegpu.daemon.attempt import Attempt, Tools, boottime, sandbox_of
 from dantegpu.daemon.benchmarks import BUSY_PAUSE_SECONDS, Benchmarks
-from dantegpu.daemon.executors.base import Adoption, ExecutorError
-from dantegpu.daemon.executors.process import ProcessExecutor
+from dantegpu.daemon.executors.base import Adoption, Executor, ExecutorError
 from dantegpu.daemon.executors.processes import boot_id
 from dantegpu.daemon.journal import AttemptRow, JournalError
 from dantegpu.daemon.leases import LeaseFile, ServerClock, lease_until
@@ -53,7 +52,7 @@ class Agent:
         machine_id: MachineId,
         inventory: machine_pb2.Inventory,
         probe: Probe,
-        executor: ProcessExecutor,
+        executor: Executor,
         tools: Tools,
         leases: LeaseFile,
     ) -> None:
@@ -408,7 +407,7 @@ class Agent:
             epoch=desired.epoch,
             seq=1,
             state=jobs_pb2.STARTING,
-            sandbox=self._tools.sandbox,
+            sandbox=sandbox_of(self._tools, desired),
         )
         row = AttemptRow(
             attempt_id, JobId.parse(desired.job_id), desired.epoch, status, log_limit=desired.log_limit_bytes,

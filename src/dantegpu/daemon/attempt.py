@@ -13,6 +13,7 @@ import structlog
 from dantegpu.contracts.gen.dante.v1 import jobs_pb2, machine_pb2
 from dantegpu.daemon.archive import ArchiveRefused, unpack
 from dantegpu.daemon.devices import DeviceWatch
+from dantegpu.daemon.disk import DiskWatch
 from dantegpu.daemon.environment import job_environment
 from dantegpu.daemon.executors.base import (
     Adoption,
@@ -24,6 +25,8 @@ from dantegpu.daemon.executors.base import (
     ExecutorError,
     ExitStatus,
     Handle,
+    ImageRequest,
+    JobAtFault,
     Stats,
     StopReason,
 )
@@ -31,6 +34,7 @@ from dantegpu.daemon.journal import AttemptRow, Journal, JournalError
 from dantegpu.daemon.logs import LogShipper, Tail
 from dantegpu.daemon.transfer import HashedFile, TransferFailed, Transfers, hash_files
 from dantegpu.daemon.workspace import AttemptFolder, ResultsTooLarge, Workspace, output_files
+from dantegpu.domain.images import ImageReference, InvalidImage
 from dantegpu.domain.units import format_bytes
 from dantegpu.kit.errors import ServiceError
 from dantegpu.kit.lifecycle import Wakeup
@@ -75,6 +79,9 @@ class Tools:
     transfers: Transfers
     platform: Platform
     sandbox: str
+    """What jobs without an image run in: bubblewrap | none."""
+    engine: str
+    """What jobs with an image run in: docker | podman; empty: no such job may come here."""
     devices: "Sequence[DeviceGrant]"
     watch: DeviceWatch
     changed: "Callable[[Attempt], None]"
@@ -110,6 +117,13 @@ class Attempt:
         self._watching = False
         self._started_at: float | None = None
         self._tail = Tail(row.attempt_id, self._folder.log, row.log_limit, row.log_acked)
+        self._disk = DiskWatch(
+            (self._folder.work, self._folder.output),
+            lambda: self.desired.spec.resources.disk_bytes if self.desired is not None else 0,
+            self._folder.log,
+            DISK_FACTOR * row.log_limit,
+            self.check,
+        )
 
     @property
     def ended(self) -> bool:
@@ -190,6 +204,8 @@ class Attempt:
                 ending, exit_status = await self._watch()
             except _Ended as error:
                 ending, exit_status = error, None
+            except JobAtFault as error:
+                ending, exit_status = _Ended(jobs_pb2.OUTCOME_FAILED, str(error)), None
             except (ExecutorError, JournalError, OSError, TimeoutError) as error:
                 log.exception("attempt_failed_here", attempt_id=str(self.row.attempt_id))
                 ending, exit_status = _Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, f"the machine failed: {error}"), None
@@ -204,17 +220,16 @@ class Attempt:
             raise _Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, refusal)
         self._tools.watch.held(desired.attempt_id, desired.team_id, self.devices)
         with span("attempt.prepare"):
-            await self._prepare(desired)
-            self._handle = await self._tools.executor.prepare(spec)
+            await self._prepare(desired, spec)
         self._tools.shipper.add(self._tail)
         # The intent is on its way to the disk since the attempt was accepted; nothing runs before it is there.
         await self._tools.journal.committed()
         self._raise_if_stopped()
         with span("attempt.start"):
             try:
-                await self._tools.executor.start(self._handle, spec)
+                await self._tools.executor.start(self._started, spec)
             except AlreadyStarted:
-                await self._tools.executor.adopt(self._handle)
+                await self._tools.executor.adopt(self._started)
         self._started_at = time.monotonic()
 
     def _spec(self, desired: machine_pb2.DesiredAttempt) -> AttemptSpec:
@@ -223,8 +238,10 @@ class Attempt:
         by_index = {device.index: device for device in self._tools.devices}
         if missing := [lease.index for lease in desired.devices if lease.index not in by_index]:
             raise _Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, f"this machine has no device {missing[0]}")
-        if job.image:
+        if job.image and not self._tools.engine:
             raise _Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, "this machine runs no container images")
+        if job.image and not (job.argv or job.commands):
+            command = ()
         try:
             return AttemptSpec(
                 self.row.attempt_id,
@@ -234,11 +251,24 @@ class Attempt:
                 memory_bytes=job.resources.memory_bytes,
                 network=job.network,
                 devices=tuple(by_index[lease.index] for lease in desired.devices),
+                image=image_request(job),
+                entrypoint=tuple(job.entrypoint),
+                working_dir=job.working_dir,
+                shm_bytes=job.resources.shm_bytes,
             )
-        except AttemptRefused as error:
+        except (AttemptRefused, InvalidImage) as error:
             raise _Ended(jobs_pb2.OUTCOME_FAILED, str(error)) from error
 
-    async def _prepare(self, desired: machine_pb2.DesiredAttempt) -> None:
+    async def _prepare(self, desired: machine_pb2.DesiredAttempt, spec: AttemptSpec) -> None:
+        await self._make_folder(desired)
+        preparing = self._prepare_executor(spec)
+        # A pull may take long; anything else is over before somebody could stop it.
+        await (self._or_stopped(preparing) if spec.image is not None else preparing)
+
+    async def _prepare_executor(self, spec: AttemptSpec) -> None:
+        self._handle = await self._tools.executor.prepare(spec, self._tell)
+
+    async def _make_folder(self, desired: machine_pb2.DesiredAttempt) -> None:
         """The work folder with the job's input in it. Done again after a crash, from the start."""
         if not self._folder.create():
             # An earlier daemon left it: prepared already, or half of an input that is fetched again.
@@ -272,9 +302,11 @@ class Attempt:
         self._tools.shipper.add(self._tail)
         self.row.handle = handle.dumps()
         if self.row.status.state != jobs_pb2.RUNNING:
+            self.row.status.message = ""
             # Not written down: after a crash, its folder says the same.
             self._change(jobs_pb2.RUNNING, save=False)
         self._watching = True
+        watching = asyncio.create_task(self._disk.run())
         try:
             self.check()
             status = await self._tools.executor.wait(handle)
@@ -283,6 +315,7 @@ class Attempt:
                 self._ending.cancel()
             raise
         finally:
+            watching.cancel()
             self._watching = False
         if self._ending is not None:
             await self._ending
@@ -297,12 +330,7 @@ class Attempt:
         limit = self.desired.spec.max_duration_seconds if self.desired is not None else 0
         if limit and self._ran_seconds() > limit:
             return _Ended(jobs_pb2.OUTCOME_TIMED_OUT, f"ended after its maximum duration of {limit} s")
-        if self.row.log_limit and self._tail.size > DISK_FACTOR * self.row.log_limit:
-            return _Ended(
-                jobs_pb2.OUTCOME_FAILED,
-                f"ended: it printed more than {format_bytes(DISK_FACTOR * self.row.log_limit)}; write files instead",
-            )
-        return None
+        return _Ended(jobs_pb2.OUTCOME_FAILED, self._disk.full) if self._disk.full else None
 
     async def _end(self, reason: _Ended) -> None:
         if reason.outcome == jobs_pb2.OUTCOME_LOST:
@@ -313,6 +341,9 @@ class Attempt:
             why = StopReason.TIMED_OUT if reason.outcome == jobs_pb2.OUTCOME_TIMED_OUT else StopReason.REQUESTED
             if self._stop is not None:
                 grace_seconds = self._stop[0]
+            if self._disk.full:
+                # It would go on filling it all the while.
+                grace_seconds, why = 0.0, StopReason.DISK_LIMIT
         stopping = asyncio.create_task(
             self._tools.executor.stop(self._started, grace_seconds=grace_seconds, reason=why)
         )
@@ -372,6 +403,10 @@ class Attempt:
         if not self.forgettable:
             await _within(self._tail.complete.wait(), LOG_GIVE_UP_SECONDS)
         self._tools.shipper.remove(self.row.attempt_id)
+        prepared = self._folder.read_handle()
+        if self._handle is None and prepared is not None:
+            # It was stopped in the middle of its preparation.
+            self._handle = Handle.loads(prepared)
         if self._handle is not None:
             await self._tools.executor.destroy(self._handle)
         else:
@@ -406,7 +441,8 @@ class Attempt:
     def _change(self, state: "jobs_pb2.JobState.ValueType", *, save: bool = True) -> None:
         self.row.status.state = state
         self.row.status.seq += 1
-        self.row.status.sandbox = self._tools.sandbox
+        if self.desired is not None:
+            self.row.status.sandbox = sandbox_of(self._tools, self.desired)
         if save:
             self._tools.journal.save(self.row)
         log.debug(
@@ -417,6 +453,11 @@ class Attempt:
             message=self.row.status.message,
         )
         self._tools.changed(self)
+
+    def _tell(self, what: str) -> None:
+        """Say what takes so long, while nothing runs yet."""
+        self.row.status.message = what
+        self._change(jobs_pb2.STARTING)
 
     def _stopped(self) -> _Ended:
         reason = self._stop[1] if self._stop is not None else ""
@@ -488,6 +529,19 @@ class Attempt:
             except TransferFailed as error:
                 raise _Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, str(error)) from error
         return hashed
+
+
+def sandbox_of(tools: Tools, desired: machine_pb2.DesiredAttempt) -> str:
+    """What this attempt runs in on this machine."""
+    return tools.engine if desired.spec.image else tools.sandbox
+
+
+def image_request(job: jobs_pb2.JobSpec) -> ImageRequest | None:
+    """Raises InvalidImage."""
+    if not job.image:
+        return None
+    auth = job.registry_auth
+    return ImageRequest(ImageReference.parse(job.image), auth.username, auth.password)
 
 
 def _judge(

@@ -16,10 +16,13 @@ from dantegpu.contracts.gen.dante.v1 import machine_pb2
 from dantegpu.daemon.agent import Agent
 from dantegpu.daemon.attempt import Attempt, Tools
 from dantegpu.daemon.benchmarks import Benchmarks
+from dantegpu.daemon.containers import Containers, choose_containers
 from dantegpu.daemon.devices import DeviceWatch
 from dantegpu.daemon.enrol import EnrolmentRefused, GatewayUnreachable, Identity
-from dantegpu.daemon.executors.base import Capabilities, DeviceGrant, SandboxKind
+from dantegpu.daemon.executors.base import Capabilities, DeviceGrant, Executor, SandboxKind
+from dantegpu.daemon.executors.container import ContainerExecutor
 from dantegpu.daemon.executors.process import ProcessExecutor
+from dantegpu.daemon.executors.routed import RoutedExecutor
 from dantegpu.daemon.executors.sandbox import describe_limits
 from dantegpu.daemon.journal import Journal
 from dantegpu.daemon.lean import give_back_memory
@@ -40,6 +43,8 @@ log = structlog.get_logger(__name__)
 SERVICE_NAME = "beatrice-core-services"
 ENROL_PAUSE_SECONDS = 1.0
 MAX_ENROL_PAUSE_SECONDS = 30.0
+MAX_NOTE_LENGTH = 250
+"""The registry takes texts of up to 255 characters."""
 
 
 class AlreadyRunning(Exception):
@@ -66,9 +71,11 @@ class Daemon:
         identity = Identity.load(state)
         identity.reach_at(self.settings.gateway_url)
         probe = Probe(state, simulate=self.settings.simulate_gpus, gpus=self.settings.gpus)
-        executor, capabilities = await choose_executor(self.settings)
+        plain, capabilities = await choose_executor(self.settings)
+        containers = await choose_containers(self.settings, Workspace(state / "work"))
+        executor = RoutedExecutor(plain, containers.executor)
         found = await asyncio.to_thread(probe.probe_machine)
-        inventory = inventory_message(found, capabilities, self.settings)
+        inventory = inventory_message(found, capabilities, self.settings, containers)
         platform_url = identity.saved.gateway_url if identity.saved is not None else self.settings.gateway_url
         inventory.address = str(self.settings.address or await asyncio.to_thread(address_towards, platform_url))
         journal = Journal(state / "journal.db")
@@ -77,7 +84,7 @@ class Daemon:
             if not await self._enrol(identity, inventory, stop):
                 return
             journal.open()
-            await self._work(identity, probe, executor, inventory, found, journal, transfers, stop)
+            await self._work(identity, probe, executor, containers.engine, inventory, found, journal, transfers, stop)
         finally:
             await transfers.close()
             await executor.close()
@@ -88,7 +95,8 @@ class Daemon:
         self,
         identity: Identity,
         probe: Probe,
-        executor: ProcessExecutor,
+        executor: Executor,
+        engine: str,
         inventory: machine_pb2.Inventory,
         found: Inventory,
         journal: Journal,
@@ -105,6 +113,7 @@ class Daemon:
             transfers=transfers,
             platform=link,
             sandbox=inventory.sandbox,
+            engine=engine,
             devices=[_grant(gpu) for gpu in found.gpus.devices],
             watch=DeviceWatch(
                 lambda: asyncio.to_thread(probe.sample_gpus),
@@ -178,9 +187,11 @@ async def choose_executor(settings: DaemonSettings) -> tuple[ProcessExecutor, Ca
     return executor, Capabilities(capabilities.sandbox, capabilities.limits, missing, capabilities.network)
 
 
-def inventory_message(found: Inventory, capabilities: Capabilities, settings: DaemonSettings) -> machine_pb2.Inventory:
+def inventory_message(
+    found: Inventory, capabilities: Capabilities, settings: DaemonSettings, containers: Containers
+) -> machine_pb2.Inventory:
     """What the platform is told about this machine."""
-    problems = describe_limits(capabilities.missing)
+    problems = [*describe_limits(capabilities.missing), *(note[:MAX_NOTE_LENGTH] for note in containers.notes)]
     if found.gpus.problem:
         problems.append(f"gpu: {found.gpus.problem}")
     return machine_pb2.Inventory(
@@ -212,7 +223,7 @@ def inventory_message(found: Inventory, capabilities: Capabilities, settings: Da
             for gpu in found.gpus.devices
         ],
         sandbox=capabilities.sandbox.value,
-        executors=[ProcessExecutor.name],
+        executors=[ProcessExecutor.name, *([ContainerExecutor.name] if containers.engine else [])],
         limits_missing=problems,
         daemon_version=_own_version(),
         region=settings.region,

@@ -9,11 +9,16 @@ from typing import Any, Literal, Self
 from pydantic import Field, IPvAnyAddress, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from dantegpu.daemon.executors.container.escapes import ALL_NAMES
 from dantegpu.daemon.owner import Hours
 from dantegpu.domain.units import MemoryRange
 from dantegpu.kit.settings import SettingsError
 
 CONFIG_VARIABLE = "DANTE_DAEMON_CONFIG"
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 class DaemonSettings(BaseSettings):
@@ -43,6 +48,18 @@ class DaemonSettings(BaseSettings):
     idle_command: str = Field(default="", description="your own command, run while nothing is rented; unsandboxed")
     sandbox: Literal["auto", "bubblewrap", "none"] = "auto"
     allow_network: bool = Field(default=False, description="jobs that ask for it may use this machine's network")
+    containers: str = Field(
+        default="auto", description="for jobs with an image: auto (the first engine found), none, or a socket's path"
+    )
+    local_images: str = Field(
+        default="", description="patterns of image names, by commas, that jobs may use without asking a registry"
+    )
+    image_cache_gb: int = Field(
+        default=100, ge=0, description="images that jobs brought are kept up to it; 0 = no bound"
+    )
+    accept_escapes: str = Field(
+        default="", description="CVE numbers, by commas: run containers although runc or NVIDIA's toolkit has them"
+    )
     region: str = ""
     address: IPvAnyAddress | None = Field(
         default=None, description="where the other nodes of a gang reach this machine; default: its way to the platform"
@@ -71,6 +88,21 @@ class DaemonSettings(BaseSettings):
     @property
     def reserved_memory_bytes(self) -> int:
         return _reserved_bytes(self.reserve_memory)
+
+    @field_validator("accept_escapes")
+    @classmethod
+    def _known_escapes(cls, value: str) -> str:
+        if unknown := sorted(set(_listed(value)) - ALL_NAMES):
+            raise ValueError(f"{unknown[0]} is none of those that are looked for: {', '.join(sorted(ALL_NAMES))}")
+        return value
+
+    @property
+    def accepted_escapes(self) -> list[str]:
+        return _listed(self.accept_escapes)
+
+    @property
+    def local_images_list(self) -> list[str]:
+        return _listed(self.local_images)
 
     @classmethod
     def load(cls, flags: dict[str, Any] | None = None) -> Self:

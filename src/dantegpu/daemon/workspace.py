@@ -51,6 +51,11 @@ class AttemptFolder:
     def handle(self) -> Path:
         return self.root / "handle.json"
 
+    @property
+    def once(self) -> Path:
+        """A container's own marks lie in here. The job may write to it, so nobody opens anything in it."""
+        return self.root / "once"
+
     def create(self) -> bool:
         """Make what is missing of it; False when it was there already, perhaps in part."""
         root = str(self.root)

@@ -3,7 +3,16 @@
 from datetime import UTC, datetime
 
 from dantegpu.contracts.gen.dante.v1 import jobs_pb2
-from dantegpu.contracts.rest.spec import JobInput, JobSpec, Resources, Retry, Schedule, axis_text, exact_bytes
+from dantegpu.contracts.rest.spec import (
+    JobInput,
+    JobSpec,
+    RegistryAuth,
+    Resources,
+    Retry,
+    Schedule,
+    axis_text,
+    exact_bytes,
+)
 from dantegpu.domain.arrays import Array, Axis
 from dantegpu.domain.resources import parse_cpu_milli
 from dantegpu.domain.units import MILLI_PER_UNIT, format_dgpu, format_duration, parse_dgpu, parse_duration, parse_memory
@@ -18,11 +27,14 @@ def spec_to_proto(spec: JobSpec) -> jobs_pb2.JobSpec:
         commands=spec.commands,
         env=spec.env,
         image=spec.image,
+        entrypoint=spec.entrypoint,
+        working_dir=spec.working_dir,
         resources=jobs_pb2.ResourceRequest(
             gpu=resources.gpu or "",
             cpu_milli=parse_cpu_milli(resources.cpu),
             memory_bytes=parse_memory(resources.memory),
             disk_bytes=parse_memory(resources.disk),
+            shm_bytes=parse_memory(resources.shm_size) if resources.shm_size else 0,
         ),
         max_duration_seconds=parse_duration(spec.max_duration) if spec.max_duration else 0,
         priority=spec.priority,
@@ -35,6 +47,9 @@ def spec_to_proto(spec: JobSpec) -> jobs_pb2.JobSpec:
     if spec.retry is not None:
         seconds = parse_duration(spec.retry.duration) if spec.retry.duration else 0
         proto.retry.CopyFrom(jobs_pb2.RetryPolicy(on_events=spec.retry.on_events, duration_seconds=seconds))
+    if spec.registry_auth is not None:
+        auth = spec.registry_auth
+        proto.registry_auth.CopyFrom(jobs_pb2.RegistryAuth(username=auth.username, password=auth.password))
     if spec.input is not None:
         proto.input_sha256 = spec.input.sha256
         proto.input_size_bytes = spec.input.size_bytes
@@ -72,6 +87,9 @@ def spec_from_proto(proto: jobs_pb2.JobSpec) -> JobSpec:
     return JobSpec.model_construct(
         name=proto.name,
         image=proto.image,
+        registry_auth=_auth_from_proto(proto),
+        entrypoint=list(proto.entrypoint),
+        working_dir=proto.working_dir,
         env=dict(proto.env),
         commands=list(proto.commands),
         command=list(proto.argv),
@@ -80,6 +98,7 @@ def spec_from_proto(proto: jobs_pb2.JobSpec) -> JobSpec:
             cpu=f"{whole}.{rest:03d}".rstrip("0") if rest else str(whole),
             memory=exact_bytes(asked.memory_bytes),
             disk=exact_bytes(asked.disk_bytes),
+            shm_size=exact_bytes(asked.shm_bytes) if asked.shm_bytes else None,
         ),
         max_price=None if price is None else format_dgpu(price),
         max_duration=format_duration(proto.max_duration_seconds) if proto.max_duration_seconds else None,
@@ -95,6 +114,13 @@ def spec_from_proto(proto: jobs_pb2.JobSpec) -> JobSpec:
         labels=dict(proto.labels),
         nodes=max(proto.nodes, 1),
     )
+
+
+def _auth_from_proto(proto: jobs_pb2.JobSpec) -> RegistryAuth | None:
+    """Without the password: whoever may read the job need not know it."""
+    if not proto.HasField("registry_auth"):
+        return None
+    return RegistryAuth.model_construct(username=proto.registry_auth.username, password="")
 
 
 def array_of(proto: jobs_pb2.ArraySpec) -> Array:

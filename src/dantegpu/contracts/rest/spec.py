@@ -5,6 +5,7 @@ sent again as it is.
 """
 
 import re
+import shlex
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar, Literal, cast
@@ -16,6 +17,8 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from dantegpu.contracts.rest.base import Request, field_error, id_field
 from dantegpu.domain.arrays import MAX_ARRAY_TASKS, Array, Axis
 from dantegpu.domain.ids import JobId
+from dantegpu.domain.images import EXPECTED as EXPECTED_IMAGE
+from dantegpu.domain.images import ImageReference, InvalidImage
 from dantegpu.domain.resources import (
     DEFAULT_CPU_MILLI,
     DEFAULT_DISK_BYTES,
@@ -40,6 +43,8 @@ MAX_ARGUMENTS = 1000
 MAX_ARGUMENT_LENGTH = 128 * KIB
 MAX_SPEC_TEXT_LENGTH = 512 * KIB
 MAX_ENV = 1000
+MAX_PASSWORD_LENGTH = 16 * KIB
+"""Some registries' passwords are signed tokens."""
 MAX_LABELS = 64
 MAX_NODES = 64
 MAX_JOBS_PER_CALL = 10_000
@@ -52,7 +57,12 @@ _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}", re.ASCII)
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9 ._-]{0,98}[A-Za-z0-9])?", re.ASCII)
 _LABEL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?", re.ASCII)
 
-_ALIASES: Mapping[str, str] = {"run": "commands", "envs": "env", "num_nodes": "nodes"}
+_ALIASES: Mapping[str, str] = {
+    "run": "commands",
+    "envs": "env",
+    "workdir": "working_dir",
+    "num_nodes": "nodes",
+}
 """SkyPilot's words."""
 _RESOURCE_ALIASES: Mapping[str, str] = {"accelerators": "gpu", "gpus": "gpu", "cpus": "cpu", "mem": "memory"}
 
@@ -99,6 +109,10 @@ def _size(value: object) -> str:
     if size_bytes < MIB:
         raise field_error("memory", f"expected {expected}, got {value!r}, which is below 1MB", expected=expected)
     return exact_bytes(size_bytes)
+
+
+def _optional_size(value: object) -> str | None:
+    return None if value is None else _size(value)
 
 
 def _duration(value: object) -> str | None:
@@ -167,7 +181,6 @@ class Resources(Request):
     """What the job needs on its machine. Of a range the lower end is reserved."""
 
     not_supported_yet: ClassVar[Mapping[str, str]] = {
-        "shm_size": "shared memory of its own size",
         "gpu_count": "write the count into gpu: 'RTX4090:2'",
         "disk_tier": "kinds of disk",
         "use_spot": "interruptible machines",
@@ -186,6 +199,9 @@ class Resources(Request):
     )
     disk: Annotated[str, BeforeValidator(_size)] = Field(
         default=exact_bytes(DEFAULT_DISK_BYTES), description="Work folder and results", examples=["100GB"]
+    )
+    shm_size: Annotated[str | None, BeforeValidator(_optional_size)] = Field(
+        default=None, description="Size of /dev/shm; part of the job's memory; null: the machine's", examples=["16GB"]
     )
 
     @model_validator(mode="before")
@@ -207,6 +223,13 @@ class Retry(Request):
     duration: Annotated[str | None, BeforeValidator(_duration)] = Field(
         default=None, description="How long to go on trying; null: the platform's bound", examples=["1h"]
     )
+
+
+class RegistryAuth(Request):
+    """Access to a private registry. No answer shows the password again."""
+
+    username: str = Field(default="", max_length=255)
+    password: str = Field(default="", max_length=MAX_PASSWORD_LENGTH, repr=False)
 
 
 class Schedule(Request):
@@ -259,19 +282,29 @@ class JobSpec(Request):
         "ports": "open ports",
         "repos": "repositories; the working directory is sent as input",
         "python": "choice of the Python version; name an image",
-        "registry_auth": "private image registries",
         "idle_duration": "idle stop",
-        "working_dir": "the working directory is sent as input and is /work in the job",
-        "workdir": "the working directory is sent as input and is /work in the job",
+        "privileged": "rights beyond the container's",
+        "docker": "Docker inside the job",
+        "user": "another user; a job runs as an unprivileged one",
     }  # fmt: skip
 
     type: Literal["task"] = "task"
     name: str = Field(default="", description="For people; need not be unique")
     image: str = Field(default="", max_length=500, description="Container image; empty: the machine's own sandbox")
+    registry_auth: RegistryAuth | None = Field(default=None, description="For an image of a private registry")
+    entrypoint: list[str] = Field(
+        default_factory=list,
+        description="Put in front of `command`; without a command, in place of the image's own. Only with an image",
+    )
+    working_dir: str = Field(
+        default="", max_length=4096, description="Where the command begins: relative to /work, or absolute"
+    )
     env: dict[str, str] = Field(default_factory=dict, description="Environment; also a list of `NAME=value`")
     files: list[str] = Field(default_factory=list, description="Only the working directory: `.:/work`")
     commands: list[str] = Field(default_factory=list, description="Shell lines, run in order until one fails")
-    command: list[str] = Field(default_factory=list, description="Program and arguments, without a shell")
+    command: list[str] = Field(
+        default_factory=list, description="Program and arguments, without a shell; an image alone runs its own"
+    )
     resources: Resources = Field(default_factory=Resources)
     nodes: int = Field(
         default=1, ge=1, le=MAX_NODES, description="Machines that run it at once, all or none, each with `resources`"
@@ -348,6 +381,35 @@ class JobSpec(Request):
             raise field_error("not_supported_yet", text, expected=".:/work")
         return value
 
+    @field_validator("image")
+    @classmethod
+    def _image(cls, value: str) -> str:
+        if value:
+            try:
+                ImageReference.parse(value)
+            except InvalidImage as error:
+                raise field_error("image", str(error), expected=EXPECTED_IMAGE) from error
+        return value
+
+    @field_validator("working_dir")
+    @classmethod
+    def _folder(cls, value: str) -> str:
+        if "\0" in value or ".." in value.split("/"):
+            expected = "a folder of the job such as src or /work/src, without '..'"
+            raise field_error("working_dir", f"expected {expected}", expected=expected)
+        return value
+
+    @field_validator("entrypoint", mode="before")
+    @classmethod
+    def _entrypoint(cls, value: Any) -> Any:
+        """A text is split as a shell would."""
+        if isinstance(value, str):
+            try:
+                return shlex.split(value)
+            except ValueError as error:
+                raise field_error("entrypoint", f"not readable as a command line: {error}") from error
+        return value
+
     @field_validator("commands", "command", mode="before")
     @classmethod
     def _lines(cls, value: Any, info: Any) -> Any:
@@ -364,7 +426,7 @@ class JobSpec(Request):
             ]
         return value
 
-    @field_validator("commands", "command")
+    @field_validator("commands", "command", "entrypoint")
     @classmethod
     def _bounds(cls, value: list[str]) -> list[str]:
         if len(value) > MAX_ARGUMENTS or any(len(item.encode()) > MAX_ARGUMENT_LENGTH for item in value):
@@ -390,13 +452,21 @@ class JobSpec(Request):
 
     @model_validator(mode="after")
     def _runs_something(self) -> "JobSpec":
-        if bool(self.commands) == bool(self.command):
+        if not self.image:
+            for name in ("entrypoint", "registry_auth"):
+                if getattr(self, name):
+                    raise field_error("needs_image", f"{name!r} needs an 'image'", expected="an image")
+        if self.entrypoint and self.commands:
+            text = "'entrypoint' goes with 'command'; 'commands' are run by the image's own shell"
+            raise field_error("entrypoint", text, expected="'command' instead of 'commands'")
+        alone = bool(self.image) and not self.commands and not self.command
+        if bool(self.commands) == bool(self.command) and not alone:
             problem = "give either, not both" if self.commands else "there is nothing to run"
             expected = "'commands' (shell lines) or 'command' (a list of arguments)"
             raise field_error("command", f"{problem}: {expected}", expected=expected)
         if self.max_parallel is not None and self.array is None:
             raise field_error("max_parallel", "max_parallel bounds the tasks of an array; there is no 'array'")
-        texts = [*self.commands, *self.command, *self.env.keys(), *self.env.values()]
+        texts = [*self.commands, *self.entrypoint, *self.command, *self.env.keys(), *self.env.values()]
         if sum(len(text.encode()) for text in texts) > MAX_SPEC_TEXT_LENGTH:
             raise field_error("too_long", f"commands and env together hold at most {MAX_SPEC_TEXT_LENGTH >> 10} KiB")
         return self

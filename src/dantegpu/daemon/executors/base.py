@@ -7,10 +7,11 @@ daemon dies, and a new daemon finds it again by its `Handle`.
 import enum
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from dantegpu.domain.ids import AttemptId
+from dantegpu.domain.images import ImageReference
 
 MAX_ENV_ENTRIES = 512
 MAX_ENV_BYTES = 256 << 10
@@ -33,6 +34,10 @@ class SandboxFailed(ExecutorError):
         self.detail = detail
 
 
+class JobAtFault(ExecutorError):
+    """The job asks for what no machine could give it: it ends as the job's own failure."""
+
+
 class AlreadyStarted(ExecutorError):
     """The attempt was started before, by this daemon or by one that died: adopt it instead."""
 
@@ -43,6 +48,8 @@ class UnknownHandle(ExecutorError):
 
 class SandboxKind(enum.StrEnum):
     BUBBLEWRAP = "bubblewrap"
+    DOCKER = "docker"
+    PODMAN = "podman"
     NONE = "none"
 
 
@@ -50,7 +57,7 @@ class StopReason(enum.StrEnum):
     REQUESTED = "requested"
     TIMED_OUT = "timed_out"
     LEASE_LOST = "lease_lost"
-    LOG_LIMIT = "log_limit"
+    DISK_LIMIT = "disk_limit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +73,20 @@ class DeviceGrant:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageRequest:
+    """The image that a job names, and what its registry may ask for. The password is never written anywhere."""
+
+    reference: ImageReference
+    username: str = ""
+    password: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class AttemptSpec:
-    """What to run and within which limits. Zero means "no limit" for cpu, memory and pids."""
+    """What to run and within which limits. Zero means "no limit" for cpu, memory, pids and disk.
+
+    With an image the command may be empty: then the image's own program runs. `working_dir` is inside the job.
+    """
 
     attempt_id: AttemptId
     command: tuple[str, ...]
@@ -78,15 +97,19 @@ class AttemptSpec:
     tmp_bytes: int = 1 << 30
     network: bool = False
     devices: tuple[DeviceGrant, ...] = ()
+    image: ImageRequest | None = None
+    entrypoint: tuple[str, ...] = ()
+    working_dir: str = ""
+    shm_bytes: int = 0
 
     def __post_init__(self) -> None:
-        if not self.command or not self.command[0]:
+        if self.image is None and (not self.command or not self.command[0]):
             raise AttemptRefused("the command is empty")
-        if sum(len(part) for part in self.command) > MAX_ARGUMENT_BYTES:
+        if sum(len(part) for part in (*self.entrypoint, *self.command)) > MAX_ARGUMENT_BYTES:
             raise AttemptRefused(f"the command is longer than {MAX_ARGUMENT_BYTES} bytes")
         if len(self.env) > MAX_ENV_ENTRIES or sum(len(k) + len(v) for k, v in self.env.items()) > MAX_ENV_BYTES:
             raise AttemptRefused(f"more than {MAX_ENV_ENTRIES} variables or {MAX_ENV_BYTES} bytes of environment")
-        for text in (*self.command, *self.env, *self.env.values()):
+        for text in (*self.entrypoint, *self.command, self.working_dir, *self.env, *self.env.values()):
             if "\0" in text:
                 raise AttemptRefused("a NUL character in the command or the environment")
         for name in self.env:
@@ -165,6 +188,11 @@ class Capabilities:
     network: bool
 
 
+def untold(text: str) -> None:
+    """For whoever does not want to know."""
+    del text
+
+
 class Executor(ABC):
     """Every method may be called again after a crash; none blocks the event loop for long."""
 
@@ -175,10 +203,10 @@ class Executor(ABC):
         """Find out, by trying, what works here."""
 
     @abstractmethod
-    async def prepare(self, spec: AttemptSpec) -> Handle:
+    async def prepare(self, spec: AttemptSpec, progress: Callable[[str], None] = untold) -> Handle:
         """Make everything ready except the start; the same attempt again gives the same handle.
 
-        Raises AttemptRefused.
+        `progress` is told, in words for people, what takes long. Raises AttemptRefused, JobAtFault.
         """
 
     @abstractmethod
@@ -209,6 +237,10 @@ class Executor(ABC):
         """Pids of the attempt as this machine numbers them; None where that cannot be told."""
         del handle
         return None
+
+    @abstractmethod
+    async def sweep(self, known: set[AttemptId]) -> None:
+        """Kill and remove what no attempt in `known` accounts for: rests of a daemon that died in between."""
 
     @abstractmethod
     async def close(self) -> None:

@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import zlib
-from collections.abc import Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from dantegpu.daemon.executors.base import (
     Stats,
     StopReason,
     UnknownHandle,
+    untold,
 )
 from dantegpu.daemon.executors.cells import Cell, Launch
 from dantegpu.daemon.executors.processes import (
@@ -218,7 +219,10 @@ class ProcessExecutor(Executor):
     def _take_slots(self) -> None:
         for folder in self._workspace.attempts():
             if (known := folder.read_handle()) is not None:
-                place = _Place.loads(Handle.loads(known).data)
+                handle = Handle.loads(known)
+                if handle.executor != self.name:
+                    continue
+                place = _Place.loads(handle.data)
                 if not _over(place, folder):
                     self._slots.taken.add(place.slot)
 
@@ -234,7 +238,8 @@ class ProcessExecutor(Executor):
 
     # --- Executor -----------------------------------------------------------------------------------------------------
 
-    async def prepare(self, spec: AttemptSpec) -> Handle:
+    async def prepare(self, spec: AttemptSpec, progress: Callable[[str], None] = untold) -> Handle:
+        del progress  # nothing here takes long
         folder = self._workspace.attempt(spec.attempt_id)
         if (known := folder.read_handle()) is not None:
             return Handle.loads(known)
@@ -424,13 +429,15 @@ class ProcessExecutor(Executor):
         return set() if run.status is not None else self._processes(handle, run)
 
     async def sweep(self, known: set[AttemptId]) -> None:
-        """Kill and remove what no attempt in `known` accounts for: rests of a daemon that died in between."""
         await self.probe()
+        wanted = {str(attempt_id) for attempt_id in known}
         for folder in self._workspace.attempts():
-            if folder.root.name in {str(attempt_id) for attempt_id in known}:
+            if folder.root.name in wanted:
                 continue
             if (written := folder.read_handle()) is not None:
-                await self.destroy(Handle.loads(written))
+                handle = Handle.loads(written)
+                if handle.executor == self.name:
+                    await self.destroy(handle)
             else:
                 await asyncio.to_thread(folder.remove)
         used = {f"slot-{slot}" for slot in self._slots.taken}

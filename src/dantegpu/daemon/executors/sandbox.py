@@ -189,6 +189,11 @@ def environment(spec: AttemptSpec, *, work: str, output: str, search_path: str) 
     return variables
 
 
+def inside(working_dir: str) -> str:
+    """Where a command begins, as the job sees it."""
+    return working_dir if working_dir.startswith("/") else f"{WORK}/{working_dir}".rstrip("/")
+
+
 def sandboxed(tools: Bubblewrap, layout: Layout, spec: AttemptSpec, uid: int) -> Launch:
     """How to start `spec` inside. As root, the job runs as the host's `uid`, else as the daemon's own user."""
     variables = environment(spec, work=WORK, output=OUTPUT, search_path=layout.python.search_path)

@@ -91,12 +91,15 @@ class ResourceRequest(message.Message):
     CPU_MILLI_FIELD_NUMBER: builtins.int
     MEMORY_BYTES_FIELD_NUMBER: builtins.int
     DISK_BYTES_FIELD_NUMBER: builtins.int
+    SHM_BYTES_FIELD_NUMBER: builtins.int
     gpu: builtins.str
     """canonical GPU spec; empty = none"""
     cpu_milli: builtins.int
     """1000 = one core"""
     memory_bytes: builtins.int
     disk_bytes: builtins.int
+    shm_bytes: builtins.int
+    """size of /dev/shm; 0 = the machine's default"""
     def __init__(
         self,
         *,
@@ -104,10 +107,33 @@ class ResourceRequest(message.Message):
         cpu_milli: builtins.int = ...,
         memory_bytes: builtins.int = ...,
         disk_bytes: builtins.int = ...,
+        shm_bytes: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["cpu_milli", b"cpu_milli", "disk_bytes", b"disk_bytes", "gpu", b"gpu", "memory_bytes", b"memory_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["cpu_milli", b"cpu_milli", "disk_bytes", b"disk_bytes", "gpu", b"gpu", "memory_bytes", b"memory_bytes", "shm_bytes", b"shm_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class RegistryAuth(message.Message):
+    """What a private registry asks for. Given to the machine with the job, never written down there."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    USERNAME_FIELD_NUMBER: builtins.int
+    PASSWORD_FIELD_NUMBER: builtins.int
+    username: builtins.str
+    password: builtins.str
+    def __init__(
+        self,
+        *,
+        username: builtins.str = ...,
+        password: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["password", b"password", "username", b"username"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -320,6 +346,9 @@ class JobSpec(message.Message):
     NODES_FIELD_NUMBER: builtins.int
     SPOT_POLICY_FIELD_NUMBER: builtins.int
     CHECKPOINT_FIELD_NUMBER: builtins.int
+    ENTRYPOINT_FIELD_NUMBER: builtins.int
+    WORKING_DIR_FIELD_NUMBER: builtins.int
+    REGISTRY_AUTH_FIELD_NUMBER: builtins.int
     name: builtins.str
     image: builtins.str
     """empty = the machine's sandbox"""
@@ -339,6 +368,8 @@ class JobSpec(message.Message):
     """machines that run it at once, all or none; 0 = 1"""
     spot_policy: builtins.str
     """spot (may be preempted) | on-demand | auto; empty = on-demand"""
+    working_dir: builtins.str
+    """relative to /work, or absolute; empty = /work"""
     @builtins.property
     def argv(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
         """either argv ..."""
@@ -369,6 +400,12 @@ class JobSpec(message.Message):
     def schedule(self) -> ScheduleSpec: ...
     @builtins.property
     def checkpoint(self) -> Checkpoint: ...
+    @builtins.property
+    def entrypoint(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """put in front of argv or, without one, in place of the image's own"""
+
+    @builtins.property
+    def registry_auth(self) -> RegistryAuth: ...
     def __init__(
         self,
         *,
@@ -394,10 +431,13 @@ class JobSpec(message.Message):
         nodes: builtins.int = ...,
         spot_policy: builtins.str = ...,
         checkpoint: Checkpoint | None = ...,
+        entrypoint: abc.Iterable[builtins.str] | None = ...,
+        working_dir: builtins.str = ...,
+        registry_auth: RegistryAuth | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["_max_price_udgpu_per_gpu_hour", b"_max_price_udgpu_per_gpu_hour", "array", b"array", "checkpoint", b"checkpoint", "deadline", b"deadline", "max_price_udgpu_per_gpu_hour", b"max_price_udgpu_per_gpu_hour", "resources", b"resources", "retry", b"retry", "schedule", b"schedule"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["_max_price_udgpu_per_gpu_hour", b"_max_price_udgpu_per_gpu_hour", "array", b"array", "checkpoint", b"checkpoint", "deadline", b"deadline", "max_price_udgpu_per_gpu_hour", b"max_price_udgpu_per_gpu_hour", "registry_auth", b"registry_auth", "resources", b"resources", "retry", b"retry", "schedule", b"schedule"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_max_price_udgpu_per_gpu_hour", b"_max_price_udgpu_per_gpu_hour", "after", b"after", "argv", b"argv", "array", b"array", "checkpoint", b"checkpoint", "commands", b"commands", "deadline", b"deadline", "deadline_seconds", b"deadline_seconds", "env", b"env", "image", b"image", "input_sha256", b"input_sha256", "input_size_bytes", b"input_size_bytes", "labels", b"labels", "max_duration_seconds", b"max_duration_seconds", "max_price_udgpu_per_gpu_hour", b"max_price_udgpu_per_gpu_hour", "name", b"name", "network", b"network", "nodes", b"nodes", "priority", b"priority", "resources", b"resources", "retry", b"retry", "schedule", b"schedule", "spot_policy", b"spot_policy"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_max_price_udgpu_per_gpu_hour", b"_max_price_udgpu_per_gpu_hour", "after", b"after", "argv", b"argv", "array", b"array", "checkpoint", b"checkpoint", "commands", b"commands", "deadline", b"deadline", "deadline_seconds", b"deadline_seconds", "entrypoint", b"entrypoint", "env", b"env", "image", b"image", "input_sha256", b"input_sha256", "input_size_bytes", b"input_size_bytes", "labels", b"labels", "max_duration_seconds", b"max_duration_seconds", "max_price_udgpu_per_gpu_hour", b"max_price_udgpu_per_gpu_hour", "name", b"name", "network", b"network", "nodes", b"nodes", "priority", b"priority", "registry_auth", b"registry_auth", "resources", b"resources", "retry", b"retry", "schedule", b"schedule", "spot_policy", b"spot_policy", "working_dir", b"working_dir"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_price_udgpu_per_gpu_hour: _TypeAlias = typing.Literal["max_price_udgpu_per_gpu_hour"]  # noqa: Y015
     _WhichOneofArgType__max_price_udgpu_per_gpu_hour: _TypeAlias = typing.Literal["_max_price_udgpu_per_gpu_hour", b"_max_price_udgpu_per_gpu_hour"]  # noqa: Y015
@@ -466,7 +506,7 @@ class Attempt(message.Message):
     simulated: builtins.bool
     """ran on simulated devices"""
     sandbox: builtins.str
-    """bubblewrap | none"""
+    """bubblewrap | docker | podman | none"""
     node_rank: builtins.int
     """0, 1, ...: which of the job's nodes; all nodes of a gang share an epoch"""
     @builtins.property

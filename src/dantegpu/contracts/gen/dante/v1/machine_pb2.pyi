@@ -381,7 +381,7 @@ class AttemptStatus(message.Message):
     log_bytes: builtins.int
     """length of the attempt's log so far"""
     sandbox: builtins.str
-    """bubblewrap | none: what it really ran in"""
+    """bubblewrap | docker | podman | none: what it really ran in"""
     ran_ms: builtins.int
     """with a terminal state: how long the command ran; may only lower the bill"""
     @builtins.property
