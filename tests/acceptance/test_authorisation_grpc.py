@@ -72,6 +72,7 @@ ACCESS = {
     "BillingService.GetReceipt": For.USERS,
     "BillingService.CheckLedger": For.OPERATOR,
     "JobService.SubmitJobs": For.USERS,
+    "JobService.SubmitMany": For.SERVICES,
     "JobService.GetJobs": For.USERS,
     "JobService.ListJobs": For.USERS,
     "JobService.StopJobs": For.USERS,

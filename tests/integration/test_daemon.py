@@ -2,10 +2,12 @@
 
 import asyncio
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from pydantic import SecretStr
 from dantegpu.contracts.gen.dante.v1 import jobs_pb2, machine_pb2
 from dantegpu.daemon import agent, link, owner
 from dantegpu.daemon.enrol import EnrolmentRefused
-from dantegpu.daemon.executors.processes import descendants
+from dantegpu.daemon.executors.processes import descendants, processes_with_env
 from dantegpu.daemon.journal import Journal
 from dantegpu.daemon.module import AlreadyRunning
 from tests.fixtures.machines import MachinePlatform, RunningDaemon, a_tar, daemon_settings, until
@@ -251,15 +253,21 @@ class KilledDaemon:
     def start_again(self) -> None:
         self._process = self._spawn()
 
-    def end(self) -> int:
-        self._process.send_signal(signal.SIGTERM)
+    def end(self, number: signal.Signals = signal.SIGTERM) -> int:
+        self._process.send_signal(number)
         return self._process.wait(20)
 
 
+@pytest.fixture
+def daemon(machine_platform: MachinePlatform, tmp_path: Path) -> Iterator[KilledDaemon]:
+    started = KilledDaemon(machine_platform, tmp_path / "m")
+    yield started
+    started.kill()
+
+
 async def test_a_job_survives_kill_9_of_the_daemon_and_runs_exactly_once(
-    machine_platform: MachinePlatform, tmp_path: Path
+    machine_platform: MachinePlatform, tmp_path: Path, daemon: KilledDaemon
 ):
-    daemon = KilledDaemon(machine_platform, tmp_path / "m")
     script = "echo start >> count; echo begun; until [ -e go ]; do sleep 0.01; done; cp count $DANTE_OUTPUT/; echo end"
     attempt_id = await machine_platform.place("sh", "-c", script)
     await until(lambda: machine_platform.logs.get(attempt_id))
@@ -273,8 +281,9 @@ async def test_a_job_survives_kill_9_of_the_daemon_and_runs_exactly_once(
     assert await asyncio.to_thread(daemon.end) == 0
 
 
-async def test_after_kill_9_an_attempt_without_lease_is_killed(machine_platform: MachinePlatform, tmp_path: Path):
-    daemon = KilledDaemon(machine_platform, tmp_path / "m")
+async def test_after_kill_9_an_attempt_without_lease_is_killed(
+    machine_platform: MachinePlatform, tmp_path: Path, daemon: KilledDaemon
+):
     attempt_id = await machine_platform.place("sh", "-c", "echo begun; sleep 600")
     await until(lambda: machine_platform.logs.get(attempt_id))
     pid = int((tmp_path / "m" / "work" / "attempts" / attempt_id / "started").read_text().split()[0])
@@ -289,9 +298,8 @@ async def test_after_kill_9_an_attempt_without_lease_is_killed(machine_platform:
 
 
 async def test_a_daemon_told_to_stop_ends_its_jobs_and_hands_them_back(
-    machine_platform: MachinePlatform, tmp_path: Path
+    machine_platform: MachinePlatform, tmp_path: Path, daemon: KilledDaemon
 ):
-    daemon = KilledDaemon(machine_platform, tmp_path / "m")
     attempt_id = await machine_platform.place("sh", "-c", "echo begun; sleep 600")
     await until(lambda: machine_platform.logs.get(attempt_id))
     assert await asyncio.to_thread(daemon.end) == 0
@@ -300,6 +308,45 @@ async def test_a_daemon_told_to_stop_ends_its_jobs_and_hands_them_back(
     journal.open()
     assert all(row.ended for row in journal.attempts())
     journal.close()
+
+
+async def test_a_daemon_is_replaced_by_another_version_of_itself_while_its_jobs_run_on(
+    machine_platform: MachinePlatform, tmp_path: Path, daemon: KilledDaemon
+):
+    attempt_id = await machine_platform.place("sh", "-c", "echo begun; until [ -e go ]; do sleep 0.01; done; echo end")
+    await until(lambda: machine_platform.logs.get(attempt_id))
+    assert await asyncio.to_thread(daemon.end, signal.SIGUSR1) == 0
+    assert not any(heartbeat.leaving for heartbeat in machine_platform.heartbeats)
+    daemon.start_again()
+    (tmp_path / "m" / "work" / "attempts" / attempt_id / "work" / "go").touch()
+    assert (await machine_platform.ended(attempt_id)).outcome == jobs_pb2.OUTCOME_SUCCEEDED
+    assert machine_platform.logs[attempt_id] == b"begun\nend\n"
+    assert await asyncio.to_thread(daemon.end) == 0
+
+
+async def test_a_daemon_that_is_killed_again_and_again_loses_doubles_and_leaves_nothing(
+    machine_platform: MachinePlatform, tmp_path: Path, daemon: KilledDaemon
+):
+    """`dante bench adopt` does the same for longer. The seed is of the moments only; they differ with the machine."""
+    dice = random.Random(4)
+    machine_platform.lease_ms = 120_000
+    script = "echo start; sleep {}; echo end"
+    jobs = [await machine_platform.place("sh", "-c", script.format(dice.uniform(0.1, 2.0))) for _ in range(4)]
+    for _ in range(4):
+        machine_platform.heartbeats.clear()
+        await until(lambda: machine_platform.heartbeats)
+        await asyncio.sleep(dice.uniform(0.0, 0.3))
+        await asyncio.to_thread(daemon.kill)
+        daemon.start_again()
+    for attempt_id in jobs:
+        status = await machine_platform.ended(attempt_id)
+        assert (status.outcome, status.exit_code) == (jobs_pb2.OUTCOME_SUCCEEDED, 0)
+        assert machine_platform.logs[attempt_id] == b"start\nend\n"
+    work = tmp_path / "m" / "work" / "attempts"
+    await until(lambda: not list(work.iterdir()))
+    assert await asyncio.to_thread(daemon.end) == 0
+    marks = [f"DANTE_ATTEMPT_ID={attempt_id}".encode() for attempt_id in jobs]
+    assert not [mark for mark in marks if processes_with_env(mark)]
 
 
 async def test_a_machine_whose_credential_runs_out_renews_it_and_comes_back(

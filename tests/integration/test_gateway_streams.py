@@ -16,16 +16,18 @@ import pytest
 from grpc import aio
 
 from dantegpu.contracts import subjects
+from dantegpu.contracts.envelope import wrap
 from dantegpu.contracts.gen.dante.v1 import (
     auth_pb2,
     auth_pb2_grpc,
+    events_pb2,
     jobs_pb2,
     jobs_pb2_grpc,
     monitoring_pb2,
     monitoring_pb2_grpc,
 )
 from dantegpu.domain.clock import SystemClock
-from dantegpu.domain.ids import AttemptId, JobId, MachineId, TeamId
+from dantegpu.domain.ids import AttemptId, EventId, JobId, MachineId, TeamId
 from dantegpu.kit.actor import current_actor
 from dantegpu.kit.bus import Bus
 from dantegpu.kit.deps import Deps
@@ -72,7 +74,9 @@ class Behind(
         self.job.state = state
         self.events.append(jobs_pb2.JobEvent(job_id=self.job.id, seq=len(self.events) + 1, state=state, type=type_))
         if wake:
-            await self._bus.publish(subjects.job_event(JobId.parse(self.job.id)), b"")
+            changes = [events_pb2.JobChanged(job_id=str(JobId.new())), events_pb2.JobChanged(job_id=self.job.id)]
+            event = wrap(events_pb2.JobsChanged(changes=changes), event_id=EventId.new(), occurred_at=datetime.now(UTC))
+            await self._bus.publish(subjects.JOBS_CHANGED, event)
 
     def attempt(self, state: "jobs_pb2.JobState.ValueType") -> jobs_pb2.Attempt:
         self.job.epoch += 1
@@ -91,7 +95,7 @@ class Behind(
         self.logs[epoch] = self.logs.get(epoch, b"") + data
         if last:
             self.closed_logs.add(epoch)
-        await self._bus.publish(subjects.logs_appended(JobId.parse(self.job.id)), b"")
+        await self._bus.publish(subjects.LOGS_APPENDED, events_pb2.LogsAppended(job_ids=[self.job.id]))
 
     # --- the services -------------------------------------------------------------------------------------------------
 

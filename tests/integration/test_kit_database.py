@@ -173,7 +173,7 @@ class Listener:
 
 
 def changed(job_id: JobId) -> tuple[str, events_pb2.JobChanged]:
-    return subjects.job_event(job_id), events_pb2.JobChanged(job_id=str(job_id))
+    return f"dante.jobs.{job_id}", events_pb2.JobChanged(job_id=str(job_id))
 
 
 @pytest.fixture

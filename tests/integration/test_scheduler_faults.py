@@ -131,7 +131,7 @@ async def test_a_job_whose_message_was_lost_is_found_when_nats_is_back(world: Wo
 async def test_submissions_that_come_twice_by_the_queue_place_a_job_once(world: World) -> None:
     machine = await world.machine(3)
     job_id, attempt = await world.running(machine)
-    again = wrap(events_pb2.JobSubmitted(job_id=job_id), event_id=EventId.new(), occurred_at=world.clock.now())
+    again = wrap(events_pb2.JobsSubmitted(job_ids=[job_id]), event_id=EventId.new(), occurred_at=world.clock.now())
     for payload in (b"rubbish", *[again.SerializeToString()] * 3):
         await world.bus.publish_stream(subjects.JOB_SUBMITTED, payload, str(EventId.new()))
     other = await machine.given(await world.submit_one())

@@ -17,12 +17,14 @@ PLATFORM_COMMANDS: Table = {
     "doctor": Entry("dantegpu.apps.commands.doctor:doctor", "Say what this machine lacks.", _PLATFORM),
     "serve": Entry("dantegpu.apps.commands.serve:serve", "Run one service of a platform.", _PLATFORM),
     "init": Entry("dantegpu.apps.commands.init:init", "Write the files of a platform over many processes.", _PLATFORM),
+    "sim": Entry("dantegpu.apps.commands.sim:sim", "Simulate the platform with faults, seed by seed.", _PLATFORM),
     "test": Entry("dantegpu.apps.testing:command", "Run the test suite of this clone.", _PLATFORM),
     "bench": Group(
         "Measure this machine's platform.",
         {
             "latency": Entry("dantegpu.apps.commands.bench:latency", "Submit to first instruction, idle platform."),
             "throughput": Entry("dantegpu.apps.commands.bench:throughput", "Many small jobs, from POST to end."),
+            "adopt": Entry("dantegpu.apps.commands.bench:adopt", "Kill the daemon over and over while jobs run."),
             "intake": Entry("dantegpu.apps.commands.bench:intake", "Accepted submissions, nothing runs."),
             "placement": Entry("dantegpu.apps.commands.bench:placement", "Fill a cluster trace with the scheduler."),
             "idle": Entry("dantegpu.apps.commands.bench:idle", "Memory and CPU of an idle platform."),

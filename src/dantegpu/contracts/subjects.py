@@ -4,12 +4,16 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
 
-from dantegpu.domain.ids import JobId, MachineId, TeamId
+from dantegpu.domain.ids import MachineId, TeamId
 
 MACHINE_PREFIX: Final = "dante.machine"
 
 JOB_SUBMITTED: Final = "dante.queue.submitted"
-"""Stream JOBS: one message per accepted job, from the intake's outbox to placement."""
+"""Stream JOBS: the jobs that one transaction accepted, from the intake's outbox to placement."""
+JOBS_CHANGED: Final = "dante.jobs.changed"
+"""Stream EVENTS: what one transaction changed of jobs; wakes those who follow one of them."""
+LOGS_APPENDED: Final = "dante.logs.appended"
+"""Core subject, in no stream: wakes those who follow the log of one of the jobs."""
 
 ALL_JOB_EVENTS: Final = "dante.jobs.*"
 ALL_MACHINE_EVENTS: Final = "dante.gpus.*"
@@ -24,10 +28,6 @@ ALL_METRICS: Final = f"{MACHINE_PREFIX}.*.metrics"
 ALL_URLS: Final = f"{MACHINE_PREFIX}.*.urls"
 
 
-def job_event(job_id: JobId) -> str:
-    return f"dante.jobs.{job_id}"
-
-
 def machine_event(machine_id: MachineId) -> str:
     return f"dante.gpus.{machine_id}"
 
@@ -38,11 +38,6 @@ def ask_event(machine_id: MachineId) -> str:
 
 def wallet_event(team_id: TeamId) -> str:
     return f"dante.billing.{team_id}"
-
-
-def logs_appended(job_id: JobId) -> str:
-    """Core subject, in no stream: wakes those who follow the job's log."""
-    return f"dante.logs.{job_id}"
 
 
 def machine_heartbeat(machine_id: MachineId) -> str:

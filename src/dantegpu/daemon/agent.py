@@ -131,11 +131,14 @@ class Agent:
         if not self._stopping:
             self._stopping = True
             live = [attempt for attempt in self._attempts.values() if not attempt.ended]
-            if not self._settings.keep_attempts_on_stop and live:
+            keep = self._settings.keep_attempts_on_stop
+            if not keep and live:
                 for attempt in live:
                     attempt.stop(STOP_GRACE_SECONDS, "daemon_stopped")
                 await self._until_ended(live)
-            await self._last_words()
+            if not (keep and live):
+                # Else the next daemon is back before anybody misses this one.
+                await self._last_words()
         await self._tasks.stop()
         self._idle_job.stop()
 

@@ -92,10 +92,7 @@ class Journal:
     def open(self) -> None:
         """Raises JournalError for a damaged file or one of a newer version."""
         try:
-            database = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
-            database.execute("PRAGMA journal_mode=WAL")
-            database.execute("PRAGMA synchronous=FULL")
-            database.execute("PRAGMA journal_size_limit=1048576")
+            database = self._connect()
             version = database.execute("PRAGMA user_version").fetchone()[0]
             if version > SCHEMA_VERSION:
                 database.close()
@@ -111,9 +108,16 @@ class Journal:
             raise JournalError(
                 f"{self.path} is not usable: {error}; move it away to start with an empty one"
             ) from error
-        self.path.chmod(0o600)
         self._database = database
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
+
+    def _connect(self) -> sqlite3.Connection:
+        database = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+        database.execute("PRAGMA journal_mode=WAL")
+        database.execute("PRAGMA synchronous=FULL")
+        database.execute("PRAGMA journal_size_limit=1048576")
+        self.path.chmod(0o600)
+        return database
 
     def close(self) -> None:
         """Write what was noted, also what nobody waited for. Idempotent."""

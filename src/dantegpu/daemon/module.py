@@ -273,14 +273,21 @@ async def _first_of(*events: asyncio.Event) -> None:
 
 
 def run_daemon(settings: DaemonSettings, on_ready: Callable[[str], None] | None = None) -> None:
-    """Run until SIGTERM or SIGINT. For a process of its own."""
+    """Run until SIGTERM or SIGINT; SIGUSR1 ends it too and leaves its jobs running. For a process of its own."""
     configure_logging(SERVICE_NAME, settings.log_level)
     configure_tracing(SERVICE_NAME, settings.otlp_endpoint)
 
     async def main() -> None:
         stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+            loop.add_signal_handler(number, stop.set)
+
+        def hand_over() -> None:
+            settings.keep_attempts_on_stop = True
+            stop.set()
+
+        loop.add_signal_handler(signal.SIGUSR1, hand_over)
         await Daemon(settings, on_ready).run(stop)
 
     asyncio.run(main())

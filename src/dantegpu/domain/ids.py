@@ -13,7 +13,9 @@ from uuid import UUID, uuid5
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 _PAIRS = [high + low for high in _ALPHABET for low in _ALPHABET]
-_VALUES = {character: value for value, character in enumerate(_ALPHABET)}
+_NO_DIGIT = "!"
+_AS_PYTHON = dict.fromkeys(range(128), _NO_DIGIT) | str.maketrans(_ALPHABET, "0123456789abcdefghijklmnopqrstuv")
+"""To the digits that int() knows; what int() would overlook (`_`, a sign) is no digit."""
 _SUFFIX_LENGTH = 26
 _RANDOM_BITS = 74
 _RANDOM_LIMIT = 1 << _RANDOM_BITS
@@ -93,12 +95,11 @@ class Id:
             raise InvalidId(cls.prefix, text, f"the prefix is {_shorten(prefix)!r}, expected {cls.prefix!r}")
         if len(suffix) != _SUFFIX_LENGTH:
             raise InvalidId(cls.prefix, text, f"{len(suffix)} characters after the prefix, expected {_SUFFIX_LENGTH}")
-        value = 0
-        for character in suffix:
-            digit = _VALUES.get(character)
-            if digit is None:
-                raise InvalidId(cls.prefix, text, f"{character!r} is not in the alphabet {_ALPHABET}")
-            value = value << 5 | digit
+        digits = suffix.translate(_AS_PYTHON)
+        if _NO_DIGIT in digits or not digits.isascii():
+            character = next(character for character in suffix if character not in _ALPHABET)
+            raise InvalidId(cls.prefix, text, f"{character!r} is not in the alphabet {_ALPHABET}")
+        value = int(digits, 32)
         if value >> 128:
             raise InvalidId(cls.prefix, text, "the first character must be 0..7")
         return cls(UUID(int=value))

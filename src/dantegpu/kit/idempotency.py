@@ -1,8 +1,9 @@
 """The same request twice is answered twice and done once: answers by the caller's Idempotency-Key."""
 
 import hashlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from google.protobuf.message import Message
 
@@ -43,6 +44,96 @@ async def once[R: Message](
     return response
 
 
+@dataclass(frozen=True, slots=True)
+class Keyed[Q: Message]:
+    """A request that must be done once. An empty key: it is done each time."""
+
+    scope: str
+    key: str
+    request: Q
+
+
+async def once_each[Q: Message, R: Message](
+    tx: Tx,
+    asked: Sequence[Keyed[Q]],
+    response_type: type[R],
+    do: Callable[[Sequence[int]], Awaitable[Sequence[R]]],
+    replayed: Callable[[R], Awaitable[R]],
+) -> list[R | ServiceError]:
+    """`once` for many requests of many callers; one that cannot be answered gets its error in its place.
+
+    `do` gets the places (in `asked`) of the requests that are new, and answers in their order; `replayed` completes an
+    answer that was given before.
+    """
+    answers: dict[int, R | ServiceError] = {}
+    first: dict[tuple[str, str], int] = {}
+    for place, each in enumerate(asked):
+        if each.key and (problem := _problem(each.key)):
+            answers[place] = problem
+        elif each.key:
+            first.setdefault((each.scope, each.key), place)
+    known = await _known(tx, list(first))
+    new: list[int] = []
+    for place, each in enumerate(asked):
+        found = known.get((each.scope, each.key))
+        if place in answers:
+            continue
+        if found is not None:
+            answers[place] = await _again(each, found.request_sha256, found.response, response_type, replayed)
+        elif not each.key or first[each.scope, each.key] == place:
+            new.append(place)
+    if new:
+        answers |= dict(zip(new, await do(new), strict=True))
+        await _remember(tx, [(asked[place], cast(R, answers[place])) for place in new if asked[place].key])
+    for place, each in enumerate(asked):
+        if place not in answers:  # the same key came twice in this batch
+            leader = first[each.scope, each.key]
+            response = cast(R, answers[leader]).SerializeToString()
+            digest = _digest(asked[leader].request)
+            answers[place] = await _again(each, digest, response, response_type, replayed)
+    return [answers[place] for place in range(len(asked))]
+
+
+async def _known(tx: Tx, keys: Sequence[tuple[str, str]]) -> "dict[tuple[str, str], _RememberedKey]":
+    """Remembered answers by (scope, key). Other transactions with one of the keys wait from here on."""
+    if not keys:
+        return {}
+    scopes, names = [scope for scope, _ in keys], [key for _, key in keys]
+    # Sorted: two batches that share keys would wait for one another.
+    await tx.run(
+        "SELECT pg_advisory_xact_lock(number) FROM (SELECT hashtextextended(scope || key, 7) AS number"
+        " FROM unnest(%(scopes)s::text[], %(keys)s::text[]) AS asked (scope, key) ORDER BY 1) AS numbers",
+        scopes=scopes, keys=names,
+    )  # fmt: skip
+    rows = await tx.all(
+        _RememberedKey, "SELECT scope, key, request_sha256, response FROM idempotency"
+        " WHERE (scope, key) IN (SELECT * FROM unnest(%(scopes)s::text[], %(keys)s::text[]))",
+        scopes=scopes, keys=names,
+    )  # fmt: skip
+    return {(row.scope, row.key): row for row in rows}
+
+
+async def _remember[Q: Message, R: Message](tx: Tx, done: "Sequence[tuple[Keyed[Q], R]]") -> None:
+    if done:
+        await tx.run(
+            "INSERT INTO idempotency (scope, key, request_sha256, response) SELECT * FROM unnest(%(scopes)s::text[],"
+            " %(keys)s::text[], %(digests)s::bytea[], %(bodies)s::bytea[])",
+            scopes=[each.scope for each, _ in done], keys=[each.key for each, _ in done],
+            digests=[_digest(each.request) for each, _ in done],
+            bodies=[response.SerializeToString() for _, response in done],
+        )  # fmt: skip
+
+
+async def _again[Q: Message, R: Message](
+    asked: Keyed[Q], digest: bytes, response: bytes, response_type: type[R], replayed: Callable[[R], Awaitable[R]]
+) -> R | ServiceError:
+    if digest != _digest(asked.request):
+        return _reused(asked.key)
+    answer = response_type()
+    answer.ParseFromString(response)
+    return await replayed(answer)
+
+
 async def recall[R: Message](tx: Tx, *, scope: str, key: str, request: Message, response_type: type[R]) -> R | None:
     """The answer that `once` gave to this request before, or None. Raises IdempotencyKeyReused, InvalidArgument.
 
@@ -58,9 +149,7 @@ async def recall[R: Message](tx: Tx, *, scope: str, key: str, request: Message, 
     if found is None:
         return None
     if found.request_sha256 != _digest(request):
-        raise IdempotencyKeyReused(
-            f"Idempotency-Key {key!r} came before with another body; use a new key for a new request"
-        )
+        raise _reused(key)
     response = response_type()
     response.ParseFromString(found.response)
     return response
@@ -74,8 +163,20 @@ async def forget_old(tx: Tx) -> int:
 
 
 def _check(key: str) -> None:
+    if problem := _problem(key):
+        raise problem
+
+
+def _problem(key: str) -> InvalidArgument | None:
     if len(key) > MAX_KEY_LENGTH or "\x00" in key:
-        raise InvalidArgument(f"Idempotency-Key: at most {MAX_KEY_LENGTH} characters, this one has {len(key)}")
+        return InvalidArgument(f"Idempotency-Key: at most {MAX_KEY_LENGTH} characters, this one has {len(key)}")
+    return None
+
+
+def _reused(key: str) -> IdempotencyKeyReused:
+    return IdempotencyKeyReused(
+        f"Idempotency-Key {key!r} came before with another body; use a new key for a new request"
+    )
 
 
 def _digest(request: Message) -> bytes:
@@ -84,5 +185,13 @@ def _digest(request: Message) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class _Remembered:
+    request_sha256: bytes
+    response: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _RememberedKey:
+    scope: str
+    key: str
     request_sha256: bytes
     response: bytes

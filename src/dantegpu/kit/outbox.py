@@ -16,6 +16,8 @@ from dantegpu.kit.lifecycle import Tasks, Wakeup
 from dantegpu.kit.telemetry import current_request_id, current_traceparent
 
 RELAY_BATCH = 500
+RELAY_PAUSE_SECONDS = 0.02
+"""After a batch: what is added meanwhile is the next one. Who is in a hurry is woken in his own process."""
 SWEEP_INTERVAL_SECONDS = 5.0
 """How long a message of another, killed replica can lie before this one's relay finds it."""
 
@@ -43,15 +45,15 @@ class Outbox:
         subjects: list[str] = []
         ids: list[str] = []
         payloads: list[bytes] = []
-        actor = current_actor().to_proto()
+        actor, traceparent, request_id = current_actor().to_proto(), current_traceparent(), current_request_id()
         for subject, event in events:
             envelope = wrap(
                 event,
                 event_id=EventId.new(),
                 occurred_at=self._clock.now(),
                 actor=actor,
-                traceparent=current_traceparent(),
-                request_id=current_request_id(),
+                traceparent=traceparent,
+                request_id=request_id,
             )
             subjects.append(subject)
             ids.append(envelope.id)
@@ -74,11 +76,12 @@ class Outbox:
 
     async def _relay(self) -> None:
         if not self._bus.connected or await self._relay_batch() < RELAY_BATCH:
+            await asyncio.sleep(RELAY_PAUSE_SECONDS)
             await self._wakeup.wait(SWEEP_INTERVAL_SECONDS)
 
     async def _relay_batch(self) -> int:
         # No lock over the network: two replicas may publish the same row, and JetStream knows it by its Nats-Msg-Id.
-        async with self._db.transaction() as tx:
+        async with self._db.statement() as tx:
             rows = await tx.all(
                 _Row, "SELECT id, subject, message_id, payload FROM outbox ORDER BY id LIMIT %(n)s", n=RELAY_BATCH
             )
@@ -91,7 +94,7 @@ class Outbox:
         # A row stays until NATS has acknowledged it, so a crash repeats it; one that is refused holds up no other.
         sent = [row.id for row, result in zip(rows, results, strict=True) if result is None]
         if sent:
-            async with self._db.transaction() as tx:
+            async with self._db.statement() as tx:
                 await tx.run("DELETE FROM outbox WHERE id = ANY(%(ids)s)", ids=sent)
         if failed := [result for result in results if result is not None]:
             raise failed[0]

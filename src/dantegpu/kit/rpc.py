@@ -5,7 +5,8 @@ listens: a private Unix socket, loopback, or (between hosts) mutual TLS.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, cast
 
 import grpc
@@ -170,14 +171,15 @@ class _Interceptor(aio.ServerInterceptor):
             if handler is None or not handler.unary_unary:
                 return handler
             self._wrapped[name] = grpc.unary_unary_rpc_method_handler(
-                _served(name.rpartition("/")[2], handler.unary_unary),
+                served(name.rpartition("/")[2], handler.unary_unary),
                 request_deserializer=handler.request_deserializer,
                 response_serializer=handler.response_serializer,
             )
         return self._wrapped[name]
 
 
-def _served(method: str, behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+def served(method: str, behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+    """`behaviour` as it is served: with actor, request id and trace of the caller, and errors by the one table."""
     seconds = _SECONDS.labels(method)
     succeeded = _CALLS.labels(method, "ok")
 
@@ -207,6 +209,25 @@ def _served(method: str, behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Cal
     return serve
 
 
+@contextmanager
+def serving(method: str, *, actor: Actor, request_id: str, traceparent: str) -> Generator[None]:
+    """What a call of `method` by `actor` sees, for one of several calls that came in one message."""
+    set_current_actor(actor)
+    set_request_id(request_id)
+    with span(f"rpc {method}", traceparent, SpanKind.SERVER):
+        log.debug("rpc", method=method)
+        yield
+
+
+def error_detail(error: ServiceError) -> common_pb2.ErrorDetail:
+    return common_pb2.ErrorDetail(type=type_of(error), message=error.message[:MAX_ERROR_LENGTH], params=error.params)
+
+
+def remote_error(detail: common_pb2.ErrorDetail, status: str) -> RemoteError:
+    """The other way round; `status` is the value of an ErrorStatus."""
+    return RemoteError(detail.type, ErrorStatus(status), detail.message, dict(detail.params))
+
+
 def _enter(context: "aio.ServicerContext[Any, Any]") -> str:
     """Take over actor and request id of the caller; returns its traceparent."""
     metadata = dict(cast("Sequence[tuple[str, str | bytes]]", context.invocation_metadata() or ()))
@@ -220,5 +241,5 @@ async def _abort(method: str, context: "aio.ServicerContext[Any, Any]", error: S
     status = status_of(error)
     _CALLS.labels(method, status.value).inc()
     # Trailing metadata is small by gRPC's defaults: an over-long message must not replace the error with another.
-    detail = common_pb2.ErrorDetail(type=type_of(error), message=error.message[:MAX_ERROR_LENGTH], params=error.params)
+    detail = error_detail(error)
     await context.abort(_TO_GRPC[status], error.message[:1000], ((_ERROR_KEY, detail.SerializeToString()),))

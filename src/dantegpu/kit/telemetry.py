@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import threading
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,6 +18,9 @@ from dantegpu.domain.ids import RequestId
 _request_id: ContextVar[str] = ContextVar("dante_request_id", default="")
 
 MAX_REQUEST_ID_LENGTH = 128
+
+_exporting = threading.Event()
+"""Set once spans go somewhere."""
 
 
 def configure_logging(service: str, level: str = "info", stream: TextIO | None = None) -> None:
@@ -67,11 +71,16 @@ def configure_tracing(service: str, otlp_endpoint: str) -> None:
     exporter = OTLPSpanExporter(endpoint=otlp_endpoint.rstrip("/") + "/v1/traces")
     provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=500))
     trace.set_tracer_provider(provider)
+    _exporting.set()
 
 
 @contextmanager
 def span(name: str, traceparent: str = "", kind: SpanKind = SpanKind.INTERNAL, **attributes: str) -> Generator[Span]:
     """A span, child of `traceparent` (W3C) when given, else of the current one."""
+    if not traceparent and not _exporting.is_set():
+        # Nobody would see it; a context that came from outside is passed on all the same.
+        yield trace.INVALID_SPAN
+        return
     context = propagate.extract({"traceparent": traceparent}) if traceparent else None
     tracer = trace.get_tracer("dantegpu")
     with tracer.start_as_current_span(name, context=context, kind=kind, attributes=attributes) as current:
@@ -80,6 +89,8 @@ def span(name: str, traceparent: str = "", kind: SpanKind = SpanKind.INTERNAL, *
 
 def current_traceparent() -> str:
     """W3C traceparent of the current span, or empty."""
+    if not trace.get_current_span().get_span_context().is_valid:
+        return ""
     carrier: dict[str, str] = {}
     propagate.inject(carrier)
     return carrier.get("traceparent", "")

@@ -86,6 +86,22 @@ def idle(seconds: float, as_json: bool) -> None:
     _report(_on_a_platform(lambda running, login: module.measure(running.pid, running.provider_pid, seconds)), as_json)
 
 
+@click.command("adopt")
+@click.option("--kills", type=click.IntRange(1, 10_000), default=200, show_default=True)
+@click.option("--seed", type=int, default=1, show_default=True, help="Of the moments and the jobs' lengths.")
+@_sandbox
+@_json
+def adopt(kills: int, seed: int, sandbox: str, as_json: bool) -> None:
+    """Kill -9 the machine's daemon at random moments with four jobs running: what is lost, doubled or left over."""
+    module = _bench("adopt")
+    result = _on_a_platform(
+        lambda running, login: module.measure(login, kills, sandbox, seed),
+        provider=False,
+        environment=_environment(sandbox),
+    )
+    _report(result, as_json)
+
+
 @click.command("placement")
 @click.option("--machines", type=_FILE, required=True, help="CSV: sn, cpu_milli, memory_mib, gpu, model.")
 @click.option("--requests", type=_FILE, required=True, help="CSV: cpu_milli, memory_mib, num_gpu, gpu_milli, gpu_spec.")

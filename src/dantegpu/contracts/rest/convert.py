@@ -85,6 +85,9 @@ def spec_from_proto(proto: jobs_pb2.JobSpec) -> JobSpec:
     whole, rest = divmod(asked.cpu_milli, MILLI_PER_UNIT)
     price = proto.max_price_udgpu_per_gpu_hour if proto.HasField("max_price_udgpu_per_gpu_hour") else None
     return JobSpec.model_construct(
+        # Also what a proto does not have: for a default, pydantic inspects the signature of its factory each time.
+        type="task",
+        files=[],
         name=proto.name,
         image=proto.image,
         registry_auth=_auth_from_proto(proto),

@@ -517,7 +517,7 @@ def _alive(pids: set[int]) -> set[int]:
 
 
 def _parse_started(path: Path) -> tuple[int, int] | None:
-    """(pid, start ticks) of the shim; None while the line is not complete."""
+    """(pid, start ticks) of the cell; None while the line is not complete."""
     try:
         text = path.read_text()
     except FileNotFoundError:
@@ -527,7 +527,7 @@ def _parse_started(path: Path) -> tuple[int, int] | None:
 
 
 async def _read_started(path: Path) -> tuple[int, int] | None:
-    """The shim creates the file and writes the line right after: between the two, its daemon may have died."""
+    """The cell creates the file and writes the line right after: between the two, its daemon may have died."""
     deadline = asyncio.get_running_loop().time() + STARTED_TIMEOUT_SECONDS
     while (started := _parse_started(path)) is None and asyncio.get_running_loop().time() < deadline:
         await asyncio.sleep(0.01)

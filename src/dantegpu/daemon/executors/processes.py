@@ -15,7 +15,7 @@ _STAT_STATE = 0
 _STAT_PPID = 1
 _STAT_SESSION = 3
 _STAT_STARTTIME = 19
-# The parked shim and the job's parent processes all live in the shim's session; whatever the job starts does not.
+# The cell and the sandbox around the job live in the cell's session; whatever the job starts does not.
 
 
 @cache

@@ -20,6 +20,7 @@ from dantegpu.services.gateway.errors import ScopeMissing
 from dantegpu.services.gateway.middleware import PRINCIPAL_ERROR
 from dantegpu.services.gateway.settings import GatewaySettings
 from dantegpu.services.gateway.streams import Streams
+from dantegpu.services.gateway.submissions import Submissions
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +32,15 @@ class Gateway:
     bus: Bus
     clock: Clock
     streams: Streams
+    submissions: Submissions
     settings: GatewaySettings
 
 
-def _gateway(request: Request) -> Gateway:
+async def _gateway(request: Request) -> Gateway:
     return cast(Gateway, request.app.state.gateway)
 
 
+# All dependencies are `async`: FastAPI sends others through a thread, which costs more than most of them do.
 type Platform = Annotated[Gateway, Depends(_gateway)]
 
 _bearer = HTTPBearer(auto_error=False, description="An access token of `POST /v1/auth/login`, or an API key")
@@ -50,7 +53,7 @@ class _Principal:
     def __init__(self, scope: str) -> None:
         self._scope = scope
 
-    def __call__(self, request: Request, _bearer: Any = Depends(_bearer), _key: Any = Depends(_api_key)) -> Actor:
+    async def __call__(self, request: Request, _bearer: Any = Depends(_bearer), _key: Any = Depends(_api_key)) -> Actor:
         if error := request.scope.get(PRINCIPAL_ERROR):
             raise error
         actor = current_actor()
@@ -72,7 +75,7 @@ type MachineWriter = Annotated[Actor, Depends(_Principal("machines:write"))]
 type WalletReader = Annotated[Actor, Depends(_Principal("wallet:read"))]
 
 
-def _operator(actor: Annotated[Actor, Depends(_Principal("admin:write"))]) -> Actor:
+async def _operator(actor: Annotated[Actor, Depends(_Principal("admin:write"))]) -> Actor:
     actor.require_operator()
     return actor
 
@@ -80,7 +83,7 @@ def _operator(actor: Annotated[Actor, Depends(_Principal("admin:write"))]) -> Ac
 type Operator = Annotated[Actor, Depends(_operator)]
 
 
-def _idempotency_key(
+async def _idempotency_key(
     idempotency_key: Annotated[
         str,
         Header(
@@ -96,7 +99,7 @@ def _idempotency_key(
 type IdempotencyKey = Annotated[str, Depends(_idempotency_key)]
 
 
-def _page(
+async def _page(
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE_LIMIT)] = DEFAULT_PAGE_LIMIT,
     cursor: Annotated[str, Query(max_length=500, description="`next_cursor` of the page before")] = "",
 ) -> common_pb2.PageRequest:
@@ -125,7 +128,7 @@ async def _job_id(job_id: str, platform: Platform) -> str:
     return found.jobs[0].id
 
 
-def _machine_id(machine_id: str) -> str:
+async def _machine_id(machine_id: str) -> str:
     return checked_id(MachineId, machine_id)
 
 

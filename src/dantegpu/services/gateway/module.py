@@ -14,6 +14,7 @@ from dantegpu.services.gateway.middleware import Edge
 from dantegpu.services.gateway.principals import AccessTokens, ApiKeys, Authenticator
 from dantegpu.services.gateway.settings import GatewaySettings
 from dantegpu.services.gateway.streams import Streams
+from dantegpu.services.gateway.submissions import Submissions
 
 _ACCEPTED_HEADERS: Final = [
     "Authorization", "X-API-Key", "Content-Type", "Idempotency-Key", "Last-Event-ID", "X-Request-ID", "traceparent",
@@ -34,7 +35,8 @@ def build(deps: Deps, settings: GatewaySettings) -> Service:
     )
     keys = ApiKeys(clients.auth, deps.clock)
     tokens = AccessTokens(clients.auth, deps.clock, settings.token_issuer, settings.token_audience)
-    gateway = Gateway(clients, deps.channels, deps.bus, deps.clock, streams, settings)
+    submissions = Submissions(clients.jobs)
+    gateway = Gateway(clients, deps.channels, deps.bus, deps.clock, streams, submissions, settings)
     app: ASGIApp = Edge(
         create_app(gateway),
         Authenticator(tokens, keys).actor_of,
@@ -55,7 +57,7 @@ def build(deps: Deps, settings: GatewaySettings) -> Service:
         )
     return Service(
         name=settings.service_name,
-        components=[keys, streams],
+        components=[keys, streams, submissions],
         http=HttpApp(app, settings.public_listen),
         checks={"nats": deps.bus.ready},
     )

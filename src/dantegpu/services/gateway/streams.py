@@ -3,19 +3,23 @@
 import asyncio
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 
 import structlog
-from nats.errors import Error as NatsError
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
 from prometheus_client import Gauge
 from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from dantegpu.contracts.envelope import unwrap
+from dantegpu.contracts.gen.dante.v1 import events_pb2
+from dantegpu.contracts.subjects import JOBS_CHANGED, LOGS_APPENDED
 from dantegpu.domain.clock import Clock
-from dantegpu.kit.bus import Bus
+from dantegpu.kit.bus import Bus, unsubscribe
 from dantegpu.kit.errors import RemoteError, Unavailable
 from dantegpu.kit.lifecycle import Wakeup
 from dantegpu.services.gateway.errors import TooManyStreams
@@ -66,16 +70,37 @@ class Streams:
         self._max_seconds = max_seconds
         self._open: Counter[str] = Counter()
         self._wakeups: set[Wakeup] = set()
+        self._following: dict[str, set[Wakeup]] = {}
+        """By job id: who follows it."""
+        self._following_logs: dict[str, set[Wakeup]] = {}
+        self._subscriptions: list[Subscription] = []
         self._closing = False
 
     async def start(self) -> None:
         self._closing = False
+        # One subscription for all streams: with one per stream, each change of each job would be a message of its own.
+        self._subscriptions = [
+            await self._bus.subscribe(JOBS_CHANGED, self._jobs_changed),
+            await self._bus.subscribe(LOGS_APPENDED, self._logs_appended),
+        ]
 
     async def stop(self) -> None:
         """Ends all streams; their clients come back with Last-Event-ID."""
         self._closing = True
+        for subscription in self._subscriptions:
+            await unsubscribe(subscription)
+        self._subscriptions.clear()
         for wakeup in self._wakeups:
             wakeup.notify()
+
+    async def _jobs_changed(self, message: Msg) -> None:
+        if self._following:
+            _, event = unwrap(message.data, events_pb2.JobsChanged)
+            _wake(self._following, [change.job_id for change in event.changes])
+
+    async def _logs_appended(self, message: Msg) -> None:
+        if self._following_logs:
+            _wake(self._following_logs, events_pb2.LogsAppended.FromString(message.data).job_ids)
 
     @property
     def open_count(self) -> int:
@@ -88,9 +113,9 @@ class Streams:
         if self._open.total() >= self._max_total:
             raise TooManyStreams(self._max_total)
 
-    async def follow(self, team: str, subjects: Iterable[str], source: Source) -> AsyncGenerator[bytes]:
-        """The body of a stream on what `subjects` announce."""
-        async with self._woken_by(team, subjects) as wakeup:
+    async def follow(self, team: str, job_id: str, source: Source, *, logs: bool = False) -> AsyncGenerator[bytes]:
+        """The body of a stream on what happens to the job and, with `logs`, on what it writes."""
+        async with self._woken_by(team, job_id, logs) as wakeup:
             now = self._clock.monotonic
             ends_at_seconds = now() + self._max_seconds
             beat_at_seconds = now() + HEARTBEAT_SECONDS
@@ -114,22 +139,16 @@ class Streams:
                     yield HEARTBEAT
 
     @asynccontextmanager
-    async def _woken_by(self, team: str, subjects: Iterable[str]) -> AsyncGenerator[Wakeup]:
+    async def _woken_by(self, team: str, job_id: str, logs: bool) -> AsyncGenerator[Wakeup]:
         wakeup = Wakeup()
-
-        async def wake(_message: object) -> None:
-            wakeup.notify()
-
-        subscriptions = []
+        following = [self._following, self._following_logs] if logs else [self._following]
         self._open[team] += 1
         self._wakeups.add(wakeup)
         _OPEN.inc()
+        # Before the first read: what happens in between wakes the stream once more.
+        for followers in following:
+            followers.setdefault(job_id, set()).add(wakeup)
         try:
-            try:
-                # Before the first read: what happens in between wakes the stream once more.
-                subscriptions = [await self._bus.subscribe(subject, wake) for subject in subjects]
-            except NatsError as error:
-                log.warning("stream_without_wakeups", error=str(error))
             yield wakeup
         finally:
             _OPEN.dec()
@@ -137,11 +156,16 @@ class Streams:
             self._open[team] -= 1
             if not self._open[team]:
                 del self._open[team]
-            for subscription in subscriptions:
-                try:
-                    await subscription.unsubscribe()
-                except NatsError as error:
-                    log.debug("unsubscribe_failed", error=str(error))
+            for followers in following:
+                followers[job_id].discard(wakeup)
+                if not followers[job_id]:
+                    del followers[job_id]
+
+
+def _wake(following: Mapping[str, set[Wakeup]], job_ids: Iterable[str]) -> None:
+    for job_id in job_ids:
+        for wakeup in following.get(job_id, ()):
+            wakeup.notify()
 
 
 class EventStream(Response):

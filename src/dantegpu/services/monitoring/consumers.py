@@ -86,9 +86,9 @@ class LogConsumers:
             return
         for message, machine_id, request in batch:
             await self._bus.respond(message, _acknowledge(request, appended, machine_id))
-        for job_id in appended.jobs:
-            event = events_pb2.LogAppendedEvent(job_id=str(JobId(job_id)))
-            await self._bus.publish(subjects.logs_appended(JobId(job_id)), event)
+        if appended.jobs:
+            event = events_pb2.LogsAppended(job_ids=[str(JobId(job_id)) for job_id in appended.jobs])
+            await self._bus.publish(subjects.LOGS_APPENDED, event)
 
     async def _archive(self) -> None:
         await self._service.end_abandoned()

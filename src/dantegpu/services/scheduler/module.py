@@ -72,6 +72,7 @@ def build(deps: Deps, settings: SchedulerSettings) -> Service:
     wakeups.machines = dispatcher.notify
     wakeups.settlement = settlement.notify
     wakeups.placement = placement.notify
+    wakeups.submitted = placement.submitted
     wakeups.arrays = arrays.notify
     wakeups.dropped = placement.drop_ended
 

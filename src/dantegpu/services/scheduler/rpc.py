@@ -11,8 +11,9 @@ from dantegpu.domain.ids import AttemptId, DeviceId, JobId, MachineId, ScheduleI
 from dantegpu.domain.job import JobState, QueueReason
 from dantegpu.kit.actor import Actor, current_actor
 from dantegpu.kit.db import Database, Tx
-from dantegpu.kit.errors import InvalidArgument, ServiceError
+from dantegpu.kit.errors import InvalidArgument, ServiceError, status_of
 from dantegpu.kit.idempotency import once, recall
+from dantegpu.kit.rpc import error_detail
 from dantegpu.services.scheduler import store
 from dantegpu.services.scheduler.service.intake import (
     Intake,
@@ -23,6 +24,14 @@ from dantegpu.services.scheduler.service.intake import (
     reason_text,
 )
 from dantegpu.services.scheduler.service.schedules import Schedules
+from dantegpu.services.scheduler.service.submissions import (
+    Answer,
+    Submission,
+    check_each,
+    needs_more_than_a_look,
+    submit_each,
+    submit_scope,
+)
 from dantegpu.services.scheduler.service.transitions import event_message
 from dantegpu.services.scheduler.store import AttemptRow, JobRow, LeaseRow
 from dantegpu.services.scheduler.store_arrays import ProgressRow
@@ -58,7 +67,7 @@ class JobRpc(jobs_pb2_grpc.JobServiceServicer):
 
             response = await once(
                 tx,
-                scope=_submit_scope(actor),
+                scope=submit_scope(actor),
                 key=request.idempotency_key,
                 request=request,
                 response_type=jobs_pb2.SubmitJobsResponse,
@@ -66,12 +75,30 @@ class JobRpc(jobs_pb2_grpc.JobServiceServicer):
             )
             return await _with_specs(tx, response)
 
+    async def SubmitMany(self, request: jobs_pb2.SubmitManyRequest, context: Context) -> jobs_pb2.SubmitManyResponse:
+        current_actor().require_service()
+        asked = [
+            Submission(Actor.from_proto(each.actor), each.request, each.traceparent, each.request_id)
+            for each in request.submissions
+        ]
+        if any(needs_more_than_a_look(each.request) for each in asked):
+            raise InvalidArgument("submissions with inputs or no_wait go by SubmitJobs")
+        refused = await check_each(self._intake, asked)
+        accepted = [place for place in range(len(asked)) if place not in refused]
+        chosen = [asked[place] for place in accepted]
+        async with self._db.transaction() as tx:
+            answers = await submit_each(tx, self._intake, chosen, _without_spec, lambda known: _with_specs(tx, known))
+        by_place: dict[int, Answer] = {**refused, **dict(zip(accepted, answers, strict=True))}
+        return jobs_pb2.SubmitManyResponse(
+            results=[_result(by_place[place], each.request) for place, each in enumerate(asked)]
+        )
+
     async def _answered(self, actor: Actor, request: jobs_pb2.SubmitJobsRequest) -> jobs_pb2.SubmitJobsResponse | None:
         actor.require_writer()
         async with self._db.transaction() as tx:
             found = await recall(
                 tx,
-                scope=_submit_scope(actor),
+                scope=submit_scope(actor),
                 key=request.idempotency_key,
                 request=request,
                 response_type=jobs_pb2.SubmitJobsResponse,
@@ -215,8 +242,12 @@ async def _with_specs(tx: Tx, response: jobs_pb2.SubmitJobsResponse) -> jobs_pb2
     return response
 
 
-def _submit_scope(actor: Actor) -> str:
-    return f"{actor.team_id}:SubmitJobs"
+def _result(answer: Answer, request: jobs_pb2.SubmitJobsRequest) -> jobs_pb2.SubmissionResult:
+    if isinstance(answer, ServiceError):
+        return jobs_pb2.SubmissionResult(error=error_detail(answer), error_status=status_of(answer).value)
+    for job, spec in zip(answer.jobs, request.specs, strict=True):
+        job.spec.CopyFrom(spec)
+    return jobs_pb2.SubmissionResult(response=answer)
 
 
 def _state(value: "jobs_pb2.JobState.ValueType") -> JobState:

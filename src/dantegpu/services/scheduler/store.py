@@ -406,9 +406,10 @@ async def close_windows(tx: Tx, rows: Sequence[Record]) -> None:
     await tx.run(QUERIES["close_windows"], rows=_json(rows))
 
 
-async def jobs_to_mark_settled(tx: Tx, limit: int) -> list[JobRow]:
+async def jobs_to_mark_settled(tx: Tx, limit: int, *, among: Iterable[UUID] | None = None) -> list[JobRow]:
     """Ended jobs of which every attempt is settled, locked."""
-    return await tx.all(JobRow, QUERIES["jobs_to_mark_settled"], limit=limit)
+    ids = None if among is None else list(among)
+    return await tx.all(JobRow, QUERIES["jobs_to_mark_settled"], limit=limit, ids=ids)
 
 
 async def mark_jobs_settled(tx: Tx, job_ids: Iterable[UUID]) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, cast
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.responses import StreamingResponse
 
 from dantegpu.contracts import objects
@@ -14,8 +14,6 @@ from dantegpu.contracts.gen.dante.v1 import billing_pb2, jobs_pb2, monitoring_pb
 from dantegpu.contracts.rest import billing, jobs, storage
 from dantegpu.contracts.rest.convert import spec_to_proto
 from dantegpu.contracts.rest.spec import MAX_NODES, JobList, JobSpec
-from dantegpu.contracts.subjects import job_event, logs_appended
-from dantegpu.domain.ids import JobId
 from dantegpu.domain.job import JobState
 from dantegpu.kit import rpc
 from dantegpu.kit.actor import SERVICE
@@ -92,27 +90,33 @@ _SUBMIT_BODY = {
 }
 
 
-@router.post("/v1/jobs", status_code=201, summary="Submit one job, or many at once", openapi_extra=_SUBMIT_BODY)
+@router.post(
+    "/v1/jobs", status_code=201, summary="Submit one job, or many at once", openapi_extra=_SUBMIT_BODY,
+    response_model=jobs.Job | jobs.Jobs,
+)  # fmt: skip
 async def submit(
     # First: a body is looked at only when somebody known has sent it.
     _actor: JobWriter,
     submitted: Annotated[JobSpec | JobList, Depends(_submitted)],
     key: IdempotencyKey,
     platform: Platform,
-    response: Response,
     wait: Annotated[bool, Query(description="false: refuse a job that no machine fits right now")] = True,
-) -> jobs.Job | jobs.Jobs:
+) -> Response:
     """A single spec answers the job; `{"jobs": [...]}` answers `{"jobs": [...]}`: all are accepted or none."""
     specs = submitted.jobs if isinstance(submitted, JobList) else [submitted]
     request = jobs_pb2.SubmitJobsRequest(
         specs=[spec_to_proto(spec) for spec in specs], idempotency_key=key, no_wait=not wait
     )
-    accepted = await rpc.call(platform.clients.jobs.SubmitJobs, request, timeout_seconds=30)
+    accepted = await platform.submissions.submit(request)
     made = [convert.job(job) for job in accepted.jobs]
+    # Written out here: the models were just made, and FastAPI would validate them once more.
     if isinstance(submitted, JobList):
-        return jobs.Jobs(jobs=made)
-    response.headers["location"] = f"/v1/jobs/{made[0].id}"
-    return made[0]
+        return _created(jobs.Jobs(jobs=made))
+    return _created(made[0], location=f"/v1/jobs/{made[0].id}")
+
+
+def _created(answer: BaseModel, **headers: str) -> Response:
+    return Response(answer.model_dump_json(), status_code=201, headers=headers, media_type="application/json")
 
 
 @router.get("/v1/jobs", summary="Your team's jobs, newest first")
@@ -205,7 +209,7 @@ async def job_events(
     source = JobEventSource(platform.clients, actor, job, after_seq, until == "settled")
     team = str(actor.require_team())
     platform.streams.check_room(team)
-    return EventStream(platform.streams.follow(team, [job_event(JobId.parse(job_id))], source))
+    return EventStream(platform.streams.follow(team, job_id, source))
 
 
 @router.get(
@@ -246,8 +250,7 @@ async def job_logs(
     source = LogSource(platform.clients, actor, platform.clock, job, epoch, offset, one_attempt, node)
     team = str(actor.require_team())
     platform.streams.check_room(team)
-    parsed = JobId.parse(job_id)
-    return EventStream(platform.streams.follow(team, [logs_appended(parsed), job_event(parsed)], source))
+    return EventStream(platform.streams.follow(team, job_id, source, logs=True))
 
 
 async def _stored_log(platform: Platform, request: monitoring_pb2.ReadLogsRequest, limit_bytes: int) -> Response:

@@ -11,8 +11,7 @@ from uuid import UUID
 
 import structlog
 
-from dantegpu.contracts import subjects
-from dantegpu.contracts.gen.dante.v1 import events_pb2, jobs_pb2
+from dantegpu.contracts.gen.dante.v1 import jobs_pb2
 from dantegpu.contracts.rest.convert import array_of
 from dantegpu.domain import job as lifecycle
 from dantegpu.domain.arrays import ending
@@ -26,7 +25,7 @@ from dantegpu.kit.lease import Leadership
 from dantegpu.kit.lifecycle import Wakeup
 from dantegpu.kit.outbox import Outbox
 from dantegpu.services.scheduler import store, store_arrays
-from dantegpu.services.scheduler.service.transitions import Wakeups, event_message
+from dantegpu.services.scheduler.service.transitions import Wakeups, changed_messages, job_changed
 from dantegpu.services.scheduler.settings import SchedulerSettings
 from dantegpu.services.scheduler.store import EventRow, JobRow
 from dantegpu.services.scheduler.store_arrays import OpenArrayRow
@@ -194,10 +193,7 @@ class Arrays:
 
 async def tell(tx: Tx, outbox: Outbox, row: JobRow, event: EventRow) -> None:
     """Wake those who follow the array."""
-    changed = events_pb2.JobChanged(
-        job_id=str(JobId(row.id)), team_id=str(TeamId(row.team_id)), event=event_message(event)
-    )
-    await outbox.add(tx, [(subjects.job_event(JobId(row.id)), changed)])
+    await outbox.add(tx, changed_messages([job_changed(row.team_id, event)]))
 
 
 async def stop_array(

@@ -10,8 +10,7 @@ from uuid import UUID
 
 from google.protobuf.message import Message
 
-from dantegpu.contracts import subjects
-from dantegpu.contracts.gen.dante.v1 import common_pb2, events_pb2, jobs_pb2, storage_pb2, storage_pb2_grpc
+from dantegpu.contracts.gen.dante.v1 import common_pb2, jobs_pb2, storage_pb2, storage_pb2_grpc
 from dantegpu.contracts.rest.convert import array_of
 from dantegpu.domain import job as lifecycle
 from dantegpu.domain.arrays import InvalidArray
@@ -32,7 +31,13 @@ from dantegpu.services.scheduler.errors import InputNotUploaded, InvalidJob, Job
 from dantegpu.services.scheduler.service.arrays import split, stop_array
 from dantegpu.services.scheduler.service.inventory import Inventory
 from dantegpu.services.scheduler.service.placement import live_leases, pending_of, pending_of_spec, plan_of, request_of
-from dantegpu.services.scheduler.service.transitions import JobBatch, Wakeups, event_message
+from dantegpu.services.scheduler.service.transitions import (
+    JobBatch,
+    Wakeups,
+    changed_messages,
+    job_changed,
+    submitted_messages,
+)
 from dantegpu.services.scheduler.settings import SchedulerSettings
 from dantegpu.services.scheduler.store import AttemptRow, JobRow, LeaseRow
 from dantegpu.services.scheduler.store_arrays import ProgressRow
@@ -233,7 +238,9 @@ class Intake:
         await self._outbox.add(tx, _submitted_messages([*jobs, *arrays]))
         of_kind = {True: iter(arrays), False: iter(jobs)}
         rows = [next(of_kind[spec.HasField("array")]) for spec in specs]
-        return await self._bind(tx, rows, specs)
+        bound = await self._bind(tx, rows, specs)
+        tx.after_commit.append(lambda: self._wakeups.submitted(bound))
+        return bound
 
     async def _bind(self, tx: Tx, rows: Sequence[JobRow], specs: Sequence[jobs_pb2.JobSpec]) -> list[JobRow]:
         """Note what the new jobs wait for and until when they may go on."""
@@ -411,16 +418,10 @@ def _texts(spec: jobs_pb2.JobSpec) -> Iterator[str]:
 
 def _submitted_messages(rows: Sequence[JobRow]) -> list[tuple[str, Message]]:
     """Placement is told first: the job waits for nobody else."""
-    messages: list[tuple[str, Message]] = [
-        (subjects.JOB_SUBMITTED, events_pb2.JobSubmitted(job_id=str(JobId(row.id)))) for row in rows
-    ]
-    for row in rows:
-        event = store.EventRow(row.id, row.event_seq, JobState.QUEUED.value, "submitted", "", None, row.submitted_at)
-        changed = events_pb2.JobChanged(
-            job_id=str(JobId(row.id)), team_id=str(TeamId(row.team_id)), event=event_message(event)
-        )
-        messages.append((subjects.job_event(JobId(row.id)), changed))
-    return messages
+    queued = JobState.QUEUED.value
+    events = [store.EventRow(row.id, row.event_seq, queued, "submitted", "", None, row.submitted_at) for row in rows]
+    changes = [job_changed(row.team_id, event) for row, event in zip(rows, events, strict=True)]
+    return [*submitted_messages([row.id for row in rows]), *changed_messages(changes)]
 
 
 def team_of(actor: Actor) -> TeamId:

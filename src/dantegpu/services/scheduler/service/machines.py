@@ -38,6 +38,8 @@ log = structlog.get_logger(__name__)
 MAX_ATTEMPTS_PER_SYNC = 10_000
 MAX_RESULT_FILES = 10_000
 MAX_PATH_LENGTH = 1024
+PUSH_PAUSE_SECONDS = 0.01
+"""Between two pushes of desired attempts."""
 FIRST_RENDEZVOUS_PORT = 20_000
 RENDEZVOUS_PORTS = 10_000
 """Below the range that kernels give to outgoing connections."""
@@ -288,6 +290,7 @@ class Dispatcher:
         await self._tasks.stop()
 
     async def _push(self) -> None:
+        """The first change goes at once; what changes until the pause is over goes together."""
         await self._wakeup.wait()
         due, self._due = self._due, set()
         try:
@@ -301,6 +304,7 @@ class Dispatcher:
                 for machine_id, state in states.items()
             )
         )
+        await asyncio.sleep(PUSH_PAUSE_SECONDS)
 
 
 def decode_reports(messages: Sequence[Msg]) -> list[tuple[MachineId, machine_pb2.AttemptStatus]]:

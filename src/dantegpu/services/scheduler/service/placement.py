@@ -59,12 +59,14 @@ log = structlog.get_logger(__name__)
 LOAD_PAGE = 1000
 MAX_PLACEMENTS_PER_ROUND = 1000
 MAX_REASONS_PER_ROUND = 1000
+MAX_TAKEN = 200_000
 MAX_BACKFILL_JOBS = 2000
 MAX_LARGE_JOBS = 100
 """While a large job waits, a round looks at so many of the first small and large ones; the others wait their turn."""
 NO_FUNDS_RETRY_SECONDS = 10.0
 IDLE_ROUND_SECONDS = 5.0
 """A round also runs this often while something waits: what woke nobody is found all the same."""
+ROUND_PAUSE_SECONDS = 0.01
 TEAM_PAUSE_SECONDS = 1.0
 """A team that could not pay is left out of rounds for so long: its other jobs must not keep the rounds busy."""
 SWEEP_SECONDS = 15.0
@@ -204,6 +206,9 @@ class PlacementLeader:
         self._settings = settings
         self._queue: dict[UUID, _Waiting] = {}
         self._paused_teams: dict[TeamId, float] = {}
+        self._taken: set[UUID] = set()
+        """Queued by take(); the message about them is still to come."""
+        self._leading = False
         self._again = Wakeup()
         self._sweep_now = Wakeup()
         # What NATS lost is still in PostgreSQL.
@@ -218,13 +223,30 @@ class PlacementLeader:
         """Compare the queue with PostgreSQL soon."""
         self._sweep_now.notify()
 
+    def submitted(self, rows: Sequence[JobRow]) -> None:
+        """Queue jobs that were just submitted here; a message about them is under way. Only a leader listens."""
+        if not self._leading or not self._bus.connected:
+            return  # without NATS no machine could be told either; the message comes when it is back
+        if len(self._taken) > MAX_TAKEN:
+            self._taken.clear()  # their messages got lost; should they come after all, PostgreSQL is asked
+        self._taken.update(row.id for row in rows if row.state == JobState.QUEUED.value)
+        self.take(rows)
+
     def take(self, rows: Sequence[JobRow]) -> None:
         """Queue jobs that were just written: sooner than a message or a sweep would."""
         self._add(rows)
 
     async def lead(self) -> None:
         """Until cancelled: the queue from PostgreSQL, then rounds."""
+        self._leading = True
+        try:
+            await self._lead()
+        finally:
+            self._leading = False
+
+    async def _lead(self) -> None:
         self._queue.clear()
+        self._taken.clear()
         self._paused_teams.clear()
         await self._load()
         async with AsyncExitStack() as stack:
@@ -242,10 +264,16 @@ class PlacementLeader:
         ids: list[UUID] = []
         for message in messages:
             try:
-                ids.append(JobId.parse(unwrap(message.data, events_pb2.JobSubmitted)[1].job_id).uuid)
+                ids += [JobId.parse(text).uuid for text in unwrap(message.data, events_pb2.JobsSubmitted)[1].job_ids]
             except (InvalidId, UnexpectedEvent, DecodeError) as error:
                 log.error("submission_unreadable", error=str(error))
-        async with self._db.transaction() as tx:
+        # Most were submitted in this process and taken at once; they may be running by now.
+        taken = {job_id for job_id in ids if job_id in self._taken}
+        self._taken -= taken
+        ids = [job_id for job_id in ids if job_id not in taken]
+        if not ids:
+            return
+        async with self._db.statement() as tx:
             rows = await store.jobs_by_id(tx, ids)
         self._add(rows.values())
         if any(row.array_size for row in rows.values()):
@@ -314,6 +342,8 @@ class PlacementLeader:
                     # Somebody changed what the plan was made of. The constraint held; the next round sees the truth.
                     log.warning("plan_rejected", error=str(error))
             if not again:
+                # The first job is placed at once; those that come until the pause is over share a round.
+                await asyncio.sleep(ROUND_PAUSE_SECONDS)
                 await self._again.wait(self._pause_seconds())
 
     def _pause_seconds(self) -> float | None:
@@ -332,7 +362,7 @@ class PlacementLeader:
         if not ready:
             return False
         with span("placement round", jobs=str(len(ready))):
-            async with self._db.transaction() as tx:
+            async with self._db.statement() as tx:
                 live = await store.live_leases(tx)
             snapshot, plan = plan_of(self._inventory.machines(), live, ready, now)
             chosen = _Chosen.of(plan.placements, MAX_PLACEMENTS_PER_ROUND)

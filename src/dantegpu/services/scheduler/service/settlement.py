@@ -4,14 +4,14 @@ Each pass looks at attempts that ended but are not settled, at windows that are 
 next. Billing answers the same for the same window, so a pass that is cut off is simply done again.
 """
 
+import asyncio
 import time
 from collections.abc import Sequence
 from uuid import UUID
 
 import structlog
 
-from dantegpu.contracts import subjects
-from dantegpu.contracts.gen.dante.v1 import billing_pb2, billing_pb2_grpc, common_pb2, events_pb2
+from dantegpu.contracts.gen.dante.v1 import billing_pb2, billing_pb2_grpc, common_pb2
 from dantegpu.domain import job as lifecycle
 from dantegpu.domain.clock import Clock
 from dantegpu.domain.ids import AttemptId, JobId, TeamId
@@ -25,13 +25,14 @@ from dantegpu.kit.errors import ServiceError
 from dantegpu.kit.lifecycle import Wakeup
 from dantegpu.kit.outbox import Outbox
 from dantegpu.services.scheduler import store
-from dantegpu.services.scheduler.service.transitions import JobBatch, Wakeups, event_message
+from dantegpu.services.scheduler.service.transitions import JobBatch, Wakeups, changed_messages, job_changed
 from dantegpu.services.scheduler.settings import SchedulerSettings
 from dantegpu.services.scheduler.store import AttemptRow
 
 log = structlog.get_logger(__name__)
 
 BATCH = 500
+PAUSE_SECONDS = 0.05
 OPEN_AHEAD_SECONDS = 60.0
 """How long before a window is used up the next one's hold is opened."""
 OPEN_HOLDS_PAGE = 5000
@@ -63,25 +64,31 @@ class Settlement:
 
     async def run(self) -> None:
         """Until cancelled."""
+        next_windows_seconds = 0.0
         next_sweep_seconds = time.monotonic() + self._settings.orphan_sweep_seconds
         while True:
             busy = False
             try:
                 busy = await self.settle_ended() == BATCH
-                busy |= await self.mark_settled() == BATCH
-                await self.settle_full_windows()
-                await self.open_next_windows()
+                if time.monotonic() >= next_windows_seconds:
+                    next_windows_seconds = time.monotonic() + self._settings.settlement_seconds
+                    await self.settle_full_windows()
+                    await self.open_next_windows()
+                    # Those that ended without an attempt, and what a crash left between two steps.
+                    busy |= await self.mark_settled() == BATCH
                 if time.monotonic() >= next_sweep_seconds:
                     next_sweep_seconds = time.monotonic() + self._settings.orphan_sweep_seconds
                     await self.void_orphans()
             except ServiceError as error:
                 log.warning("settlement_failed", error=error.message)
             if not busy:
-                await self._again.wait(self._settings.settlement_seconds)
+                # The first end is paid for at once; those that come until the pause is over go together.
+                await asyncio.sleep(PAUSE_SECONDS)
+                await self._again.wait(max(0.0, next_windows_seconds - time.monotonic()))
 
     async def settle_ended(self) -> int:
         """Close every hold of ended attempts and write the final cost; how many attempts."""
-        async with self._db.transaction() as tx:
+        async with self._db.statement() as tx:
             ended = await store.unsettled_attempts(tx, BATCH)
         if not ended:
             return 0
@@ -102,14 +109,17 @@ class Settlement:
             }
             for attempt in ended
         ]
+        job_ids = {attempt.job_id for attempt in ended}
         async with self._db.transaction() as tx:
-            await store.lock_jobs(tx, {attempt.job_id for attempt in ended})
+            await store.lock_jobs(tx, job_ids)
             await store.close_windows(tx, rows)
+            # Only among those: locks that are taken out of order could wait for one another.
+            await self._mark(tx, await store.jobs_to_mark_settled(tx, BATCH, among=job_ids))
         return len(ended)
 
     async def settle_full_windows(self) -> None:
         """Post the windows that running attempts have used up."""
-        async with self._db.transaction() as tx:
+        async with self._db.statement() as tx:
             running = await store.attempts_with_full_windows(tx, limit=BATCH)
         if not running:
             return
@@ -131,7 +141,7 @@ class Settlement:
     async def open_next_windows(self) -> None:
         """Hold the money of the next window; an attempt whose team cannot pay is stopped when its window is over."""
         now = self._clock.now()
-        async with self._db.transaction() as tx:
+        async with self._db.statement() as tx:
             needing = await store.attempts_needing_window(tx, now=now, ahead_seconds=OPEN_AHEAD_SECONDS, limit=BATCH)
         if not needing:
             return
@@ -199,11 +209,12 @@ class Settlement:
         """Note that the cost of ended jobs is final; how many."""
         async with self._db.transaction() as tx:
             rows = await store.jobs_to_mark_settled(tx, BATCH)
-            if rows:
-                await self._mark(tx, rows)
+            await self._mark(tx, rows)
         return len(rows)
 
     async def _mark(self, tx: store.Tx, rows: Sequence[store.JobRow]) -> None:
+        if not rows:
+            return
         await store.mark_jobs_settled(tx, [row.id for row in rows])
         now = self._clock.now()
         events = [
@@ -215,15 +226,7 @@ class Settlement:
         await store.insert_events(tx, [_record(event) for event in events])
         await self._outbox.add(
             tx,
-            [
-                (
-                    subjects.job_event(JobId(row.id)),
-                    events_pb2.JobChanged(
-                        job_id=str(JobId(row.id)), team_id=str(TeamId(row.team_id)), event=event_message(event)
-                    ),
-                )
-                for row, event in zip(rows, events, strict=True)
-            ],
+            changed_messages([job_changed(row.team_id, event) for row, event in zip(rows, events, strict=True)]),
         )
 
 

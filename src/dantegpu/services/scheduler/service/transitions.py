@@ -1,9 +1,10 @@
 """The one way in which jobs and attempts change: lock, ask the transition table, write everything back at once."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from itertools import batched
 from typing import Any
 from uuid import UUID
 
@@ -20,6 +21,9 @@ from dantegpu.kit.outbox import Outbox
 from dantegpu.services.scheduler import store
 from dantegpu.services.scheduler.store import AttemptRow, JobRow
 
+JOBS_PER_MESSAGE_MAX = 200
+"""NATS bounds a message, and the text of a change may have MAX_MESSAGE_LENGTH characters."""
+
 
 @dataclass(slots=True)
 class Wakeups:
@@ -28,6 +32,8 @@ class Wakeups:
     machines: Callable[[set[UUID]], None] = field(default=lambda machine_ids: None)
     settlement: Callable[[], None] = field(default=lambda: None)
     placement: Callable[[], None] = field(default=lambda: None)
+    submitted: Callable[[Sequence[JobRow]], None] = field(default=lambda rows: None)
+    """Sooner than the message about them, when placement is led from this process."""
     arrays: Callable[[], None] = field(default=lambda: None)
     dropped: Callable[[], None] = field(default=lambda: None)
     """Many waiting jobs ended at once: placement's queue holds what is over."""
@@ -348,17 +354,10 @@ class JobBatch:
             wakeups.arrays()
 
     def _messages(self) -> list[tuple[str, Message]]:
-        messages: list[tuple[str, Message]] = []
-        for record in self._events:
-            job = self._jobs[record["job_id"]]
-            changed = events_pb2.JobChanged(
-                job_id=str(job.id), team_id=str(job.team_id), event=event_message(store.EventRow(**record))
-            )
-            messages.append((subjects.job_event(job.id), changed))
-        messages.extend(
-            (subjects.JOB_SUBMITTED, events_pb2.JobSubmitted(job_id=str(JobId(job_id)))) for job_id in self._requeued
-        )
-        return messages
+        changes = [
+            job_changed(self._jobs[record["job_id"]].team_id.uuid, store.EventRow(**record)) for record in self._events
+        ]
+        return [*changed_messages(changes), *submitted_messages(sorted(self._requeued))]
 
     def _record(self, job_id: UUID) -> dict[str, Any]:
         job = self._jobs[job_id]
@@ -458,6 +457,24 @@ def _event_text(before: JobSnapshot, after: JobSnapshot, opening: Opening | None
             code = f", exit code {after.exit_code}" if after.exit_code is not None else ""
             outcome = after.outcome.value if after.outcome else ""
             return "ended", f"{outcome}{code}" + (f": {after.message}" if after.message else "")
+
+
+def submitted_messages(job_ids: Sequence[UUID]) -> Iterator[tuple[str, Message]]:
+    """What tells placement about jobs."""
+    for some in batched(job_ids, JOBS_PER_MESSAGE_MAX):
+        yield subjects.JOB_SUBMITTED, events_pb2.JobsSubmitted(job_ids=[str(JobId(job_id)) for job_id in some])
+
+
+def changed_messages(changes: Sequence[events_pb2.JobChanged]) -> Iterator[tuple[str, Message]]:
+    """What tells followers about jobs."""
+    for some in batched(changes, JOBS_PER_MESSAGE_MAX):
+        yield subjects.JOBS_CHANGED, events_pb2.JobsChanged(changes=some)
+
+
+def job_changed(team_id: UUID, event: store.EventRow) -> events_pb2.JobChanged:
+    return events_pb2.JobChanged(
+        job_id=str(JobId(event.job_id)), team_id=str(TeamId(team_id)), event=event_message(event)
+    )
 
 
 def event_message(row: store.EventRow) -> jobs_pb2.JobEvent:

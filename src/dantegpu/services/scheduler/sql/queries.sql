@@ -222,6 +222,7 @@ UPDATE jobs SET cost_udgpu = jobs.cost_udgpu + per_job.cost_udgpu FROM per_job W
 -- name: jobs_to_mark_settled
 SELECT j.* FROM jobs j
 WHERE j.ended_at IS NOT NULL AND NOT j.settled AND j.array_size IS NULL
+  AND (%(ids)s::uuid[] IS NULL OR j.id = ANY(%(ids)s))
   AND NOT EXISTS (SELECT 1 FROM attempts a WHERE a.job_id = j.id AND NOT a.settled)
 ORDER BY j.id LIMIT %(limit)s FOR UPDATE OF j;
 

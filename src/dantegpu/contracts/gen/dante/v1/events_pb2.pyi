@@ -3,6 +3,7 @@
 isort:skip_file
 """
 
+from collections import abc as abc
 from dantegpu.contracts.gen.dante.v1 import common_pb2 as common_pb2
 from dantegpu.contracts.gen.dante.v1 import jobs_pb2 as jobs_pb2
 from dantegpu.contracts.gen.dante.v1 import marketplace_pb2 as marketplace_pb2
@@ -10,6 +11,7 @@ from dantegpu.contracts.gen.dante.v1 import registry_pb2 as registry_pb2
 from google.protobuf import descriptor as descriptor
 from google.protobuf import message as message
 from google.protobuf import timestamp_pb2 as timestamp_pb2
+from google.protobuf.internal import containers as containers
 import builtins as builtins
 import sys
 import typing as typing
@@ -62,26 +64,47 @@ class Envelope(message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 @typing.final
-class JobSubmitted(message.Message):
+class JobsSubmitted(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 
-    JOB_ID_FIELD_NUMBER: builtins.int
-    job_id: builtins.str
+    JOB_IDS_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def job_ids(self) -> containers.RepeatedScalarFieldContainer[builtins.str]: ...
     def __init__(
         self,
         *,
-        job_id: builtins.str = ...,
+        job_ids: abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["job_id", b"job_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["job_ids", b"job_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class JobsChanged(message.Message):
+    """Stream EVENTS, dante.jobs.changed: what one transaction changed, in one message, because at every change of every job
+    somebody would be told who mostly follows another one.
+    """
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    CHANGES_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def changes(self) -> containers.RepeatedCompositeFieldContainer[JobChanged]: ...
+    def __init__(
+        self,
+        *,
+        changes: abc.Iterable[JobChanged] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["changes", b"changes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 @typing.final
 class JobChanged(message.Message):
-    """stream EVENTS: dante.jobs.<job id>"""
-
     DESCRIPTOR: descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: builtins.int
@@ -158,18 +181,19 @@ class WalletChanged(message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 @typing.final
-class LogAppendedEvent(message.Message):
+class LogsAppended(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 
-    JOB_ID_FIELD_NUMBER: builtins.int
-    job_id: builtins.str
+    JOB_IDS_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def job_ids(self) -> containers.RepeatedScalarFieldContainer[builtins.str]: ...
     def __init__(
         self,
         *,
-        job_id: builtins.str = ...,
+        job_ids: abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["job_id", b"job_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["job_ids", b"job_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...

@@ -792,6 +792,102 @@ class SubmitJobsResponse(message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 @typing.final
+class Submission(message.Message):
+    """What several callers submitted at about the same time: one call, one transaction, each answered on its own."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    ACTOR_FIELD_NUMBER: builtins.int
+    REQUEST_FIELD_NUMBER: builtins.int
+    TRACEPARENT_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    traceparent: builtins.str
+    request_id: builtins.str
+    @builtins.property
+    def actor(self) -> common_pb2.Actor:
+        """who submits, as the gateway found out"""
+
+    @builtins.property
+    def request(self) -> SubmitJobsRequest: ...
+    def __init__(
+        self,
+        *,
+        actor: common_pb2.Actor | None = ...,
+        request: SubmitJobsRequest | None = ...,
+        traceparent: builtins.str = ...,
+        request_id: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["actor", b"actor", "request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["actor", b"actor", "request", b"request", "request_id", b"request_id", "traceparent", b"traceparent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class SubmissionResult(message.Message):
+    """either an answer or an error"""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    RESPONSE_FIELD_NUMBER: builtins.int
+    ERROR_FIELD_NUMBER: builtins.int
+    ERROR_STATUS_FIELD_NUMBER: builtins.int
+    error_status: builtins.str
+    """kind of the error: "invalid", "conflict", ..."""
+    @builtins.property
+    def response(self) -> SubmitJobsResponse: ...
+    @builtins.property
+    def error(self) -> common_pb2.ErrorDetail: ...
+    def __init__(
+        self,
+        *,
+        response: SubmitJobsResponse | None = ...,
+        error: common_pb2.ErrorDetail | None = ...,
+        error_status: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["error", b"error", "response", b"response"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["error", b"error", "error_status", b"error_status", "response", b"response"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class SubmitManyRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    SUBMISSIONS_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def submissions(self) -> containers.RepeatedCompositeFieldContainer[Submission]: ...
+    def __init__(
+        self,
+        *,
+        submissions: abc.Iterable[Submission] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["submissions", b"submissions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class SubmitManyResponse(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def results(self) -> containers.RepeatedCompositeFieldContainer[SubmissionResult]: ...
+    def __init__(
+        self,
+        *,
+        results: abc.Iterable[SubmissionResult] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
 class GetJobsRequest(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 

@@ -40,6 +40,11 @@ class JobServiceStub:
                 request_serializer=dante_dot_v1_dot_jobs__pb2.SubmitJobsRequest.SerializeToString,
                 response_deserializer=dante_dot_v1_dot_jobs__pb2.SubmitJobsResponse.FromString,
                 _registered_method=True)
+        self.SubmitMany = channel.unary_unary(
+                '/dante.v1.JobService/SubmitMany',
+                request_serializer=dante_dot_v1_dot_jobs__pb2.SubmitManyRequest.SerializeToString,
+                response_deserializer=dante_dot_v1_dot_jobs__pb2.SubmitManyResponse.FromString,
+                _registered_method=True)
         self.GetJobs = channel.unary_unary(
                 '/dante.v1.JobService/GetJobs',
                 request_serializer=dante_dot_v1_dot_jobs__pb2.GetJobsRequest.SerializeToString,
@@ -93,6 +98,13 @@ class JobServiceServicer:
 
     def SubmitJobs(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SubmitMany(self, request, context):
+        """services only
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -159,6 +171,11 @@ def add_JobServiceServicer_to_server(servicer, server):
                     servicer.SubmitJobs,
                     request_deserializer=dante_dot_v1_dot_jobs__pb2.SubmitJobsRequest.FromString,
                     response_serializer=dante_dot_v1_dot_jobs__pb2.SubmitJobsResponse.SerializeToString,
+            ),
+            'SubmitMany': grpc.unary_unary_rpc_method_handler(
+                    servicer.SubmitMany,
+                    request_deserializer=dante_dot_v1_dot_jobs__pb2.SubmitManyRequest.FromString,
+                    response_serializer=dante_dot_v1_dot_jobs__pb2.SubmitManyResponse.SerializeToString,
             ),
             'GetJobs': grpc.unary_unary_rpc_method_handler(
                     servicer.GetJobs,
@@ -234,6 +251,33 @@ class JobService:
             '/dante.v1.JobService/SubmitJobs',
             dante_dot_v1_dot_jobs__pb2.SubmitJobsRequest.SerializeToString,
             dante_dot_v1_dot_jobs__pb2.SubmitJobsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SubmitMany(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dante.v1.JobService/SubmitMany',
+            dante_dot_v1_dot_jobs__pb2.SubmitManyRequest.SerializeToString,
+            dante_dot_v1_dot_jobs__pb2.SubmitManyResponse.FromString,
             options,
             channel_credentials,
             insecure,

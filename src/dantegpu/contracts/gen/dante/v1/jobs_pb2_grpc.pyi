@@ -17,6 +17,8 @@ class JobServiceStub:
 
     def __init__(self, channel: aio.Channel) -> None: ...
     SubmitJobs: aio.UnaryUnaryMultiCallable[jobs_pb2.SubmitJobsRequest, jobs_pb2.SubmitJobsResponse]
+    SubmitMany: aio.UnaryUnaryMultiCallable[jobs_pb2.SubmitManyRequest, jobs_pb2.SubmitManyResponse]
+    """services only"""
     GetJobs: aio.UnaryUnaryMultiCallable[jobs_pb2.GetJobsRequest, jobs_pb2.GetJobsResponse]
     ListJobs: aio.UnaryUnaryMultiCallable[jobs_pb2.ListJobsRequest, jobs_pb2.ListJobsResponse]
     StopJobs: aio.UnaryUnaryMultiCallable[jobs_pb2.StopJobsRequest, jobs_pb2.StopJobsResponse]
@@ -37,6 +39,14 @@ class JobServiceServicer(metaclass=abc_1.ABCMeta):
         request: jobs_pb2.SubmitJobsRequest,
         context: aio.ServicerContext[jobs_pb2.SubmitJobsRequest, abc.Awaitable[jobs_pb2.SubmitJobsResponse]],
     ) -> abc.Awaitable[jobs_pb2.SubmitJobsResponse]: ...
+
+    @abc_1.abstractmethod
+    def SubmitMany(
+        self,
+        request: jobs_pb2.SubmitManyRequest,
+        context: aio.ServicerContext[jobs_pb2.SubmitManyRequest, abc.Awaitable[jobs_pb2.SubmitManyResponse]],
+    ) -> abc.Awaitable[jobs_pb2.SubmitManyResponse]:
+        """services only"""
 
     @abc_1.abstractmethod
     def GetJobs(
