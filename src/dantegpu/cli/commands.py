@@ -79,6 +79,7 @@ _PROVIDER_COMMANDS: Table = {
         {
             "list": Entry("dantegpu.cli.market:provider_list", "List your machines."),
             "show": Entry("dantegpu.cli.market:provider_show", "Show one of your machines."),
+            "status": Entry("dantegpu.cli.market:provider_status", "Show how a machine is, and what was earned."),
             "price": Entry("dantegpu.cli.market:provider_price", "Set what a machine costs."),
             "pause": Entry("dantegpu.cli.market:provider_pause", "Take no new jobs; running ones go on."),
             "resume": Entry("dantegpu.cli.market:provider_resume", "Take jobs again."),

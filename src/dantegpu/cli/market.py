@@ -157,13 +157,32 @@ def _use(device: "Device") -> list[str]:
     ]
 
 
+def score_of(machine: "Machine") -> float:
+    """What its GPUs (without any: its CPU) score together; 0 when nothing was measured."""
+    if machine.devices:
+        return sum(device.benchmark.score for device in machine.devices if device.benchmark is not None)
+    return machine.benchmark.score if machine.benchmark is not None else 0.0
+
+
+def _measured(machine: "Machine") -> str:
+    found = machine.benchmark
+    if found is None:
+        return ""
+    figures = (
+        f"score {score_of(machine):g}; CPU {found.cpu_gflops:.0f} GFLOPS, memory {found.memory_gbps:.1f} GB/s, "
+        f"disk {found.disk_write_mbps:.0f} MB/s written, {found.disk_read_mbps:.0f} MB/s read; "
+        f"{output.ago(found.measured_at)}"
+    )
+    return f"{figures}\nproblem: {found.problem}" if found.problem else figures
+
+
 def _print_machine(machine: "Machine") -> None:
     shut = machine.quarantine
     output.print_fields([
         ("id", machine.id),
         ("host", machine.hostname),
         ("in quarantine", f"until {output.local_time(shut.until)}: {shut.reason}" if shut else ""),
-        ("status", machine.status),
+        ("status", f"{machine.status}, closed: {machine.closed}" if machine.closed else machine.status),
         ("GPUs", gpus_of(machine)),
         ("cores", cores_of(machine)),
         ("memory", f"{format_bytes(machine.memory_used_bytes)} of {format_bytes(machine.memory_bytes)} used"),
@@ -174,12 +193,28 @@ def _print_machine(machine: "Machine") -> None:
         ("sandbox", machine.sandbox),
         ("images", "yes" if "container" in machine.executors else "no"),
         ("not limited", ", ".join(machine.limits_missing)),
+        ("measured", _measured(machine)),
         ("running", machine.running_attempts),
         ("joined", output.local_time(machine.joined_at)),
         ("last seen", output.ago(machine.last_heartbeat_at)),
     ])  # fmt: skip
     if machine.devices:
         print_devices(machine)
+
+
+@command("status")
+@_MACHINE
+def provider_status(cli: Cli, machine: str | None) -> None:
+    """Show how one of your machines is: jobs, GPUs and their health, what it was measured at, and what was earned."""
+    with cli.client() as client:
+        found = client.machines.get(machine_id(client, machine))
+        wallet = client.wallet.get()
+
+    def human() -> None:
+        _print_machine(found)
+        output.say(f"earned {output.money(wallet.earned_udgpu)} $dGPU by all machines of your team")
+
+    cli.answer({"machine": found, "earned_udgpu": wallet.earned_udgpu}, human)
 
 
 @command("price")

@@ -217,6 +217,8 @@ def machine(proto: registry_pb2.Machine) -> machines.Machine:
         region=inventory.region,
         simulated=inventory.simulated,
         shares_devices=inventory.shares_devices,
+        closed=inventory.closed,
+        benchmark=_benchmark(inventory.benchmark) if inventory.HasField("benchmark") else None,
         running_attempts=proto.running_attempts,
         cpu_utilisation=proto.cpu_utilisation,
         memory_used_bytes=proto.memory_used_bytes,
@@ -228,6 +230,29 @@ def machine(proto: registry_pb2.Machine) -> machines.Machine:
 def quarantine(proto: jobs_pb2.Quarantine) -> machines.Quarantine:
     return machines.Quarantine(
         machine_id=proto.machine_id, reason=proto.reason, since=when(proto.since), until=when(proto.until)
+    )
+
+
+def _benchmark(proto: machine_pb2.Benchmark) -> machines.Benchmark:
+    return machines.Benchmark(
+        measured_at=datetime.fromtimestamp(proto.measured_at_unix_s, UTC),
+        cpu_gflops=proto.cpu_gflops,
+        memory_gbps=proto.memory_gbps,
+        disk_write_mbps=proto.disk_write_mbps,
+        disk_read_mbps=proto.disk_read_mbps,
+        problem=proto.problem,
+        score=proto.score,
+    )
+
+
+def _device_benchmark(proto: machine_pb2.DeviceBenchmark) -> machines.DeviceBenchmark:
+    return machines.DeviceBenchmark(
+        fp32_tflops=proto.fp32_tflops,
+        bf16_tflops=proto.bf16_tflops,
+        memory_gbps=proto.memory_gbps,
+        pcie_gbps=proto.pcie_gbps,
+        vram_checked_bytes=proto.vram_checked_bytes,
+        score=proto.score,
     )
 
 
@@ -247,6 +272,7 @@ def _device(proto: machine_pb2.Device, use: machine_pb2.DeviceUtilisation | None
         pcie_width=proto.pcie_width,
         power_limit_watts=proto.power_limit_watts,
         ecc=proto.ecc,
+        benchmark=_device_benchmark(proto.benchmark) if proto.benchmark.score else None,
         gpu_utilisation=use.gpu_utilisation if use else None,
         vram_used_bytes=use.vram_used_bytes if use else None,
         temperature_celsius=use.temperature_celsius if use else None,

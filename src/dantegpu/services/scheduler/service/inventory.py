@@ -159,7 +159,7 @@ class Inventory:
             price_udgpu_per_gpu_hour=ask.price_udgpu_per_gpu_hour,
             price_udgpu_per_cpu_hour=ask.price_udgpu_per_cpu_hour,
             region=inventory.region,
-            schedulable=machine.status in _SCHEDULABLE and machine.id not in self._quarantined,
+            schedulable=machine.status in _SCHEDULABLE and machine.id not in self._quarantined and not inventory.closed,
             runs_images="container" in inventory.executors,
             sandboxed=inventory.sandbox not in ("", "none"),
             allows_fractions=inventory.shares_devices or any(device.simulated for device in inventory.devices),
