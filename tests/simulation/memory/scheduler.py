@@ -13,6 +13,7 @@ from tests.simulation.memory.columns import columns_of, defaults_of, records, ty
 from tests.simulation.memory.engine import Handler, MemoryTx, Row, Schema, Table
 from tests.simulation.memory.kit import KIT_STATEMENTS, kit_tables
 from tests.simulation.memory.lifetimes import LIFETIME_STATEMENTS
+from tests.simulation.memory.quarantines import QUARANTINE_STATEMENTS
 
 LIVE = frozenset({"PLACED", "STARTING", "RUNNING", "STOPPING"})
 TERMINAL = frozenset({"SUCCEEDED", "FAILED", "CANCELLED"})
@@ -71,10 +72,16 @@ def scheduler_schema() -> Schema:
     machines = Table("machines", ("machine_id",), defaults_of(_COLUMNS["machines"]))
     events = Table("job_events", ("job_id", "seq"))
     after = Table("job_after", ("job_id", "after_id"))
+    quarantines = Table(
+        "quarantines",
+        ("machine_id",),
+        defaults_of(_COLUMNS["quarantines"]),
+        checks={"until": lambda row: row["until"] >= row["since"]},
+    )
     return Schema(
         "scheduler",
-        [*kit_tables(), jobs, attempts, usage, leases, machines, events, after],
-        {**KIT_STATEMENTS, **LIFETIME_STATEMENTS, **_STATEMENTS},
+        [*kit_tables(), jobs, attempts, usage, leases, machines, events, after, quarantines],
+        {**KIT_STATEMENTS, **LIFETIME_STATEMENTS, **QUARANTINE_STATEMENTS, **_STATEMENTS},
     )
 
 
