@@ -104,16 +104,10 @@ class Machines:
             return refusal
         statuses = [s for s in request.attempts[:MAX_ATTEMPTS_PER_SYNC] if self._well_formed(machine_id, s)]
         live = [(AttemptId.parse(s.attempt_id).uuid, s.epoch) for s in statuses if s.state not in _ENDED]
+        if statuses:
+            await self._fold_news(machine_id, statuses)
         now = self._clock.now()
         async with self._db.transaction() as tx:
-            if statuses:
-                # Most syncs only renew: no job is locked unless there is something new to fold.
-                folded = await store.report_positions(
-                    tx, machine_id.uuid, [JobId.parse(status.job_id).uuid for status in statuses]
-                )
-                news = [s for s in statuses if s.seq > folded.get(AttemptId.parse(s.attempt_id).uuid, s.seq)]
-                if news:
-                    await self._fold(tx, [(machine_id, status) for status in news], now)
             if live:
                 await store.renew_leases(
                     tx, machine_id.uuid, live, now=now, lease_seconds=self._settings.lease_seconds,
@@ -125,6 +119,19 @@ class Machines:
             machine_pb2.AttemptAck(attempt_id=s.attempt_id, epoch=s.epoch, seq=s.seq) for s in statuses
         )
         return state
+
+    async def _fold_news(self, machine_id: MachineId, statuses: Sequence[machine_pb2.AttemptStatus]) -> None:
+        """Most syncs only renew: no job is locked unless there is something new to fold.
+
+        In a transaction of its own: what folds locks attempts and then its machine's row, and a renewal locks attempts.
+        One that did both would wait for a report that waits for it.
+        """
+        async with self._db.transaction() as tx:
+            job_ids = [JobId.parse(status.job_id).uuid for status in statuses]
+            folded = await store.report_positions(tx, machine_id.uuid, job_ids)
+            news = [s for s in statuses if s.seq > folded.get(AttemptId.parse(s.attempt_id).uuid, s.seq)]
+            if news:
+                await self._fold(tx, [(machine_id, status) for status in news], self._clock.now())
 
     async def _refusal(self, machine_id: MachineId) -> machine_pb2.DesiredState | None:
         if self._inventory.machine(machine_id) is not None:
