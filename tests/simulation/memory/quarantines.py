@@ -1,4 +1,4 @@
-"""Machines in quarantine, in memory: the queries of services/scheduler/sql/quarantines.sql."""
+"""Quarantines in memory: services/scheduler/sql/quarantines.sql."""
 
 from collections.abc import Mapping
 from datetime import datetime, timedelta
@@ -12,58 +12,59 @@ _FAULTS = ("lost", "provider_fault")
 
 
 async def _faulty_machines(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
-    succeeded_at: dict[UUID, datetime] = {}
+    last_success: dict[UUID, datetime] = {}
     for row in tx.scan("attempts"):
         if row["outcome"] == "succeeded":
-            machine = row["machine_id"]
-            succeeded_at[machine] = max(row["ended_at"], succeeded_at.get(machine, row["ended_at"]))
+            known = last_success.get(row["machine_id"], row["ended_at"])
+            last_success[row["machine_id"]] = max(known, row["ended_at"])
     incidents: dict[UUID, set[object]] = {}
     teams: dict[UUID, set[UUID]] = {}
     for row in tx.scan("attempts"):
-        machine = row["machine_id"]
-        if row["outcome"] not in _FAULTS or row["ended_at"] <= params["since"]:
+        machine_id, ended_at = row["machine_id"], row["ended_at"]
+        if row["outcome"] not in _FAULTS or ended_at <= params["since"]:
             continue
-        known = tx.get("quarantines", (machine,))
-        if known is not None and row["ended_at"] <= known["until"]:
+        shut = tx.get("quarantines", (machine_id,))
+        if shut is not None and ended_at <= shut["until"]:
             continue
-        if machine in succeeded_at and succeeded_at[machine] >= row["ended_at"]:
+        if machine_id in last_success and last_success[machine_id] >= ended_at:
             continue
-        lost = row["outcome"] == "lost"
-        incidents.setdefault(machine, set()).add(row["ended_at"].timestamp() // 60 if lost else row["job_id"])
-        teams.setdefault(machine, set()).add(row["team_id"])
+        incident = int(ended_at.timestamp() // 60) if row["outcome"] == "lost" else row["job_id"]
+        incidents.setdefault(machine_id, set()).add(incident)
+        teams.setdefault(machine_id, set()).add(row["team_id"])
     found = [
-        {"machine_id": machine, "incidents": len(each), "teams": len(teams[machine])}
-        for machine, each in sorted(incidents.items())
-        if len(each) >= params["faults"] * (1 if len(teams[machine]) > 1 else 2)
+        {"machine_id": machine_id, "incidents": len(incidents[machine_id]), "teams": len(teams[machine_id])}
+        for machine_id in sorted(incidents)
+        if len(incidents[machine_id]) >= params["faults"] * (1 if len(teams[machine_id]) > 1 else 2)
     ]
     return found[: params["limit"]]
 
 
 async def _quarantine(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
-    key = (params["machine_id"],)
+    key, now = (params["machine_id"],), params["now"]
+    row: Row = {"machine_id": params["machine_id"], "since": now, "reason": params["reason"], "released_by": ""}
     await tx.lock("quarantines", [key])
     known = tx.get("quarantines", key)
-    now: datetime = params["now"]
-    new = {"machine_id": params["machine_id"], "since": now, "reason": params["reason"], "released_by": ""}
     if known is None:
-        return [await tx.insert("quarantines", new | {"until": now + timedelta(seconds=params["seconds"]), "times": 1})]
-    forgotten = now - timedelta(seconds=params["forget_seconds"])
-    again = known["until"] > forgotten and not known["released_by"]
-    seconds = min(params["max_seconds"], params["seconds"] * 2 ** (known["times"] if again else 0))
-    times = known["times"] + 1 if again else 1
-    return [tx.update("quarantines", known, **new, times=times, until=now + timedelta(seconds=seconds))]
+        until = now + timedelta(seconds=params["seconds"])
+        return [await tx.insert("quarantines", row | {"until": until, "times": 1})]
+    again = known["until"] > now - timedelta(seconds=params["forget_seconds"]) and not known["released_by"]
+    times = known["times"] if again else 0
+    seconds = min(params["max_seconds"], params["seconds"] * 2**times)
+    return [tx.update("quarantines", known, **row, until=now + timedelta(seconds=seconds), times=times + 1)]
 
 
 async def _in_quarantine(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
-    rows = [row for row in tx.scan("quarantines") if row["until"] > params["now"]]
-    wanted = [row for row in rows if params["ids"] is None or row["machine_id"] in params["ids"]]
-    return sorted(wanted, key=lambda row: row["machine_id"])
+    found = [
+        row
+        for row in tx.scan("quarantines")
+        if row["until"] > params["now"] and (params["ids"] is None or row["machine_id"] in params["ids"])
+    ]
+    return sorted(found, key=lambda row: row["machine_id"])
 
 
 async def _release(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
-    keys = sorted((machine_id,) for machine_id in params["ids"])
-    await tx.lock("quarantines", keys)
-    rows = [row for key in keys if (row := tx.get("quarantines", key)) is not None and row["until"] > params["now"]]
+    await tx.lock("quarantines", sorted((machine_id,) for machine_id in params["ids"]))
+    rows = await _in_quarantine(tx, params)
     return [tx.update("quarantines", row, until=params["now"], released_by=params["by"]) for row in rows]
 
 
