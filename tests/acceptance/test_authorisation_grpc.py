@@ -81,6 +81,8 @@ ACCESS = {
     "JobService.CreateSchedule": For.USERS,
     "JobService.ListSchedules": For.USERS,
     "JobService.StopSchedules": For.USERS,
+    "JobService.ListQuarantines": For.OPERATOR,
+    "JobService.ReleaseMachines": For.OPERATOR,
     "JobService.ResolveAttempts": For.SERVICES,
     "MarketplaceService.SetAsk": For.USERS,
     "MarketplaceService.ListAsks": For.LOGGED_IN,

@@ -169,6 +169,8 @@ TABLE: Mapping[tuple[str, str], Rule] = {
     ("GET", "/v1/admin/ledger"): operators(200),
     ("GET", "/v1/admin/teams"): operators(200),
     ("GET", "/v1/admin/jobs"): operators(200),
+    ("GET", "/v1/admin/quarantines"): operators(200),
+    ("POST", "/v1/admin/machines/{machine_id}/release"): operators(200),
 }  # fmt: skip
 CALLERS = ("anonymous", "owner", "viewer", "stranger", "provider", "operator", "jobs:read", "machine", "garbage")
 NOT_LOGGED_IN = ("anonymous", "machine", "garbage")
@@ -283,7 +285,7 @@ def described(response: httpx.Response) -> str:
     del problem["request_id"]
     headers = {name: value for name, value in response.headers.items() if name not in ("x-request-id", "date")}
     text = json.dumps([response.status_code, problem, headers])
-    return re.sub(r'"content-length": "\d+"', "", re.sub(r"(job|mach|team|key)_[0-9a-z]{26}", "ID", text))
+    return re.sub(r'"content-length": "\d+"', "", re.sub(r"(job|mach|team|key|sched)_[0-9a-z]{26}", "ID", text))
 
 
 @pytest.mark.parametrize(("method", "path"), TABLE, ids=lambda text: text)

@@ -19,7 +19,7 @@ from dantegpu.domain.job import Outcome, StopReason
 from dantegpu.kit.db import Database, Tx
 from dantegpu.kit.lease import Leadership, LostLeadership
 from dantegpu.kit.outbox import Outbox
-from dantegpu.services.scheduler import store, store_lifetimes
+from dantegpu.services.scheduler import store, store_lifetimes, store_quarantines
 from dantegpu.services.scheduler.errors import PlanConflict
 from dantegpu.services.scheduler.service.transitions import JobBatch, Opening, Wakeups
 from dantegpu.services.scheduler.store import AttemptRow, JobRow
@@ -469,3 +469,54 @@ def test_unknown_sql_is_refused_by_name():
 
     with pytest.raises(UnknownStatement, match="no function in memory for: SELECT nothing"):
         scheduler_schema().handler("SELECT nothing")
+
+
+# --- quarantines ------------------------------------------------------------------------------------------------------
+
+
+async def ended_attempts(db: Database, *ends: tuple[float, str], team: TeamId = TEAM) -> None:
+    """Attempts of jobs of their own on MACHINE, each ended at so many seconds with that outcome."""
+    for seconds, outcome in ends:
+        async with db.transaction() as tx:
+            attempt = an_attempt(await a_job(tx)) | {"team_id": team.uuid}
+            await open_attempts(tx, attempt)
+            change = a_change(attempt["id"], state="FAILED", outcome=outcome, ended_at=at(seconds))
+            await store.save_attempts(tx, [change])
+
+
+async def faulty(db: Database, since_seconds: float = -1.0) -> list[tuple[int, int]]:
+    async with db.transaction() as tx:
+        rows = await store_quarantines.faulty_machines(tx, since=at(since_seconds), faults=2, limit=10)
+    return [(row.incidents, row.teams) for row in rows]
+
+
+async def test_faults_in_a_row_count_once_per_minute_lost_and_twice_as_many_of_one_team_are_needed(db: Database):
+    await ended_attempts(db, (0, "provider_fault"), (61, "lost"), (62, "lost"))
+    assert await faulty(db) == []
+    await ended_attempts(db, (63, "provider_fault"), (130, "lost"))
+    assert await faulty(db) == [(4, 1)]
+    await ended_attempts(db, (200, "succeeded"))
+    assert await faulty(db) == []
+    await ended_attempts(db, (300, "provider_fault"))
+    await ended_attempts(db, (301, "provider_fault"), team=TeamId.new())
+    assert await faulty(db) == [(2, 2)]
+    assert await faulty(db, since_seconds=300) == []
+
+
+async def test_each_quarantine_in_a_row_lasts_twice_as_long_until_one_is_released(db: Database):
+    async def shut(at_seconds: float) -> tuple[float, int]:
+        async with db.transaction() as tx:
+            row = await store_quarantines.quarantine(
+                tx, MACHINE.uuid, reason="why", now=at(at_seconds), seconds=10, max_seconds=30, forget_seconds=1000
+            )
+        return (row.until - row.since).total_seconds(), row.times
+
+    assert [await shut(seconds) for seconds in (0, 20, 50)] == [(10, 1), (20, 2), (30, 3)]
+    async with db.transaction() as tx:
+        assert [row.times for row in await store_quarantines.in_quarantine(tx, at(60))] == [3]
+        assert await store_quarantines.in_quarantine(tx, at(60), [MachineId.new().uuid]) == []
+        released = await store_quarantines.release(tx, [MACHINE.uuid], by="ann", now=at(70))
+        assert [(row.until, row.released_by) for row in released] == [(at(70), "ann")]
+        assert await store_quarantines.release(tx, [MACHINE.uuid], by="ann", now=at(71)) == []
+    assert await faulty(db) == []
+    assert await shut(100) == (10, 1)

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import httpx
@@ -15,7 +16,7 @@ import pytest
 from pydantic import SecretStr
 
 from dantegpu.contracts.gen.dante.v1 import jobs_pb2, machine_pb2
-from dantegpu.daemon import link
+from dantegpu.daemon import agent, link, owner
 from dantegpu.daemon.enrol import EnrolmentRefused
 from dantegpu.daemon.executors.processes import descendants, processes_with_env
 from dantegpu.daemon.journal import Journal
@@ -393,4 +394,37 @@ async def test_an_operator_can_ask_the_daemon_how_it_is(machine_platform: Machin
         assert "dante_daemon_connected 1.0" in (await client.get("/metrics")).text
         assert (await client.get("/other")).status_code == 404
         assert (await client.post("/healthz")).status_code == 405
+    await daemon.stop()
+
+
+async def test_the_owners_idle_job_runs_until_something_is_rented(
+    machine_platform: MachinePlatform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(owner, "IDLE_BEFORE_SECONDS", 0.1)
+    idle = f"sh -c 'echo $$ > {tmp_path}/idle; exec sleep 600'"
+    daemon = RunningDaemon(daemon_settings(machine_platform, tmp_path / "m", idle_command=idle))
+    await daemon.start()
+    pid = await until(lambda: (tmp_path / "idle").exists() and (tmp_path / "idle").read_text().strip())
+    attempt_id = await machine_platform.place("sh", "-c", "until [ -e go ]; do sleep 0.01; done")
+    await machine_platform.reached(attempt_id, jobs_pb2.RUNNING)
+    await until(lambda: not Path(f"/proc/{pid}").exists())
+    (tmp_path / "m" / "work" / "attempts" / attempt_id / "work" / "go").touch()
+    await machine_platform.ended(attempt_id)
+    await daemon.stop()
+
+
+async def test_outside_of_its_hours_a_machine_says_so_and_hands_back_what_runs(
+    machine_platform: MachinePlatform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(agent, "HOURS_CHECK_SECONDS", 0.05)
+    later = datetime.now().astimezone() + timedelta(hours=3)
+    daemon = RunningDaemon(
+        daemon_settings(machine_platform, tmp_path / "m", hours=f"{later:%H:%M}-{later + timedelta(hours=1):%H:%M}")
+    )
+    await daemon.start()
+    attempt_id = await machine_platform.place("sleep", "600")
+    status = await machine_platform.ended(attempt_id)
+    assert status.outcome == jobs_pb2.OUTCOME_PREEMPTED
+    assert "hours are over" in status.message
+    await until(lambda: any("outside of its hours" in beat.inventory.closed for beat in machine_platform.heartbeats))
     await daemon.stop()

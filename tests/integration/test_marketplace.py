@@ -291,7 +291,7 @@ async def test_a_machine_is_rentable_while_it_lives_and_takes_work(market: Marke
 
 async def test_strangers_learn_nothing_private_about_a_machine(market: Market):
     team = TeamId.new()
-    await market.join(team, "H100")
+    await market.join(team, "RTX 4090")
     seen = (await market.offers(a_member(TeamId.new()))).offers[0].machine
     own = (await market.offers(a_member(team))).offers[0].machine
     assert {field.name for field, _ in seen.ListFields()} == {"id", "team_id", "inventory", "status", "joined_at"}

@@ -309,3 +309,17 @@ async def test_two_registries_share_the_heartbeats_and_agree(registry_replica: R
             await beat(bus, machine, memory_used_bytes=number, running_attempts=number)
         await two.status_becomes(machine, pb.MACHINE_BUSY)
         assert (await one.get(machine)).revision == (await two.get(machine)).revision
+
+
+async def test_figures_get_a_score_and_a_device_that_cannot_be_what_it_says_is_taken_out(registry: RegistryClient):
+    good, slow, fake = a_device(0, "GPU-a"), a_device(1, "GPU-b"), a_device(2, "GPU-c")
+    good.benchmark.CopyFrom(machine_pb2.DeviceBenchmark(fp32_tflops=82.6, bf16_tflops=165.2, memory_gbps=1008, score=9))
+    slow.benchmark.fp32_tflops = 8
+    fake.compute_capability = "7.5"
+    inventory = an_inventory(good, slow, fake)
+    inventory.benchmark.CopyFrom(machine_pb2.Benchmark(cpu_gflops=500, memory_gbps=25))
+    found = (await registry.register(MachineId.new(), TeamId.new(), inventory)).inventory
+    assert (found.benchmark.score, found.devices[0].benchmark.score) == (50, 100)
+    assert found.devices[0].problem == ""
+    assert "computes at 10% of its speed" in found.devices[1].problem
+    assert "has compute capability 7.5" in found.devices[2].problem

@@ -65,7 +65,7 @@ DATABASE_AT_ONCE_CHANCE = 0.8
 _SCHEDULER_SETTINGS = SchedulerSettings(
     lease_seconds=LEASE_SECONDS, lease_grace_seconds=LEASE_GRACE_SECONDS, stop_grace_seconds=2.0,
     stop_timeout_seconds=40.0, timer_seconds=1.0, settlement_seconds=4.0, orphan_sweep_seconds=15.0,
-    orphan_age_seconds=30, inventory_refresh_seconds=6.0, max_duration_seconds=300,
+    orphan_age_seconds=30, inventory_refresh_seconds=6.0, max_duration_seconds=300, quarantine_seconds=5.0,
 )  # fmt: skip
 _BILLING_SETTINGS = BillingSettings()
 _DAEMON_SETTINGS = DaemonSettings(sync_interval_seconds=2.5, heartbeat_interval_seconds=4.0)

@@ -269,7 +269,7 @@ def test_why_names_the_smallest_price_that_opens_a_machine():
     machines = [a_machine(gpus=1, price=price) for price in (2_400_000, 2_400_000, 3_000_000)]
     why = explain(Snapshot.from_machines(machines), a_job("1", max_price=2_100_000), T0)
     assert (why.reason, why.machines_total, why.machines_fitting) == (QueueReason.PRICE_ABOVE_MAX, 3, 0)
-    assert [relaxation.text for relaxation in why.relaxations] == ["max_price 2.10 -> 2.40: 2 machines, free now"]
+    assert [relaxation.text for relaxation in why.relaxations] == ["max_price 2.10 -> 2.40: 2 machines, start now"]
 
 
 def test_why_prefers_a_price_that_opens_a_free_machine_to_a_lower_one_that_opens_a_busy_one():
@@ -298,7 +298,7 @@ def test_why_offers_a_single_change_of_the_gpu_request():
 def test_why_offers_a_smaller_host_or_another_region():
     snapshot = Snapshot.from_machines([a_machine(gpus=1, region="us")])
     assert [it.text for it in explain(snapshot, a_job("1", cpus=32), T0).relaxations] == [
-        "cpu 32 -> 16: 1 machine, free now"
+        "cpu 32 -> 16: 1 machine, start now"
     ]
     assert [it.after for it in explain(snapshot, a_job("1", regions=frozenset({"eu"})), T0).relaxations] == ["eu, us"]
 

@@ -12,7 +12,7 @@ from dantegpu.daemon.probe import amd, nvml
 from dantegpu.daemon.probe.amd import AmdGpus
 from dantegpu.daemon.probe.machine import Probe
 from dantegpu.daemon.probe.nvml import Nvml
-from tests.fixtures.nvml import H100, RTX4090, Nvidia
+from tests.fixtures.nvml import H100, RTX4090, Nvidia, fake_library
 
 needs_cc = pytest.mark.needs("cc")
 
@@ -144,6 +144,27 @@ def test_a_machine_can_keep_its_gpus_for_itself(nvidia: Nvidia, tmp_path: Path):
     nvidia.add(H100)
     assert len(Probe(tmp_path).probe_machine().gpus.devices) == 1
     assert Probe(tmp_path, gpus="none").probe_machine().gpus.devices == ()
+
+
+@needs_cc
+def test_the_binding_still_measures_when_what_it_does_not_need_is_dropped(nvidia: Nvidia, tmp_path: Path):
+    nvidia.add(H100, used=7 << 30, util=50, ecc_lost=1, throttle=4, pid=[1])
+    nvidia.add(H100, mig_mode=1)
+    nvidia.add({"name": "NVIDIA H100 MIG 1g.10gb", "vram": 10 << 30}, gi=2, ci=0, uuid="MIG-a")
+    nvidia.add(H100, lost=1)
+    code = (
+        "from dantegpu.daemon.lean import load_nvml_lean; load_nvml_lean(); import pynvml;"
+        "from dantegpu.daemon.probe.nvml import Nvml; driver = Nvml(required=True); found = driver.open(0);"
+        "print(len(vars(pynvml)) < 400, found.problem, [d.uuid for d in found.devices], driver.sample());"
+        "driver.close()"
+    )
+    env = {**os.environ, "LD_LIBRARY_PATH": str(fake_library().parent)}
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env)
+    driver = Nvml()
+    found = driver.open(first_index=0)
+    expected = f"True {found.problem} {[device.uuid for device in found.devices]} {driver.sample()}\n"
+    assert (answer.stdout, answer.stderr) == (expected, "")
+    driver.close()
 
 
 def an_amd_card(system: Path, number: int, *, computes: bool = True) -> Path:

@@ -36,6 +36,7 @@ PLATFORM_COMMANDS: Table = {
         "Rent out your machines.",
         {
             "join": Entry("dantegpu.apps.commands.provider:join", "Make this machine a provider and run its daemon."),
+            "install": Entry("dantegpu.apps.commands.install:install", "Make the daemon a service of systemd."),
             "run": Entry("dantegpu.apps.commands.provider:run", "Run the daemon of a machine that has joined."),
         },
         "Machines",

@@ -79,6 +79,7 @@ _PROVIDER_COMMANDS: Table = {
         {
             "list": Entry("dantegpu.cli.market:provider_list", "List your machines."),
             "show": Entry("dantegpu.cli.market:provider_show", "Show one of your machines."),
+            "status": Entry("dantegpu.cli.market:provider_status", "Show how a machine is, and what was earned."),
             "price": Entry("dantegpu.cli.market:provider_price", "Set what a machine costs."),
             "pause": Entry("dantegpu.cli.market:provider_pause", "Take no new jobs; running ones go on."),
             "resume": Entry("dantegpu.cli.market:provider_resume", "Take jobs again."),
@@ -97,6 +98,8 @@ _OPERATOR_COMMANDS: Table = {
             "credit": Entry("dantegpu.cli.money:admin_credit", "Give a team money."),
             "ledger": Entry("dantegpu.cli.money:admin_ledger", "Re-sum the whole ledger."),
             "teams": Entry("dantegpu.cli.money:admin_teams", "List all teams."),
+            "quarantines": Entry("dantegpu.cli.market:admin_quarantines", "List machines that are shut out, and why."),
+            "release-machine": Entry("dantegpu.cli.market:admin_release", "End a machine's quarantine."),
             "jobs": Entry("dantegpu.cli.jobs:admin_jobs", "List the jobs of all teams."),
         },
         _OPERATOR,

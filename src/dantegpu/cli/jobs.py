@@ -216,13 +216,17 @@ def _print_explanation(explanation: "Explanation") -> None:
         output.say("It does not wait.")
         return
     output.say(explanation.reason_text or explanation.reason)
-    output.say(f"{explanation.machines_fitting} of {explanation.machines_total} machines fit.")
+    busy = f"; busy: all {explanation.machines_fitting}" if not explanation.machines_free else ""
+    busy = busy if explanation.machines_fitting else ""
+    output.say(f"{explanation.machines_fitting} of {explanation.machines_total} machines fit{busy}.")
     for constraint in explanation.constraints:
         machines = f"{constraint.machines_excluded} {'machine' if constraint.machines_excluded == 1 else 'machines'}"
         output.say(f"  {machines} excluded by {constraint.constraint}: {constraint.text}")
+    if explanation.relaxations:
+        output.say("Any one of these changes would help:")
+    elif not explanation.machines_fitting:
+        output.say("No single change of the job would open a machine.")
     for change in explanation.relaxations:
-        when = "free now" if change.available_now else "busy now"
         machines = f"{change.machines} {'machine' if change.machines == 1 else 'machines'}"
-        output.say(
-            f"Changing {change.field} from {change.from_value} to {change.to_value} would open {machines} ({when})."
-        )
+        when = "start now" if change.available_now else f"busy: all {change.machines}"
+        output.say(f"  {change.field} {change.from_value} -> {change.to_value}: {machines}, {when}")

@@ -73,7 +73,7 @@ def provider_list(cli: Cli) -> None:
 
     def human() -> None:
         rows = [
-            [machine.id, machine.hostname, machine.status, gpus_of(machine), cores_of(machine),
+            [machine.id, machine.hostname, shown_status(machine), gpus_of(machine), cores_of(machine),
              str(machine.running_attempts), machine.sandbox, output.ago(machine.last_heartbeat_at)]
             for machine in machines
         ]  # fmt: skip
@@ -84,6 +84,11 @@ def provider_list(cli: Cli) -> None:
         output.print_table(headers, rows, right=[4, 5])
 
     cli.answer({"machines": machines}, human)
+
+
+def shown_status(machine: "Machine") -> str:
+    """A quarantine shows, as it keeps work away just like a status does."""
+    return f"{machine.status}, in quarantine" if machine.quarantine else machine.status
 
 
 def _all_machines(client: "Dante") -> "list[Machine]":
@@ -152,11 +157,32 @@ def _use(device: "Device") -> list[str]:
     ]
 
 
+def score_of(machine: "Machine") -> float:
+    """What its GPUs (without any: its CPU) score together; 0 when nothing was measured."""
+    if machine.devices:
+        return sum(device.benchmark.score for device in machine.devices if device.benchmark is not None)
+    return machine.benchmark.score if machine.benchmark is not None else 0.0
+
+
+def _measured(machine: "Machine") -> str:
+    found = machine.benchmark
+    if found is None:
+        return ""
+    figures = (
+        f"score {score_of(machine):g}; CPU {found.cpu_gflops:.0f} GFLOPS, memory {found.memory_gbps:.1f} GB/s, "
+        f"disk {found.disk_write_mbps:.0f} MB/s written, {found.disk_read_mbps:.0f} MB/s read; "
+        f"{output.ago(found.measured_at)}"
+    )
+    return f"{figures}\nproblem: {found.problem}" if found.problem else figures
+
+
 def _print_machine(machine: "Machine") -> None:
+    shut = machine.quarantine
     output.print_fields([
         ("id", machine.id),
         ("host", machine.hostname),
-        ("status", machine.status),
+        ("in quarantine", f"until {output.local_time(shut.until)}: {shut.reason}" if shut else ""),
+        ("status", f"{machine.status}, closed: {machine.closed}" if machine.closed else machine.status),
         ("GPUs", gpus_of(machine)),
         ("cores", cores_of(machine)),
         ("memory", f"{format_bytes(machine.memory_used_bytes)} of {format_bytes(machine.memory_bytes)} used"),
@@ -167,12 +193,28 @@ def _print_machine(machine: "Machine") -> None:
         ("sandbox", machine.sandbox),
         ("images", "yes" if "container" in machine.executors else "no"),
         ("not limited", ", ".join(machine.limits_missing)),
+        ("measured", _measured(machine)),
         ("running", machine.running_attempts),
         ("joined", output.local_time(machine.joined_at)),
         ("last seen", output.ago(machine.last_heartbeat_at)),
     ])  # fmt: skip
     if machine.devices:
         print_devices(machine)
+
+
+@command("status")
+@_MACHINE
+def provider_status(cli: Cli, machine: str | None) -> None:
+    """Show how one of your machines is: jobs, GPUs and their health, what it was measured at, and what was earned."""
+    with cli.client() as client:
+        found = client.machines.get(machine_id(client, machine))
+        wallet = client.wallet.get()
+
+    def human() -> None:
+        _print_machine(found)
+        output.say(f"earned {output.money(wallet.earned_udgpu)} $dGPU by all machines of your team")
+
+    cli.answer({"machine": found, "earned_udgpu": wallet.earned_udgpu}, human)
 
 
 @command("price")
@@ -252,3 +294,32 @@ def provider_token(cli: Cli, expires: str, max_uses: int) -> None:
         )
 
     cli.answer({"join_token": made}, human)
+
+
+@command("quarantines")
+def admin_quarantines(cli: Cli) -> None:
+    """List machines that failed job after job and get no new work for a while."""
+    with cli.client() as client:
+        found = client.admin.quarantines()
+
+    def human() -> None:
+        rows = [[each.machine_id, output.local_time(each.until), each.reason] for each in found]
+        if rows:
+            output.print_table(["MACHINE", "UNTIL", "REASON"], rows)
+        else:
+            output.note("no machine is in quarantine")
+
+    cli.answer({"quarantines": found}, human)
+
+
+@command("release-machine")
+@click.argument("machine", metavar="MACHINE")
+def admin_release(cli: Cli, machine: str) -> None:
+    """End a machine's quarantine: it gets work again, and what failed before does not count any more."""
+    with cli.client() as client:
+        released = client.admin.release_machine(machine)
+
+    def human() -> None:
+        output.say(f"{machine} {'gets work again' if released else 'was not in quarantine'}")
+
+    cli.answer({"released": released}, human)

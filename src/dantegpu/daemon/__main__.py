@@ -1,10 +1,14 @@
 """`python -m dantegpu.daemon`: the daemon in a process of its own, told by `DANTE_DAEMON_*` in the environment."""
 
+import os
 import sys
 
-from dantegpu.daemon.lean import keep_lean
+from dantegpu.daemon.lean import keep_lean, load_nvml_lean
+from dantegpu.daemon.probe.signs import nvidia_shows
 
 keep_lean()
+if nvidia_shows() or os.environ.get("DANTE_DAEMON_GPUS") == "nvidia":
+    load_nvml_lean()
 
 from dantegpu.daemon.enrol import EnrolmentRefused  # noqa: E402 - only after keep_lean()
 from dantegpu.daemon.journal import JournalError  # noqa: E402

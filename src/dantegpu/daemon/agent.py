@@ -4,17 +4,21 @@ import asyncio
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from datetime import datetime
 
 import structlog
 
 from dantegpu.contracts.gen.dante.v1 import jobs_pb2, machine_pb2
+from dantegpu.daemon import owner
 from dantegpu.daemon.attempt import Attempt, Tools, boottime, sandbox_of
+from dantegpu.daemon.benchmarks import BUSY_PAUSE_SECONDS, Benchmarks
 from dantegpu.daemon.executors.base import Adoption, Executor, ExecutorError
 from dantegpu.daemon.executors.processes import boot_id
 from dantegpu.daemon.journal import AttemptRow, JournalError
 from dantegpu.daemon.leases import LeaseFile, ServerClock, lease_until
 from dantegpu.daemon.link import Link
 from dantegpu.daemon.meter import METRICS_INTERVAL_SECONDS, Meter, use_of
+from dantegpu.daemon.owner import Hours
 from dantegpu.daemon.probe.devices import GpuSample
 from dantegpu.daemon.probe.machine import Probe
 from dantegpu.daemon.settings import DaemonSettings
@@ -36,6 +40,7 @@ INVENTORY_EVERY_HEARTBEATS = 12
 STOP_GRACE_SECONDS = 3.0
 STOP_TIMEOUT_SECONDS = 8.0
 MAX_REPORT_ATTEMPTS = 200
+HOURS_CHECK_SECONDS = 5.0
 
 
 class Agent:
@@ -60,6 +65,8 @@ class Agent:
         self._executor = executor
         self._tools = replace(tools, changed=self._changed)
         self._leases = leases
+        self._benchmarks: Benchmarks | None = None
+        self._idle_job = owner.IdleJob(settings.idle_command)
         self._meter = Meter(probe.sample_gpus)
         self._attempts: dict[AttemptId, Attempt] = {}
         self._waiting: dict[AttemptId, Attempt] = {}
@@ -101,6 +108,11 @@ class Agent:
         self._fence_expired()
         await self._executor.sweep(set(self._attempts))
 
+    def measures_itself(self, benchmarks: Benchmarks) -> None:
+        """Before `start`: this machine benchmarks itself while it is idle, and tells what it found last."""
+        self._benchmarks = benchmarks
+        benchmarks.tell(self._inventory)
+
     async def start(self, link: Link) -> None:
         self._link = link
         self._tools.watch.on_change.append(self._devices_changed)
@@ -109,6 +121,10 @@ class Agent:
         self._tasks.loop(self._report, "report")
         self._tasks.loop(self._beat, "heartbeat")
         self._tasks.loop(self._measure, "metrics")
+        self._tasks.loop(self._keep_hours, "hours")
+        self._tasks.loop(self._idle, "idle job")
+        if self._benchmarks is not None:
+            self._tasks.loop(self._benchmark, "benchmark")
 
     async def stop(self) -> None:
         """Idempotent. Unless attempts are to be kept, they end now and the platform is told."""
@@ -124,6 +140,7 @@ class Agent:
                 # Else the next daemon is back before anybody misses this one.
                 await self._last_words()
         await self._tasks.stop()
+        self._idle_job.stop()
 
     async def _until_ended(self, live: list[Attempt]) -> None:
         try:
@@ -277,9 +294,45 @@ class Agent:
         if points and self._up.connected:
             await self._up.metrics(machine_pb2.MetricsReport(points=points))
 
+    async def _benchmark(self) -> None:
+        benchmarks = self._benchmarks
+        pause_seconds = benchmarks.pause_seconds() if benchmarks is not None else None
+        if benchmarks is None or pause_seconds is None:
+            await asyncio.Event().wait()  # never; ends with the daemon
+            return
+        await asyncio.sleep(pause_seconds)
+        while any(not attempt.ended for attempt in self._attempts.values()):
+            await asyncio.sleep(BUSY_PAUSE_SECONDS)
+        if await benchmarks.run():
+            benchmarks.tell(self._inventory)
+            self._tell_inventory()
+
+    async def _keep_hours(self) -> None:
+        """Outside of the hours of its owner the machine takes nothing, and hands back what runs."""
+        hours = Hours.parse(self._settings.hours)
+        open_now = hours is None or hours.open_at(datetime.now().astimezone())
+        closed = "" if open_now else f"outside of its hours {hours}"
+        if closed != self._inventory.closed:
+            log.info("hours_changed", closed=closed)
+            self._inventory.closed = closed
+            self._tell_inventory()
+        if closed:
+            for attempt in self._attempts.values():
+                attempt.stop(STOP_GRACE_SECONDS, "hours_over")
+        await asyncio.sleep(HOURS_CHECK_SECONDS)
+
+    async def _idle(self) -> None:
+        """The owner's own job, for as long as nothing is rented."""
+        if not self._settings.idle_command:
+            await asyncio.Event().wait()
+        await asyncio.sleep(owner.IDLE_BEFORE_SECONDS)
+        if not any(not attempt.ended for attempt in self._attempts.values()):
+            await self._idle_job.run()
+
     async def _look_at_devices(self, samples: Sequence[GpuSample]) -> None:
-        own: set[int] | None = set()
+        own: set[int] | None = self._benchmarks.pids if self._benchmarks is not None else set()
         if any(sample.pids for sample in samples):
+            own = own | self._idle_job.pids
             for attempt in list(self._attempts.values()):
                 pids = await attempt.processes() if not attempt.ended else set[int]()
                 own = None if own is None or pids is None else own | pids
@@ -289,6 +342,9 @@ class Agent:
         """A device was taken out or came back: the platform hears it at once."""
         for device in self._inventory.devices:
             device.problem = self._tools.watch.problems.get(device.index, "")
+        self._tell_inventory()
+
+    def _tell_inventory(self) -> None:
         self._beats_since_inventory = INVENTORY_EVERY_HEARTBEATS
         self._beat_now.notify()
 
@@ -365,6 +421,9 @@ class Agent:
         except JournalError as error:
             log.error("attempt_not_taken", attempt_id=str(attempt_id), error=str(error))
             return None
+        self._idle_job.stop()
+        if self._benchmarks is not None:
+            self._benchmarks.stop()
         attempt = Attempt(row, self._tools, lease)
         self._attempts[attempt_id] = attempt
         self._waiting[attempt_id] = attempt

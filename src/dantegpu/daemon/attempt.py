@@ -463,6 +463,8 @@ class Attempt:
         reason = self._stop[1] if self._stop is not None else ""
         if reason in ("max_duration", "timed_out", "budget"):
             return _Ended(jobs_pb2.OUTCOME_TIMED_OUT, f"stopped: {reason}")
+        if reason == "hours_over":
+            return _Ended(jobs_pb2.OUTCOME_PREEMPTED, "the hours are over in which the machine's owner rents it out")
         if reason == "daemon_stopped":
             return _Ended(jobs_pb2.OUTCOME_PREEMPTED, "the machine's owner stopped the daemon")
         return _Ended(jobs_pb2.OUTCOME_CANCELLED, f"stopped: {reason}" if reason else "stopped")

@@ -18,6 +18,7 @@ log = structlog.get_logger(__name__)
 
 VRAM_TOLERANCE_BYTES = 128 << 20
 """What drivers take and give back by themselves."""
+COOLED_DOWN_CELSIUS = 5.0
 FREED_TIMEOUT_SECONDS = 5.0
 FREED_POLL_SECONDS = 0.05
 
@@ -27,7 +28,9 @@ type Sampler = Callable[[], Awaitable[Sequence[GpuSample]]]
 class DeviceWatch:
     """Samples of the machine's GPUs, folded."""
 
-    def __init__(self, sample: Sampler, indexes: Iterable[int], *, shares: bool = False) -> None:
+    def __init__(
+        self, sample: Sampler, indexes: Iterable[int], *, shares: bool = False, max_celsius: float = 0.0
+    ) -> None:
         self.on_change: list[Callable[[], None]] = []
         """Called when a device was taken out or came back."""
         self._sample = sample
@@ -36,6 +39,7 @@ class DeviceWatch:
         self._holders: dict[int, dict[str, str]] = {index: {} for index in indexes}
         """Device -> attempts on it, and their teams."""
         self._shares = shares
+        self._max_celsius = max_celsius
         self._left_behind: set[int] = set()
         self._strangers: dict[int, frozenset[int]] = {}
         self._problems: dict[int, str] = {}
@@ -128,11 +132,21 @@ class DeviceWatch:
             for told in self.on_change:
                 told()
 
+    def _too_hot(self, sample: GpuSample) -> str:
+        # Once taken out, it has to cool down by a few degrees: else it would come and go with each job.
+        was_hot = "too hot" in self._problems.get(sample.index, "")
+        limit = self._max_celsius - (COOLED_DOWN_CELSIUS if was_hot else 0)
+        if not self._max_celsius or sample.temperature_celsius <= limit:
+            return ""
+        return f"is too hot: over the {self._max_celsius:.0f} °C that its owner allows"
+
     def _problem(self, sample: GpuSample | None) -> str:
         if sample is None:
             return ""  # simulated ones, and drivers that have nothing to say
         if sample.problem:
             return sample.problem
+        if problem := self._too_hot(sample):
+            return problem
         if sample.index in self._left_behind:
             left_bytes = sample.vram_used_bytes - self._idle_vram_bytes.get(sample.index, 0)
             return f"is withheld: {format_bytes(left_bytes)} of its memory were not freed by the last job"

@@ -15,6 +15,7 @@ import structlog
 from dantegpu.contracts.gen.dante.v1 import machine_pb2
 from dantegpu.daemon.agent import Agent
 from dantegpu.daemon.attempt import Attempt, Tools
+from dantegpu.daemon.benchmarks import Benchmarks
 from dantegpu.daemon.containers import Containers, choose_containers
 from dantegpu.daemon.devices import DeviceWatch
 from dantegpu.daemon.enrol import EnrolmentRefused, GatewayUnreachable, Identity
@@ -34,6 +35,7 @@ from dantegpu.daemon.probe.machine import Inventory, Probe, address_towards
 from dantegpu.daemon.settings import DaemonSettings
 from dantegpu.daemon.transfer import Transfers
 from dantegpu.daemon.workspace import Workspace
+from dantegpu.domain.units import MILLI_PER_UNIT
 from dantegpu.kit.telemetry import configure_logging, configure_tracing
 
 log = structlog.get_logger(__name__)
@@ -117,11 +119,16 @@ class Daemon:
                 lambda: asyncio.to_thread(probe.sample_gpus),
                 [gpu.index for gpu in found.gpus.devices],
                 shares=inventory.shares_devices or found.simulated,
+                max_celsius=self.settings.max_gpu_celsius,
             ),
             changed=_nobody_listens,
         )
         leases = LeaseFile(self.settings.state / "leases.json")
         agent = Agent(self.settings, identity.machine_id, inventory, probe, executor, tools, leases)
+        benchmarks = Benchmarks(
+            self.settings.state / "benchmark.json", found.gpus.devices, self.settings.benchmark_every_hours
+        )
+        agent.measures_itself(benchmarks)
         ops = OpsServer(self.settings.ops_listen, agent.problems, agent.gauges)
         await shipper.start()
         try:
@@ -189,8 +196,8 @@ def inventory_message(
         problems.append(f"gpu: {found.gpus.problem}")
     return machine_pb2.Inventory(
         hostname=found.hostname,
-        cpu_milli=found.cpu_milli,
-        memory_bytes=found.memory_bytes,
+        cpu_milli=max(0, found.cpu_milli - int(settings.reserve_cpus * MILLI_PER_UNIT)),
+        memory_bytes=max(0, found.memory_bytes - settings.reserved_memory_bytes),
         disk_bytes=found.disk_bytes,
         os=found.os,
         kernel=found.kernel,

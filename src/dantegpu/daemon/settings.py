@@ -1,5 +1,8 @@
-"""What the daemon is told: `DANTE_DAEMON_*` in the environment, then flags."""
+"""What the daemon is told: a TOML file, `DANTE_DAEMON_*` in the environment, flags."""
 
+import difflib
+import os
+import tomllib
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -7,7 +10,11 @@ from pydantic import Field, IPvAnyAddress, SecretStr, ValidationError, field_val
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from dantegpu.daemon.executors.container.escapes import ALL_NAMES
+from dantegpu.daemon.owner import Hours
+from dantegpu.domain.units import MemoryRange
 from dantegpu.kit.settings import SettingsError
+
+CONFIG_VARIABLE = "DANTE_DAEMON_CONFIG"
 
 
 def _listed(text: str) -> list[str]:
@@ -28,9 +35,17 @@ class DaemonSettings(BaseSettings):
         default="auto",
         description="auto: where a driver shows; nvidia: ask its library anyway; none: rent none",
     )
+    benchmark_every_hours: float = Field(
+        default=24.0, ge=0, description="how often, on average, the idle machine measures itself; 0: never"
+    )
     share_gpus: bool = Field(
         default=False, description="jobs of one team may share a GPU by time-slicing; nothing limits their GPU memory"
     )
+    hours: str = Field(default="", description='local time at which jobs may run here, "22:00-06:30"; empty: always')
+    max_gpu_celsius: float = Field(default=0.0, ge=0, description="a hotter GPU takes no new job; 0: no limit")
+    reserve_cpus: float = Field(default=0.0, ge=0, description="cores that are never rented out")
+    reserve_memory: str = Field(default="", description='memory that is never rented out, such as "4GB"')
+    idle_command: str = Field(default="", description="your own command, run while nothing is rented; unsandboxed")
     sandbox: Literal["auto", "bubblewrap", "none"] = "auto"
     allow_network: bool = Field(default=False, description="jobs that ask for it may use this machine's network")
     containers: str = Field(
@@ -58,6 +73,22 @@ class DaemonSettings(BaseSettings):
     log_level: str = "info"
     otlp_endpoint: str = ""
 
+    @field_validator("hours")
+    @classmethod
+    def _hours_are_readable(cls, text: str) -> str:
+        Hours.parse(text)
+        return text
+
+    @field_validator("reserve_memory")
+    @classmethod
+    def _memory_is_readable(cls, text: str) -> str:
+        _reserved_bytes(text)
+        return text
+
+    @property
+    def reserved_memory_bytes(self) -> int:
+        return _reserved_bytes(self.reserve_memory)
+
     @field_validator("accept_escapes")
     @classmethod
     def _known_escapes(cls, value: str) -> str:
@@ -75,10 +106,39 @@ class DaemonSettings(BaseSettings):
 
     @classmethod
     def load(cls, flags: dict[str, Any] | None = None) -> Self:
-        """Raises SettingsError."""
+        """Defaults < the TOML file that `config` or DANTE_DAEMON_CONFIG names < environment < flags.
+
+        Raises SettingsError.
+        """
+        given = dict(flags or {})
+        config = given.pop("config", None) or os.environ.get(CONFIG_VARIABLE, "")
+        known = _read_file(Path(config), cls) if config else {}
+        prefix = cls.model_config.get("env_prefix", "")
+        from_file = {name: value for name, value in known.items() if f"{prefix}{name}".upper() not in os.environ}
+        where = f"{config} or DANTE_DAEMON_*" if config else "DANTE_DAEMON_*"
         try:
-            settings = cls(**(flags or {}))
+            settings = cls(**(from_file | given))
         except ValidationError as error:
             lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-            raise SettingsError("the daemon's settings (DANTE_DAEMON_*) are wrong: " + "; ".join(lines)) from error
+            raise SettingsError(f"the daemon's settings ({where}) are wrong: " + "; ".join(lines)) from error
         return settings.model_copy(update={"state": settings.state.expanduser().absolute()})
+
+
+def _reserved_bytes(text: str) -> int:
+    return MemoryRange.parse(text, "reserve_memory").minimum_bytes if text.strip() else 0
+
+
+def _read_file(path: Path, settings: type[DaemonSettings]) -> dict[str, Any]:
+    """The file's settings, each under its own name. Raises SettingsError."""
+    try:
+        values = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise SettingsError(f"cannot read the settings file {path}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{path} is not valid TOML: {error}") from error
+    for name in values:
+        if name not in settings.model_fields:
+            near = difflib.get_close_matches(name, settings.model_fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "docs/settings.md lists them"
+            raise SettingsError(f"{path}: there is no setting {name!r}; {hint}")
+    return values

@@ -13,6 +13,7 @@ from tests.simulation.memory.columns import columns_of, defaults_of, records, ty
 from tests.simulation.memory.engine import Handler, MemoryTx, Row, Schema, Table
 from tests.simulation.memory.kit import KIT_STATEMENTS, kit_tables
 from tests.simulation.memory.lifetimes import LIFETIME_STATEMENTS
+from tests.simulation.memory.quarantines import QUARANTINE_STATEMENTS
 
 LIVE = frozenset({"PLACED", "STARTING", "RUNNING", "STOPPING"})
 TERMINAL = frozenset({"SUCCEEDED", "FAILED", "CANCELLED"})
@@ -71,10 +72,16 @@ def scheduler_schema() -> Schema:
     machines = Table("machines", ("machine_id",), defaults_of(_COLUMNS["machines"]))
     events = Table("job_events", ("job_id", "seq"))
     after = Table("job_after", ("job_id", "after_id"))
+    quarantines = Table(
+        "quarantines",
+        ("machine_id",),
+        defaults_of(_COLUMNS["quarantines"]),
+        checks={"until": lambda row: row["until"] >= row["since"]},
+    )
     return Schema(
         "scheduler",
-        [*kit_tables(), jobs, attempts, usage, leases, machines, events, after],
-        {**KIT_STATEMENTS, **LIFETIME_STATEMENTS, **_STATEMENTS},
+        [*kit_tables(), jobs, attempts, usage, leases, machines, events, after, quarantines],
+        {**KIT_STATEMENTS, **LIFETIME_STATEMENTS, **QUARANTINE_STATEMENTS, **_STATEMENTS},
     )
 
 
@@ -150,6 +157,12 @@ async def _queued_jobs(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
         after = (params["after_time"], params["after_id"])
         waiting = [row for row in waiting if (row["submitted_at"], row["id"]) > after]
     return waiting[: params["limit"]]
+
+
+@statement("queued_ids")
+async def _queued_ids(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
+    ids = sorted(row["id"] for row in tx.scan("jobs") if row["state"] == "QUEUED" and row["id"] > params["after_id"])
+    return [{"id": job_id} for job_id in ids[: params["limit"]]]
 
 
 @statement("save_jobs")
@@ -418,7 +431,7 @@ async def _live_leases(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
         if row["ended_at"] is None:
             held = sorted(devices.get(row["id"], []), key=lambda it: it["device_index"])
             ids = {"device_ids": [it["device_id"] for it in held], "millis": [it["milli"] for it in held]}
-            found.append({name: row[name] for name in names} | ids)
+            found.append({name: row[name] for name in names} | ids | {"attempt_id": row["id"]})
     return found
 
 

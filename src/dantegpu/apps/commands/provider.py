@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+_config = click.option("--config", type=click.Path(path_type=Path), help="Settings of the daemon (TOML).")
 _state = click.option("--state", type=click.Path(path_type=Path), help="Folder for key, journal and jobs.")
 _simulate = click.option("--simulate-gpus", metavar="SPEC", help='Pretend to have GPUs, e.g. "RTX 4090:2" (marked).')
 _region = click.option("--region", help="Where the machine stands, e.g. eu-west.")
@@ -18,6 +19,7 @@ _sandbox = click.option(
 @click.command("join")
 @click.argument("url")
 @click.option("--token", envvar="DANTE_DAEMON_JOIN_TOKEN", required=True, help="From `dante provider token`.")
+@_config
 @_state
 @_simulate
 @_region
@@ -30,6 +32,7 @@ def join(url: str, token: str, **options: Any) -> None:
 
 
 @click.command("run")
+@_config
 @_state
 @_simulate
 @_region

@@ -201,7 +201,8 @@ class Relaxation(Response):
     from_value: str
     to_value: str
     machines: int
-    available_now: bool
+    available_now: bool = Field(description="The job would start at once")
+    machines_free: int = Field(default=0, description="How many of them are free now")
 
 
 class Explanation(Response):
@@ -212,6 +213,7 @@ class Explanation(Response):
     reason_text: str | None = None
     machines_total: int
     machines_fitting: int
+    machines_free: int = Field(default=0, description="Of those fitting; 0: all are busy")
     constraints: list[Constraint]
     relaxations: list[Relaxation]
 

@@ -94,6 +94,29 @@ class MachineCredentials(Response):
     expires_at: Timestamp
 
 
+class DeviceBenchmark(Response):
+    """What the machine's self-test measured of a GPU; 0: not measured."""
+
+    fp32_tflops: float
+    bf16_tflops: float
+    memory_gbps: float
+    pcie_gbps: float
+    vram_checked_bytes: int
+    score: float = Field(description="100: an RTX 4090 that reaches its data sheet")
+
+
+class Benchmark(Response):
+    """What the machine's self-test measured of everything else."""
+
+    measured_at: Timestamp
+    cpu_gflops: float
+    memory_gbps: float
+    disk_write_mbps: float
+    disk_read_mbps: float
+    problem: str = Field(default="", description="What it computed wrongly")
+    score: float = Field(description="Of the CPU; 100: 1000 GFLOPS and 50 GB/s")
+
+
 class Device(Response):
     """One GPU."""
 
@@ -111,6 +134,7 @@ class Device(Response):
     pcie_width: int = 0
     power_limit_watts: float = 0
     ecc: bool = False
+    benchmark: DeviceBenchmark | None = None
     gpu_utilisation: float | None = Field(default=None, description="0..1")
     vram_used_bytes: int | None = None
     temperature_celsius: float | None = None
@@ -118,6 +142,21 @@ class Device(Response):
     memory_utilisation: float | None = Field(default=None, description="0..1, of the memory's bandwidth")
     throttle_reasons: list[str] = Field(default_factory=list, description="What slows it down")
     processes: int | None = Field(default=None, description="That compute on it")
+
+
+class Quarantine(Response):
+    """A machine failed job after job: it gets no new work for a while."""
+
+    machine_id: str
+    reason: str
+    since: Timestamp
+    until: Timestamp
+
+
+class Quarantines(Response):
+    """Machines in quarantine."""
+
+    quarantines: list[Quarantine]
 
 
 class Machine(Response):
@@ -142,10 +181,13 @@ class Machine(Response):
     daemon_version: str = ""
     region: str = ""
     simulated: bool
+    closed: str = Field(default="", description="Why its owner takes no jobs now; empty: it is open")
+    benchmark: Benchmark | None = Field(default=None, description="null: not measured yet")
     shares_devices: bool = Field(default=False, description="Jobs of one team may share a GPU (`gpu: 0.5`)")
     running_attempts: int
     cpu_utilisation: float = Field(description="0..1")
     memory_used_bytes: int
+    quarantine: Quarantine | None = Field(default=None, description="Only of your own machines")
     joined_at: Timestamp
     last_heartbeat_at: Timestamp | None = None
 

@@ -4,7 +4,6 @@ What a card cannot or its driver does not tell is left at zero: not every card m
 card has no ECC.
 """
 
-import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -14,12 +13,11 @@ from typing import Any
 
 import structlog
 
+from dantegpu.daemon.probe import signs
 from dantegpu.daemon.probe.devices import Gpu, GpuDriver, Gpus, GpuSample
 
 log = structlog.get_logger(__name__)
 
-DRIVER_SIGNS = ("/dev/nvidiactl", "/proc/driver/nvidia", "/dev/dxg")
-"""What an NVIDIA driver shows of itself, on Linux and in WSL. Without it, its library is not even looked for."""
 DEVICE_FOLDER = Path("/dev")
 CAPABILITIES_FOLDER = Path("/proc/driver/nvidia/capabilities")
 _SHARED_NODES = ("nvidiactl", "nvidia-uvm", "nvidia-uvm-tools")
@@ -65,7 +63,7 @@ class Nvml(GpuDriver):
     # --- finding ------------------------------------------------------------------------------------------------------
 
     def open(self, first_index: int) -> Gpus:
-        if not self._required and not any(os.path.exists(path) for path in DRIVER_SIGNS):
+        if not self._required and not signs.nvidia_shows():
             return Gpus()
         try:
             import pynvml

@@ -84,7 +84,7 @@ class Constraint(StrEnum):
 
 
 _TEXTS: Mapping[Constraint, str] = {
-    Constraint.STATUS: "offline, paused or draining",
+    Constraint.STATUS: "offline, paused, draining or in quarantine",
     Constraint.GPU_MODEL: "no such GPU model",
     Constraint.VRAM: "GPU memory out of the requested range",
     Constraint.COMPUTE_CAPABILITY: "compute capability out of the requested range",

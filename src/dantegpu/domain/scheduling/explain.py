@@ -36,15 +36,19 @@ class Relaxation:
     before: str
     after: str
     machines: int
-    available_now: bool
+    machines_free: int
+
+    @property
+    def available_now(self) -> bool:
+        """The job would start at once."""
+        return self.machines_free > 0
 
     @property
     def text(self) -> str:
-        """`max_price 2.10 -> 2.40: 3 machines, free now`"""
+        """`max_price 2.10 -> 2.40: 14 machines, start now`"""
         count = f"{self.machines} machine{'' if self.machines == 1 else 's'}"
-        return (
-            f"{self.field} {self.before} -> {self.after}: {count}, {'free now' if self.available_now else 'busy now'}"
-        )
+        when = "start now" if self.available_now else f"busy: all {self.machines}"
+        return f"{self.field} {self.before} -> {self.after}: {count}, {when}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +90,7 @@ def explain(snapshot: Snapshot, job: PendingJob, now: datetime) -> Why:
         int(fitting.sum()),
         int(free.sum()),
         constraint_counts(masks),
-        tuple(sorted(relaxations, key=lambda it: (not it.available_now, -it.machines, it.field))),
+        tuple(sorted(relaxations, key=lambda it: (not it.available_now, -it.machines_free, -it.machines, it.field))),
     )
 
 
@@ -103,8 +107,8 @@ def _measure(snapshot: Snapshot, change: _Change, fitting_before: Bools) -> Rela
     opened = all_of(snapshot, constraint_masks(snapshot, change.job)) & ~fitting_before
     if not opened.any():
         return None
-    available = bool((opened & free_now(snapshot, Capacity.of(snapshot), change.job)).any())
-    return Relaxation(change.field, change.before, change.after, int(opened.sum()), available)
+    free = opened & free_now(snapshot, Capacity.of(snapshot), change.job)
+    return Relaxation(change.field, change.before, change.after, int(opened.sum()), int(free.sum()))
 
 
 def _smallest_change(snapshot: Snapshot, job: PendingJob, constraint: Constraint, others: Bools) -> _Change | None:

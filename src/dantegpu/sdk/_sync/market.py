@@ -5,7 +5,7 @@
 from dantegpu.contracts.rest.accounts import CreateJoinToken, JoinToken, TeamPage
 from dantegpu.contracts.rest.billing import Credit, EntryPage, LedgerCheck, Wallet
 from dantegpu.contracts.rest.jobs import JobPage
-from dantegpu.contracts.rest.machines import Ask, Machine, MachinePage, OfferPage, SetAsk
+from dantegpu.contracts.rest.machines import Ask, Machine, MachinePage, OfferPage, Quarantine, Quarantines, SetAsk
 from dantegpu.sdk._sync.transport import Transport
 from dantegpu.sdk.protocol import new_idempotency_key
 
@@ -107,6 +107,15 @@ class AdminApi:
         """One page of all teams."""
         params = {"cursor": cursor, "limit": limit}
         return self._transport.call(TeamPage, "GET", "/v1/admin/teams", params=params)
+
+    def quarantines(self) -> list[Quarantine]:
+        """Machines that get no new work for a while, and why."""
+        return (self._transport.call(Quarantines, "GET", "/v1/admin/quarantines")).quarantines
+
+    def release_machine(self, machine_id: str) -> list[Quarantine]:
+        """End a machine's quarantine; the one that was ended."""
+        path = f"/v1/admin/machines/{machine_id}/release"
+        return (self._transport.call(Quarantines, "POST", path)).quarantines
 
     def jobs(self, *, cursor: str | None = None, limit: int = 100) -> JobPage:
         """One page of the jobs of all teams, newest first."""

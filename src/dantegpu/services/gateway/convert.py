@@ -172,6 +172,7 @@ def explanation(proto: jobs_pb2.Explanation) -> jobs.Explanation:
         reason_text=proto.reason_text or None,
         machines_total=proto.machines_total,
         machines_fitting=proto.machines_fitting,
+        machines_free=proto.machines_free,
         constraints=[
             jobs.Constraint(constraint=each.constraint, machines_excluded=each.machines_excluded, text=each.text)
             for each in proto.constraints
@@ -183,6 +184,7 @@ def explanation(proto: jobs_pb2.Explanation) -> jobs.Explanation:
                 to_value=each.to,
                 machines=each.machines,
                 available_now=each.available_now,
+                machines_free=each.machines_free,
             )
             for each in proto.relaxations
         ],
@@ -215,11 +217,42 @@ def machine(proto: registry_pb2.Machine) -> machines.Machine:
         region=inventory.region,
         simulated=inventory.simulated,
         shares_devices=inventory.shares_devices,
+        closed=inventory.closed,
+        benchmark=_benchmark(inventory.benchmark) if inventory.HasField("benchmark") else None,
         running_attempts=proto.running_attempts,
         cpu_utilisation=proto.cpu_utilisation,
         memory_used_bytes=proto.memory_used_bytes,
         joined_at=when(proto.joined_at),
         last_heartbeat_at=when_set(proto.last_heartbeat_at),
+    )
+
+
+def quarantine(proto: jobs_pb2.Quarantine) -> machines.Quarantine:
+    return machines.Quarantine(
+        machine_id=proto.machine_id, reason=proto.reason, since=when(proto.since), until=when(proto.until)
+    )
+
+
+def _benchmark(proto: machine_pb2.Benchmark) -> machines.Benchmark:
+    return machines.Benchmark(
+        measured_at=datetime.fromtimestamp(proto.measured_at_unix_s, UTC),
+        cpu_gflops=proto.cpu_gflops,
+        memory_gbps=proto.memory_gbps,
+        disk_write_mbps=proto.disk_write_mbps,
+        disk_read_mbps=proto.disk_read_mbps,
+        problem=proto.problem,
+        score=proto.score,
+    )
+
+
+def _device_benchmark(proto: machine_pb2.DeviceBenchmark) -> machines.DeviceBenchmark:
+    return machines.DeviceBenchmark(
+        fp32_tflops=proto.fp32_tflops,
+        bf16_tflops=proto.bf16_tflops,
+        memory_gbps=proto.memory_gbps,
+        pcie_gbps=proto.pcie_gbps,
+        vram_checked_bytes=proto.vram_checked_bytes,
+        score=proto.score,
     )
 
 
@@ -239,6 +272,7 @@ def _device(proto: machine_pb2.Device, use: machine_pb2.DeviceUtilisation | None
         pcie_width=proto.pcie_width,
         power_limit_watts=proto.power_limit_watts,
         ecc=proto.ecc,
+        benchmark=_device_benchmark(proto.benchmark) if proto.benchmark.score else None,
         gpu_utilisation=use.gpu_utilisation if use else None,
         vram_used_bytes=use.vram_used_bytes if use else None,
         temperature_celsius=use.temperature_celsius if use else None,

@@ -153,7 +153,7 @@ class Marketplace:
 
     def _offer(self, machine: registry_pb2.Machine, ask: store.AskRow | None) -> Offer:
         prices = store.Prices(ask.price_udgpu_per_gpu_hour, ask.price_udgpu_per_cpu_hour) if ask else self.default
-        return Offer(machine, prices, ask, machine.status in _TAKES_WORK)
+        return Offer(machine, prices, ask, machine.status in _TAKES_WORK and not machine.inventory.closed)
 
     async def _all_machines(self) -> list[registry_pb2.Machine]:
         machines: list[registry_pb2.Machine] = []
@@ -238,7 +238,9 @@ def _public(machine: registry_pb2.Machine) -> registry_pb2.Machine:
             executors=machine.inventory.executors,
             sandbox=machine.inventory.sandbox,
             region=machine.inventory.region,
+            closed=machine.inventory.closed,
             shares_devices=machine.inventory.shares_devices,
+            benchmark=machine.inventory.benchmark if machine.inventory.HasField("benchmark") else None,
         ),
     )
     for device in machine.inventory.devices:
@@ -254,6 +256,7 @@ def _public(machine: registry_pb2.Machine) -> registry_pb2.Machine:
             pcie_width=device.pcie_width,
             power_limit_watts=device.power_limit_watts,
             ecc=device.ecc,
+            benchmark=device.benchmark if device.HasField("benchmark") else None,
             # That it cannot be had now; the owner alone is told why.
             problem="unavailable" if device.problem else "",
         )

@@ -27,6 +27,7 @@ from dantegpu.services.scheduler.service.inventory import Inventory
 from dantegpu.services.scheduler.service.lifetimes import Lifetimes
 from dantegpu.services.scheduler.service.machines import Dispatcher, Machines
 from dantegpu.services.scheduler.service.placement import PlacementLeader
+from dantegpu.services.scheduler.service.quarantines import Quarantines
 from dantegpu.services.scheduler.service.schedules import Schedules
 from dantegpu.services.scheduler.service.settlement import Settlement
 from dantegpu.services.scheduler.service.timers import Timers
@@ -67,13 +68,14 @@ def build(deps: Deps, settings: SchedulerSettings) -> Service:
     placement = PlacementLeader(db, deps.bus, inventory, billing, outbox, wakeups, deps.clock, settings)
     intake = Intake(db, inventory, storage, outbox, wakeups, deps.clock, settings)
     schedules = Schedules(db, intake, deps.clock, settings)
+    quarantines = Quarantines(db, inventory, deps.clock, settings)
     arrays = Arrays(db, outbox, wakeups, deps.clock, settings, placement.take)
     lifetimes = Lifetimes(db, outbox, wakeups, deps.clock, settings, placement.take)
     wakeups.machines = dispatcher.notify
     wakeups.settlement = settlement.notify
     wakeups.placement = placement.notify
-    wakeups.ended = placement.ended
     wakeups.submitted = placement.submitted
+    wakeups.ended = placement.ended
     wakeups.arrays = arrays.notify
     wakeups.dropped = placement.drop_ended
 
@@ -84,6 +86,7 @@ def build(deps: Deps, settings: SchedulerSettings) -> Service:
             tasks.create_task(_keep("settlement", settlement.run), name="settlement")
             tasks.create_task(_keep("arrays", arrays.run), name="arrays")
             tasks.create_task(_keep("lifetimes", lifetimes.run), name="lifetimes")
+            tasks.create_task(_keep("quarantines", quarantines.lead), name="quarantines")
             tasks.create_task(_keep("schedules", schedules.run), name="schedules")
 
     leadership = Leadership(db, "placement", lead)
@@ -91,6 +94,7 @@ def build(deps: Deps, settings: SchedulerSettings) -> Service:
     arrays.leadership = leadership
     lifetimes.leadership = leadership
     schedules.leadership = leadership
+    quarantines.leadership = leadership
     return Service(
         name=settings.service_name,
         components=[
@@ -98,12 +102,13 @@ def build(deps: Deps, settings: SchedulerSettings) -> Service:
             db,
             outbox,
             inventory,
+            quarantines,
             dispatcher,
             MachineConsumers(deps.bus, machines),
             leadership,
         ],
         register_rpc=lambda server: jobs_pb2_grpc.add_JobServiceServicer_to_server(
-            JobRpc(db, intake, schedules), server
+            JobRpc(db, intake, schedules, quarantines), server
         ),
         checks={"database": db.ready, "nats": deps.bus.ready, "inventory": inventory.ready},
     )

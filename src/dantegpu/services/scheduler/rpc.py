@@ -23,6 +23,7 @@ from dantegpu.services.scheduler.service.intake import (
     progress_of,
     reason_text,
 )
+from dantegpu.services.scheduler.service.quarantines import Quarantines
 from dantegpu.services.scheduler.service.schedules import Schedules
 from dantegpu.services.scheduler.service.submissions import (
     Answer,
@@ -35,6 +36,7 @@ from dantegpu.services.scheduler.service.submissions import (
 from dantegpu.services.scheduler.service.transitions import event_message
 from dantegpu.services.scheduler.store import AttemptRow, JobRow, LeaseRow
 from dantegpu.services.scheduler.store_arrays import ProgressRow
+from dantegpu.services.scheduler.store_quarantines import QuarantineRow
 from dantegpu.services.scheduler.store_schedules import ScheduleRow
 
 LIVE_ARRAY = "ARRAY"
@@ -44,10 +46,11 @@ type Context = Any  # grpc.aio.ServicerContext; not used: actor and ids are in c
 
 
 class JobRpc(jobs_pb2_grpc.JobServiceServicer):
-    def __init__(self, db: Database, intake: Intake, schedules: Schedules) -> None:
+    def __init__(self, db: Database, intake: Intake, schedules: Schedules, quarantines: Quarantines) -> None:
         self._db = db
         self._intake = intake
         self._schedules = schedules
+        self._quarantines = quarantines
 
     async def SubmitJobs(self, request: jobs_pb2.SubmitJobsRequest, context: Context) -> jobs_pb2.SubmitJobsResponse:
         actor = current_actor()
@@ -184,6 +187,22 @@ class JobRpc(jobs_pb2_grpc.JobServiceServicer):
             rows = await self._schedules.stop(tx, current_actor(), ids)
         return jobs_pb2.StopSchedulesResponse(schedules=[_schedule_message(row) for row in rows])
 
+    async def ListQuarantines(
+        self, request: jobs_pb2.ListQuarantinesRequest, context: Context
+    ) -> jobs_pb2.ListQuarantinesResponse:
+        ids = [MachineId.parse(text) for text in request.machine_ids]
+        async with self._db.transaction() as tx:
+            rows = await self._quarantines.list_quarantines(tx, current_actor(), ids)
+        return jobs_pb2.ListQuarantinesResponse(quarantines=map(_quarantine, rows))
+
+    async def ReleaseMachines(
+        self, request: jobs_pb2.ReleaseMachinesRequest, context: Context
+    ) -> jobs_pb2.ReleaseMachinesResponse:
+        ids = [MachineId.parse(text) for text in request.machine_ids]
+        async with self._db.transaction() as tx:
+            rows = await self._quarantines.release(tx, current_actor(), ids)
+        return jobs_pb2.ReleaseMachinesResponse(released=map(_quarantine, rows))
+
     async def ExplainJobs(self, request: jobs_pb2.ExplainJobsRequest, context: Context) -> jobs_pb2.ExplainJobsResponse:
         async with self._db.transaction() as tx:
             found = await self._intake.explain(tx, current_actor(), _job_ids(request.job_ids))
@@ -223,6 +242,15 @@ def _schedule_message(row: ScheduleRow, *, spec: bool = True) -> jobs_pb2.Schedu
         runs=row.runs,
         created_at=_timestamp(row.created_at),
         stopped_at=_timestamp(row.stopped_at),
+    )
+
+
+def _quarantine(row: QuarantineRow) -> jobs_pb2.Quarantine:
+    return jobs_pb2.Quarantine(
+        machine_id=str(MachineId(row.machine_id)),
+        reason=row.reason,
+        since=_timestamp(row.since),
+        until=_timestamp(row.until),
     )
 
 
@@ -366,6 +394,7 @@ def _explanation(found: JobExplanation) -> jobs_pb2.Explanation:
     message.reason_text = reason_text(found.job)
     message.machines_total = found.why.machines_total
     message.machines_fitting = found.why.machines_fitting
+    message.machines_free = found.why.machines_free
     for count in found.why.constraints:
         message.constraints.add(
             constraint=count.constraint.value, machines_excluded=count.machines_excluded, text=count.text
@@ -376,6 +405,7 @@ def _explanation(found: JobExplanation) -> jobs_pb2.Explanation:
             to=relaxation.after,
             machines=relaxation.machines,
             available_now=relaxation.available_now,
+            machines_free=relaxation.machines_free,
         )
         setattr(added, "from", relaxation.before)  # a Python keyword
     return message

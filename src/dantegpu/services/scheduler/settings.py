@@ -27,6 +27,15 @@ class SchedulerSettings(ServiceSettings):
     orphan_age_seconds: int = Field(
         default=120, ge=30, description="a hold older than this without an attempt is voided; no plan takes that long"
     )
+    quarantine_faults: int = Field(
+        default=3,
+        ge=1,
+        description="a machine that fails so many jobs in a row (of one team: twice as many) is shut out",
+    )
+    quarantine_window_seconds: float = Field(default=3600.0, ge=1, description="faults older than this do not count")
+    quarantine_seconds: float = Field(
+        default=1800.0, ge=1, description="how long a machine is shut out; each time in a row twice as long, up to 24 h"
+    )
     array_seconds: float = Field(default=0.25, ge=0.01, description="how often arrays are looked at")
     objective: Objective = Field(
         default=DEFAULT_POLICY.objective,

@@ -2,14 +2,15 @@
 
 from typing import Annotated
 
+import structlog
 from fastapi import APIRouter, Query
 
-from dantegpu.contracts.gen.dante.v1 import auth_pb2, marketplace_pb2, registry_pb2
+from dantegpu.contracts.gen.dante.v1 import auth_pb2, jobs_pb2, marketplace_pb2, registry_pb2
 from dantegpu.contracts.rest import machines
 from dantegpu.domain.resources import parse_gpu_spec
 from dantegpu.kit import rpc
 from dantegpu.kit.actor import SERVICE
-from dantegpu.kit.errors import InvalidArgument
+from dantegpu.kit.errors import InvalidArgument, RemoteError, Unavailable
 from dantegpu.services.gateway import convert
 from dantegpu.services.gateway.context import (
     JobReader,
@@ -19,6 +20,8 @@ from dantegpu.services.gateway.context import (
     Paging,
     Platform,
 )
+
+log = structlog.get_logger(__name__)
 
 router = APIRouter(tags=["machines"])
 
@@ -76,6 +79,7 @@ async def list_machines(
     request = registry_pb2.ListMachinesRequest(page=page, all_teams=all_teams)
     response = await rpc.call(platform.clients.registry.ListMachines, request)
     found = [convert.machine(machine) for machine in response.machines]
+    await _note_quarantines(platform, found)
     return machines.MachinePage(machines=found, next_cursor=response.next_cursor or None)
 
 
@@ -83,7 +87,24 @@ async def list_machines(
 async def get_machine(machine_id: MachineIdPath, _actor: MachineReader, platform: Platform) -> machines.Machine:
     request = registry_pb2.GetMachinesRequest(machine_ids=[machine_id])
     response = await rpc.call(platform.clients.registry.GetMachines, request)
-    return convert.machine(response.machines[0])
+    machine = convert.machine(response.machines[0])
+    await _note_quarantines(platform, [machine])
+    return machine
+
+
+async def _note_quarantines(platform: Platform, found: list[machines.Machine]) -> None:
+    """Tell providers why their machines get no work. What is not the caller's own has no intent, and is not told of."""
+    own = {machine.id: machine for machine in found if machine.intent is not None}
+    if not own:
+        return
+    request = jobs_pb2.ListQuarantinesRequest(machine_ids=list(own))
+    try:
+        answer = await rpc.call(platform.clients.jobs.ListQuarantines, request, actor=SERVICE)
+    except (Unavailable, RemoteError) as error:
+        log.warning("quarantines_not_known", error=error.message)  # the machines are shown all the same
+        return
+    for each in answer.quarantines:
+        own[each.machine_id].quarantine = convert.quarantine(each)
 
 
 async def _set_intent(

@@ -5,11 +5,11 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 
 from dantegpu.contracts.gen.dante.v1 import auth_pb2, billing_pb2, common_pb2, jobs_pb2
-from dantegpu.contracts.rest import accounts, billing, jobs
+from dantegpu.contracts.rest import accounts, billing, jobs, machines
 from dantegpu.domain.job import JobState
 from dantegpu.kit import rpc
 from dantegpu.services.gateway import convert
-from dantegpu.services.gateway.context import IdempotencyKey, Operator, Paging, Platform, WalletReader
+from dantegpu.services.gateway.context import IdempotencyKey, MachineIdPath, Operator, Paging, Platform, WalletReader
 
 router = APIRouter()
 
@@ -64,3 +64,17 @@ async def list_all_jobs(
     response = await rpc.call(platform.clients.jobs.ListJobs, request)
     found = [convert.job(job) for job in response.jobs]
     return jobs.JobPage(jobs=found, next_cursor=response.next_cursor or None)
+
+
+@router.get("/v1/admin/quarantines", tags=["operator"], summary="Machines that are shut out for a while, and why")
+async def list_quarantines(_actor: Operator, platform: Platform) -> machines.Quarantines:
+    response = await rpc.call(platform.clients.jobs.ListQuarantines, jobs_pb2.ListQuarantinesRequest())
+    return machines.Quarantines(quarantines=[convert.quarantine(each) for each in response.quarantines])
+
+
+@router.post("/v1/admin/machines/{machine_id}/release", tags=["operator"], summary="End a machine's quarantine")
+async def release_machine(machine_id: MachineIdPath, _actor: Operator, platform: Platform) -> machines.Quarantines:
+    """Answers the quarantine that it ended; none when the machine was in none."""
+    request = jobs_pb2.ReleaseMachinesRequest(machine_ids=[machine_id])
+    response = await rpc.call(platform.clients.jobs.ReleaseMachines, request)
+    return machines.Quarantines(quarantines=[convert.quarantine(each) for each in response.released])

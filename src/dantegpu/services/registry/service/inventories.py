@@ -6,7 +6,10 @@ from collections.abc import Iterable
 from ipaddress import ip_address
 
 from dantegpu.contracts.gen.dante.v1 import machine_pb2, registry_pb2
+from dantegpu.domain.benchmark import cpu_score, gpu_score, implausible
 from dantegpu.domain.ids import DeviceId, MachineId
+from dantegpu.domain.resources import parse_capability
+from dantegpu.domain.units import InvalidQuantity
 from dantegpu.services.registry.errors import InvalidInventory
 
 MAX_DEVICES = 64
@@ -19,7 +22,7 @@ MAX_RUNNING_ATTEMPTS = 1_000_000
 MAX_TEMPERATURE_CELSIUS = 1000.0
 MAX_POWER_WATTS = 100_000.0
 
-_TEXTS = ("hostname", "os", "kernel", "driver_version", "cuda_version", "sandbox", "daemon_version", "region")
+_TEXTS = ("hostname", "os", "kernel", "driver_version", "cuda_version", "sandbox", "daemon_version", "region", "closed")
 _AMOUNTS = {"cpu_milli": MAX_CPU_MILLI, "memory_bytes": MAX_BYTES, "disk_bytes": MAX_BYTES}
 _DEVICE_TEXTS = (
     "model", "uuid", "compute_capability", "pcie_bus_id", "problem", "vendor", "mig_profile", "parent_uuid",
@@ -28,6 +31,7 @@ _DEVICE_AMOUNTS = {
     "index": MAX_DEVICE_INDEX, "vram_bytes": MAX_BYTES, "pcie_generation": 100, "pcie_width": 1024,
     "power_limit_watts": MAX_POWER_WATTS,
 }  # fmt: skip
+MAX_FIGURE = 1e12
 MAX_THROTTLE_REASONS = 8
 MAX_PROCESSES = 1_000_000
 
@@ -55,8 +59,10 @@ def checked(machine_id: MachineId, inventory: machine_pb2.Inventory) -> bytes:
         _check_address(inventory.address)
     result = machine_pb2.Inventory()
     result.CopyFrom(inventory)
+    _check_benchmark(result)
     for device in result.devices:
         _check_device(device)
+        _judge(device)
         device.id = str(device_id(machine_id, device))
     result.simulated = inventory.simulated or any(device.simulated for device in inventory.devices)
     return result.SerializeToString(deterministic=True)
@@ -98,6 +104,38 @@ def clamped(value: float, maximum: float) -> float:
 
 def clamped_count(value: int, maximum: int) -> int:
     return min(max(value, 0), maximum)
+
+
+def _check_benchmark(inventory: machine_pb2.Inventory) -> None:
+    benchmark = inventory.benchmark
+    _check_text("benchmark.problem", benchmark.problem)
+    for field in ("measured_at_unix_s", "cpu_gflops", "memory_gbps", "disk_write_mbps", "disk_read_mbps"):
+        _check_amount(f"benchmark.{field}", getattr(benchmark, field), MAX_FIGURE)
+    if inventory.HasField("benchmark"):
+        benchmark.score = cpu_score(benchmark.cpu_gflops, benchmark.memory_gbps)
+
+
+def _judge(device: machine_pb2.Device) -> None:
+    """Its score, and whether it can be what it says it is: a device that cannot is taken out."""
+    figures = device.benchmark
+    _check_text("devices.benchmark.problem", figures.problem)
+    for field in ("fp32_tflops", "bf16_tflops", "memory_gbps", "pcie_gbps", "vram_checked_bytes"):
+        _check_amount(f"devices.benchmark.{field}", getattr(figures, field), MAX_BYTES)
+    if device.HasField("benchmark"):
+        figures.score = gpu_score(figures.fp32_tflops, figures.bf16_tflops, figures.memory_gbps)
+    if device.simulated or device.problem:
+        return
+    device.problem = figures.problem
+    if not device.problem and not device.mig_profile:
+        capability = _capability(device.compute_capability)
+        device.problem = implausible(device.model, device.vram_bytes, capability, figures.fp32_tflops)
+
+
+def _capability(text: str) -> int:
+    try:
+        return parse_capability(text)
+    except InvalidQuantity:
+        return 0
 
 
 def _check_device(device: machine_pb2.Device) -> None:

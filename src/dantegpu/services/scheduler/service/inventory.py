@@ -47,6 +47,7 @@ class Inventory:
         self._default_ask = marketplace_pb2.Ask()
         self._infos: tuple[MachineInfo, ...] | None = None
         self._loaded = False
+        self._quarantined: frozenset[str] = frozenset()
         self._refresh_now = Wakeup()
         self._tasks = Tasks("inventory")
         self._subscriptions: list[Subscription] = []
@@ -83,6 +84,12 @@ class Inventory:
 
     def machine(self, machine_id: MachineId) -> registry_pb2.Machine | None:
         return self._machines.get(str(machine_id))
+
+    def quarantine(self, machine_ids: frozenset[str]) -> None:
+        """These machines get no new work until this is called without them."""
+        if machine_ids != self._quarantined:
+            self._quarantined = machine_ids
+            self._changed(True)
 
     async def _refresh(self) -> None:
         snapshot = await rpc.call(self._registry.GetSnapshot, registry_pb2.GetSnapshotRequest(), actor=SERVICE)
@@ -152,7 +159,7 @@ class Inventory:
             price_udgpu_per_gpu_hour=ask.price_udgpu_per_gpu_hour,
             price_udgpu_per_cpu_hour=ask.price_udgpu_per_cpu_hour,
             region=inventory.region,
-            schedulable=machine.status in _SCHEDULABLE,
+            schedulable=machine.status in _SCHEDULABLE and machine.id not in self._quarantined and not inventory.closed,
             runs_images="container" in inventory.executors,
             sandboxed=inventory.sandbox not in ("", "none"),
             allows_fractions=inventory.shares_devices or any(device.simulated for device in inventory.devices),

@@ -59,8 +59,8 @@ log = structlog.get_logger(__name__)
 LOAD_PAGE = 1000
 MAX_PLACEMENTS_PER_ROUND = 1000
 MAX_REASONS_PER_ROUND = 1000
-MAX_REASONS_BESIDE_PLACEMENTS = 100
 MAX_TAKEN = 200_000
+MAX_REASONS_BESIDE_PLACEMENTS = 100
 MAX_BACKFILL_JOBS = 2000
 MAX_LARGE_JOBS = 100
 """While a large job waits, a round looks at so many of the first small and large ones; the others wait their turn."""
@@ -170,11 +170,11 @@ class PlacementLeader:
         self._clock = clock
         self._settings = settings
         self._queue = WaitingJobs(clock)
+        self._taken: set[UUID] = set()
+        """Queued by submitted(); the message about them is still to come."""
+        self._leading = False
         self._fleet = Fleet(db, inventory, clock)
         self._policy = settings.policy
-        self._taken: set[UUID] = set()
-        """Queued by take(); the message about them is still to come."""
-        self._leading = False
         self._again = Wakeup()
         self._sweep_now = Wakeup()
         # What NATS lost is still in PostgreSQL.

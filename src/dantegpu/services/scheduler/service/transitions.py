@@ -32,10 +32,10 @@ class Wakeups:
     machines: Callable[[set[UUID]], None] = field(default=lambda machine_ids: None)
     settlement: Callable[[], None] = field(default=lambda: None)
     placement: Callable[[], None] = field(default=lambda: None)
-    ended: Callable[[Sequence[UUID]], None] = field(default=lambda attempt_ids: None)
-    """Attempts that ended in the transaction that was just committed."""
     submitted: Callable[[Sequence[JobRow]], None] = field(default=lambda rows: None)
     """Sooner than the message about them, when placement is led from this process."""
+    ended: Callable[[Sequence[UUID]], None] = field(default=lambda attempt_ids: None)
+    """Attempts that ended in the transaction that was just committed."""
     arrays: Callable[[], None] = field(default=lambda: None)
     dropped: Callable[[], None] = field(default=lambda: None)
     """Many waiting jobs ended at once: placement's queue holds what is over."""

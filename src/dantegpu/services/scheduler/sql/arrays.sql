@@ -133,7 +133,7 @@ WITH mine AS (
 ), asked AS (
     UPDATE attempts SET state = 'STOPPING', stop_reason = %(stop_reason)s,
         stop_requested_at = coalesce(stop_requested_at, %(now)s)
-    FROM stopped WHERE attempts.id = stopped.attempt_id AND before <> 'STOPPING'
+    FROM stopped WHERE attempts.job_id = stopped.id AND attempts.ended_at IS NULL AND before <> 'STOPPING'
     RETURNING machine_id
 )
 SELECT (SELECT count(*) FROM stopped) AS tasks, array(SELECT DISTINCT machine_id FROM asked) AS machine_ids;

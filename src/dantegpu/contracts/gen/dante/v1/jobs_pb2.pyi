@@ -1112,6 +1112,7 @@ class Relaxation(message.Message):
     TO_FIELD_NUMBER: builtins.int
     MACHINES_FIELD_NUMBER: builtins.int
     AVAILABLE_NOW_FIELD_NUMBER: builtins.int
+    MACHINES_FREE_FIELD_NUMBER: builtins.int
     field: builtins.str
     """"max_price" """
     to: builtins.str
@@ -1119,6 +1120,8 @@ class Relaxation(message.Message):
     """that it would open"""
     available_now: builtins.bool
     """at least one of them is free now"""
+    machines_free: builtins.int
+    """how many of them are"""
     def __init__(
         self,
         *,
@@ -1126,10 +1129,11 @@ class Relaxation(message.Message):
         to: builtins.str = ...,
         machines: builtins.int = ...,
         available_now: builtins.bool = ...,
+        machines_free: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["available_now", b"available_now", "field", b"field", "from", b"from", "machines", b"machines", "to", b"to"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["available_now", b"available_now", "field", b"field", "from", b"from", "machines", b"machines", "machines_free", b"machines_free", "to", b"to"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1144,11 +1148,14 @@ class Explanation(message.Message):
     MACHINES_FITTING_FIELD_NUMBER: builtins.int
     CONSTRAINTS_FIELD_NUMBER: builtins.int
     RELAXATIONS_FIELD_NUMBER: builtins.int
+    MACHINES_FREE_FIELD_NUMBER: builtins.int
     job_id: builtins.str
     reason: builtins.str
     reason_text: builtins.str
     machines_total: builtins.int
     machines_fitting: builtins.int
+    machines_free: builtins.int
+    """of those fitting: they could take it at this moment"""
     @builtins.property
     def constraints(self) -> containers.RepeatedCompositeFieldContainer[ConstraintCount]: ...
     @builtins.property
@@ -1163,10 +1170,11 @@ class Explanation(message.Message):
         machines_fitting: builtins.int = ...,
         constraints: abc.Iterable[ConstraintCount] | None = ...,
         relaxations: abc.Iterable[Relaxation] | None = ...,
+        machines_free: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["constraints", b"constraints", "job_id", b"job_id", "machines_fitting", b"machines_fitting", "machines_total", b"machines_total", "reason", b"reason", "reason_text", b"reason_text", "relaxations", b"relaxations"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["constraints", b"constraints", "job_id", b"job_id", "machines_fitting", b"machines_fitting", "machines_free", b"machines_free", "machines_total", b"machines_total", "reason", b"reason", "reason_text", b"reason_text", "relaxations", b"relaxations"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1424,5 +1432,107 @@ class StopSchedulesResponse(message.Message):
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["schedules", b"schedules"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Quarantine(message.Message):
+    """A machine that failed job after job and gets no new work for a while."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    MACHINE_ID_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    SINCE_FIELD_NUMBER: builtins.int
+    UNTIL_FIELD_NUMBER: builtins.int
+    machine_id: builtins.str
+    reason: builtins.str
+    @builtins.property
+    def since(self) -> timestamp_pb2.Timestamp: ...
+    @builtins.property
+    def until(self) -> timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        machine_id: builtins.str = ...,
+        reason: builtins.str = ...,
+        since: timestamp_pb2.Timestamp | None = ...,
+        until: timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["since", b"since", "until", b"until"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["machine_id", b"machine_id", "reason", b"reason", "since", b"since", "until", b"until"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ListQuarantinesRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    MACHINE_IDS_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def machine_ids(self) -> containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        machine_ids: abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["machine_ids", b"machine_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ListQuarantinesResponse(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    QUARANTINES_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def quarantines(self) -> containers.RepeatedCompositeFieldContainer[Quarantine]: ...
+    def __init__(
+        self,
+        *,
+        quarantines: abc.Iterable[Quarantine] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["quarantines", b"quarantines"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ReleaseMachinesRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    MACHINE_IDS_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def machine_ids(self) -> containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        machine_ids: abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["machine_ids", b"machine_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ReleaseMachinesResponse(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    RELEASED_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def released(self) -> containers.RepeatedCompositeFieldContainer[Quarantine]: ...
+    def __init__(
+        self,
+        *,
+        released: abc.Iterable[Quarantine] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["released", b"released"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...

@@ -80,6 +80,16 @@ class JobServiceStub:
                 request_serializer=dante_dot_v1_dot_jobs__pb2.StopSchedulesRequest.SerializeToString,
                 response_deserializer=dante_dot_v1_dot_jobs__pb2.StopSchedulesResponse.FromString,
                 _registered_method=True)
+        self.ListQuarantines = channel.unary_unary(
+                '/dante.v1.JobService/ListQuarantines',
+                request_serializer=dante_dot_v1_dot_jobs__pb2.ListQuarantinesRequest.SerializeToString,
+                response_deserializer=dante_dot_v1_dot_jobs__pb2.ListQuarantinesResponse.FromString,
+                _registered_method=True)
+        self.ReleaseMachines = channel.unary_unary(
+                '/dante.v1.JobService/ReleaseMachines',
+                request_serializer=dante_dot_v1_dot_jobs__pb2.ReleaseMachinesRequest.SerializeToString,
+                response_deserializer=dante_dot_v1_dot_jobs__pb2.ReleaseMachinesResponse.FromString,
+                _registered_method=True)
         self.ExplainJobs = channel.unary_unary(
                 '/dante.v1.JobService/ExplainJobs',
                 request_serializer=dante_dot_v1_dot_jobs__pb2.ExplainJobsRequest.SerializeToString,
@@ -151,6 +161,18 @@ class JobServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListQuarantines(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleaseMachines(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ExplainJobs(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -211,6 +233,16 @@ def add_JobServiceServicer_to_server(servicer, server):
                     servicer.StopSchedules,
                     request_deserializer=dante_dot_v1_dot_jobs__pb2.StopSchedulesRequest.FromString,
                     response_serializer=dante_dot_v1_dot_jobs__pb2.StopSchedulesResponse.SerializeToString,
+            ),
+            'ListQuarantines': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListQuarantines,
+                    request_deserializer=dante_dot_v1_dot_jobs__pb2.ListQuarantinesRequest.FromString,
+                    response_serializer=dante_dot_v1_dot_jobs__pb2.ListQuarantinesResponse.SerializeToString,
+            ),
+            'ReleaseMachines': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseMachines,
+                    request_deserializer=dante_dot_v1_dot_jobs__pb2.ReleaseMachinesRequest.FromString,
+                    response_serializer=dante_dot_v1_dot_jobs__pb2.ReleaseMachinesResponse.SerializeToString,
             ),
             'ExplainJobs': grpc.unary_unary_rpc_method_handler(
                     servicer.ExplainJobs,
@@ -467,6 +499,60 @@ class JobService:
             '/dante.v1.JobService/StopSchedules',
             dante_dot_v1_dot_jobs__pb2.StopSchedulesRequest.SerializeToString,
             dante_dot_v1_dot_jobs__pb2.StopSchedulesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListQuarantines(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dante.v1.JobService/ListQuarantines',
+            dante_dot_v1_dot_jobs__pb2.ListQuarantinesRequest.SerializeToString,
+            dante_dot_v1_dot_jobs__pb2.ListQuarantinesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseMachines(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dante.v1.JobService/ReleaseMachines',
+            dante_dot_v1_dot_jobs__pb2.ReleaseMachinesRequest.SerializeToString,
+            dante_dot_v1_dot_jobs__pb2.ReleaseMachinesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -26,6 +26,8 @@ class JobServiceStub:
     CreateSchedule: aio.UnaryUnaryMultiCallable[jobs_pb2.CreateScheduleRequest, jobs_pb2.CreateScheduleResponse]
     ListSchedules: aio.UnaryUnaryMultiCallable[jobs_pb2.ListSchedulesRequest, jobs_pb2.ListSchedulesResponse]
     StopSchedules: aio.UnaryUnaryMultiCallable[jobs_pb2.StopSchedulesRequest, jobs_pb2.StopSchedulesResponse]
+    ListQuarantines: aio.UnaryUnaryMultiCallable[jobs_pb2.ListQuarantinesRequest, jobs_pb2.ListQuarantinesResponse]
+    ReleaseMachines: aio.UnaryUnaryMultiCallable[jobs_pb2.ReleaseMachinesRequest, jobs_pb2.ReleaseMachinesResponse]
     ExplainJobs: aio.UnaryUnaryMultiCallable[jobs_pb2.ExplainJobsRequest, jobs_pb2.ExplainJobsResponse]
     ResolveAttempts: aio.UnaryUnaryMultiCallable[jobs_pb2.ResolveAttemptsRequest, jobs_pb2.ResolveAttemptsResponse]
     """Internal: whose attempt is this? For services that receive an attempt's data from its machine."""
@@ -96,6 +98,20 @@ class JobServiceServicer(metaclass=abc_1.ABCMeta):
         request: jobs_pb2.StopSchedulesRequest,
         context: aio.ServicerContext[jobs_pb2.StopSchedulesRequest, abc.Awaitable[jobs_pb2.StopSchedulesResponse]],
     ) -> abc.Awaitable[jobs_pb2.StopSchedulesResponse]: ...
+
+    @abc_1.abstractmethod
+    def ListQuarantines(
+        self,
+        request: jobs_pb2.ListQuarantinesRequest,
+        context: aio.ServicerContext[jobs_pb2.ListQuarantinesRequest, abc.Awaitable[jobs_pb2.ListQuarantinesResponse]],
+    ) -> abc.Awaitable[jobs_pb2.ListQuarantinesResponse]: ...
+
+    @abc_1.abstractmethod
+    def ReleaseMachines(
+        self,
+        request: jobs_pb2.ReleaseMachinesRequest,
+        context: aio.ServicerContext[jobs_pb2.ReleaseMachinesRequest, abc.Awaitable[jobs_pb2.ReleaseMachinesResponse]],
+    ) -> abc.Awaitable[jobs_pb2.ReleaseMachinesResponse]: ...
 
     @abc_1.abstractmethod
     def ExplainJobs(

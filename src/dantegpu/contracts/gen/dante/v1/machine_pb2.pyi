@@ -39,6 +39,7 @@ class Device(message.Message):
     PCIE_WIDTH_FIELD_NUMBER: builtins.int
     POWER_LIMIT_WATTS_FIELD_NUMBER: builtins.int
     ECC_FIELD_NUMBER: builtins.int
+    BENCHMARK_FIELD_NUMBER: builtins.int
     id: builtins.str
     """dev_...; given by the registry"""
     index: builtins.int
@@ -64,6 +65,8 @@ class Device(message.Message):
     pcie_width: builtins.int
     power_limit_watts: builtins.float
     ecc: builtins.bool
+    @builtins.property
+    def benchmark(self) -> DeviceBenchmark: ...
     def __init__(
         self,
         *,
@@ -83,10 +86,89 @@ class Device(message.Message):
         pcie_width: builtins.int = ...,
         power_limit_watts: builtins.float = ...,
         ecc: builtins.bool = ...,
+        benchmark: DeviceBenchmark | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["benchmark", b"benchmark"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["benchmark", b"benchmark", "compute_capability", b"compute_capability", "ecc", b"ecc", "id", b"id", "index", b"index", "mig_profile", b"mig_profile", "model", b"model", "parent_uuid", b"parent_uuid", "pcie_bus_id", b"pcie_bus_id", "pcie_generation", b"pcie_generation", "pcie_width", b"pcie_width", "power_limit_watts", b"power_limit_watts", "problem", b"problem", "simulated", b"simulated", "uuid", b"uuid", "vendor", b"vendor", "vram_bytes", b"vram_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class DeviceBenchmark(message.Message):
+    """What the machine's own self-test measured last; a figure that was not measured is 0."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    FP32_TFLOPS_FIELD_NUMBER: builtins.int
+    BF16_TFLOPS_FIELD_NUMBER: builtins.int
+    MEMORY_GBPS_FIELD_NUMBER: builtins.int
+    PCIE_GBPS_FIELD_NUMBER: builtins.int
+    VRAM_CHECKED_BYTES_FIELD_NUMBER: builtins.int
+    PROBLEM_FIELD_NUMBER: builtins.int
+    SCORE_FIELD_NUMBER: builtins.int
+    fp32_tflops: builtins.float
+    bf16_tflops: builtins.float
+    memory_gbps: builtins.float
+    pcie_gbps: builtins.float
+    """from the machine's memory to the device's"""
+    vram_checked_bytes: builtins.int
+    """filled, and read back as written"""
+    problem: builtins.str
+    """"a fp32 matrix product is wrong: ..." """
+    score: builtins.float
+    """by the registry: docs/providers.md has the formula"""
+    def __init__(
+        self,
+        *,
+        fp32_tflops: builtins.float = ...,
+        bf16_tflops: builtins.float = ...,
+        memory_gbps: builtins.float = ...,
+        pcie_gbps: builtins.float = ...,
+        vram_checked_bytes: builtins.int = ...,
+        problem: builtins.str = ...,
+        score: builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["compute_capability", b"compute_capability", "ecc", b"ecc", "id", b"id", "index", b"index", "mig_profile", b"mig_profile", "model", b"model", "parent_uuid", b"parent_uuid", "pcie_bus_id", b"pcie_bus_id", "pcie_generation", b"pcie_generation", "pcie_width", b"pcie_width", "power_limit_watts", b"power_limit_watts", "problem", b"problem", "simulated", b"simulated", "uuid", b"uuid", "vendor", b"vendor", "vram_bytes", b"vram_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["bf16_tflops", b"bf16_tflops", "fp32_tflops", b"fp32_tflops", "memory_gbps", b"memory_gbps", "pcie_gbps", b"pcie_gbps", "problem", b"problem", "score", b"score", "vram_checked_bytes", b"vram_checked_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Benchmark(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    MEASURED_AT_UNIX_S_FIELD_NUMBER: builtins.int
+    CPU_GFLOPS_FIELD_NUMBER: builtins.int
+    MEMORY_GBPS_FIELD_NUMBER: builtins.int
+    DISK_WRITE_MBPS_FIELD_NUMBER: builtins.int
+    DISK_READ_MBPS_FIELD_NUMBER: builtins.int
+    PROBLEM_FIELD_NUMBER: builtins.int
+    SCORE_FIELD_NUMBER: builtins.int
+    measured_at_unix_s: builtins.int
+    cpu_gflops: builtins.float
+    """FP32 matrix product"""
+    memory_gbps: builtins.float
+    disk_write_mbps: builtins.float
+    disk_read_mbps: builtins.float
+    problem: builtins.str
+    score: builtins.float
+    """of the CPU, by the registry"""
+    def __init__(
+        self,
+        *,
+        measured_at_unix_s: builtins.int = ...,
+        cpu_gflops: builtins.float = ...,
+        memory_gbps: builtins.float = ...,
+        disk_write_mbps: builtins.float = ...,
+        disk_read_mbps: builtins.float = ...,
+        problem: builtins.str = ...,
+        score: builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["cpu_gflops", b"cpu_gflops", "disk_read_mbps", b"disk_read_mbps", "disk_write_mbps", b"disk_write_mbps", "measured_at_unix_s", b"measured_at_unix_s", "memory_gbps", b"memory_gbps", "problem", b"problem", "score", b"score"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -109,6 +191,8 @@ class Inventory(message.Message):
     DAEMON_VERSION_FIELD_NUMBER: builtins.int
     REGION_FIELD_NUMBER: builtins.int
     SIMULATED_FIELD_NUMBER: builtins.int
+    BENCHMARK_FIELD_NUMBER: builtins.int
+    CLOSED_FIELD_NUMBER: builtins.int
     SHARES_DEVICES_FIELD_NUMBER: builtins.int
     ADDRESS_FIELD_NUMBER: builtins.int
     hostname: builtins.str
@@ -126,6 +210,8 @@ class Inventory(message.Message):
     region: builtins.str
     simulated: builtins.bool
     """any device is simulated"""
+    closed: builtins.str
+    """why its owner takes no jobs now ("outside of its hours 22:00-06:00"); empty: it is open"""
     shares_devices: builtins.bool
     """its owner lets one team's jobs share a GPU by time-slicing"""
     address: builtins.str
@@ -140,6 +226,8 @@ class Inventory(message.Message):
     def limits_missing(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
         """"memory: cgroup v1 memory controller is not writable" """
 
+    @builtins.property
+    def benchmark(self) -> Benchmark: ...
     def __init__(
         self,
         *,
@@ -158,12 +246,14 @@ class Inventory(message.Message):
         daemon_version: builtins.str = ...,
         region: builtins.str = ...,
         simulated: builtins.bool = ...,
+        benchmark: Benchmark | None = ...,
+        closed: builtins.str = ...,
         shares_devices: builtins.bool = ...,
         address: builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["benchmark", b"benchmark"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "cpu_milli", b"cpu_milli", "cuda_version", b"cuda_version", "daemon_version", b"daemon_version", "devices", b"devices", "disk_bytes", b"disk_bytes", "driver_version", b"driver_version", "executors", b"executors", "hostname", b"hostname", "kernel", b"kernel", "limits_missing", b"limits_missing", "memory_bytes", b"memory_bytes", "os", b"os", "region", b"region", "sandbox", b"sandbox", "shares_devices", b"shares_devices", "simulated", b"simulated"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "benchmark", b"benchmark", "closed", b"closed", "cpu_milli", b"cpu_milli", "cuda_version", b"cuda_version", "daemon_version", b"daemon_version", "devices", b"devices", "disk_bytes", b"disk_bytes", "driver_version", b"driver_version", "executors", b"executors", "hostname", b"hostname", "kernel", b"kernel", "limits_missing", b"limits_missing", "memory_bytes", b"memory_bytes", "os", b"os", "region", b"region", "sandbox", b"sandbox", "shares_devices", b"shares_devices", "simulated", b"simulated"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
