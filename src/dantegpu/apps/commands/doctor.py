@@ -2,12 +2,10 @@
 
 import asyncio
 import json
-import os
 import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,7 +50,7 @@ async def _look() -> list[Finding]:
     findings = [check() for check in (_python, _servers, _disk)]
     findings += await _sandbox()
     findings.append(_gpus())
-    findings.append(_docker())
+    findings += await _containers()
     return findings
 
 
@@ -111,10 +109,21 @@ def _gpus() -> Finding:
     return Finding("gpus", bool(names), False, ", ".join(names) or "none found", advice)
 
 
-def _docker() -> Finding:
-    sockets: list[Callable[[], Path]] = [
-        lambda: Path("/var/run/docker.sock"),
-        lambda: Path(os.environ.get("XDG_RUNTIME_DIR", "/run")) / "podman/podman.sock",
-    ]
-    found = [str(path()) for path in sockets if path().exists()]
-    return Finding("containers", True, False, ", ".join(found) or "no Docker or Podman socket (not used yet)")
+async def _containers() -> list[Finding]:
+    """The engine that the daemon would take with its settings in this environment."""
+    from dantegpu.daemon.containers import GET_ENGINE, choose_containers, find_socket
+    from dantegpu.daemon.settings import DaemonSettings
+    from dantegpu.daemon.workspace import Workspace
+
+    settings = DaemonSettings.load()
+    socket = find_socket(settings.containers)
+    if socket is None:
+        off = settings.containers == "none"
+        advice = "" if off else f"{GET_ENGINE} (until then jobs with an image do not come here)"
+        return [Finding("containers", off, False, "switched off" if off else "no Docker or Podman socket", advice)]
+    with tempfile.TemporaryDirectory(prefix="dante-doctor-") as folder:
+        found = await choose_containers(settings, Workspace(Path(folder)))
+        if found.executor is not None:
+            await found.executor.close()
+    name = f"{found.engine} at {socket}" if found.engine else f"not usable: {socket}"
+    return [Finding("containers", bool(found.engine), False, name, "; ".join(found.notes))]

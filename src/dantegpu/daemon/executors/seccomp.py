@@ -23,7 +23,7 @@ _OFFSET_ARCHITECTURE = 4
 _OFFSET_ARGUMENT_0 = 16
 _OFFSET_ARGUMENT_1 = 24
 _X32_BIT = 0x40000000
-_CLONE_NAMESPACES = 0x7E020000  # CLONE_NEW{NS,CGROUP,UTS,IPC,USER,PID,NET}; TIME does not fit into clone
+CLONE_NAMESPACES = 0x7E020000  # CLONE_NEW{NS,CGROUP,UTS,IPC,USER,PID,NET}; TIME does not fit into clone
 _TIOCSTI = 0x5412
 _TIOCLINUX = 0x541C
 
@@ -86,6 +86,11 @@ _TABLES = {
 }  # fmt: skip
 
 
+def refused_names() -> frozenset[str]:
+    """The system calls that no job may make, on any processor."""
+    return frozenset(name for table in _TABLES.values() for name in table.refused)
+
+
 def _instruction(code: int, constant: int, jump_true: int = 0, jump_false: int = 0) -> bytes:
     return struct.pack("=HBBI", code, jump_true, jump_false, constant)
 
@@ -116,7 +121,7 @@ def program(machine: str | None = None) -> bytes | None:
         _refuse(errno.ENOSYS),
         _instruction(_JUMP_EQUAL, table.clone, jump_false=4),
         _instruction(_LOAD_WORD, _OFFSET_ARGUMENT_0),
-        _instruction(_JUMP_SET, _CLONE_NAMESPACES, jump_false=1),
+        _instruction(_JUMP_SET, CLONE_NAMESPACES, jump_false=1),
         _refuse(errno.EPERM),
         _instruction(_RETURN, _ALLOW),
         # Typing into somebody else's terminal.

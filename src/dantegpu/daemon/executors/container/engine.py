@@ -57,6 +57,8 @@ class EngineFacts:
     """First uid of the range that an engine with `userns-remap` gives to containers."""
     cdi: bool
     root_folder: Path
+    seccomp_profile: Path | None = None
+    """The file of an engine whose profile has to be hardened; None: its own will do."""
 
     @property
     def name(self) -> str:
@@ -97,10 +99,12 @@ class Engine:
         podman = "Podman Engine" in components
         self._prefix = f"/v{version['ApiVersion']}"
         runtime, runtime_version = _docker_runtime(components)
+        profile: Path | None = None
         if podman:
             self._libpod = f"/v{version['Version']}/libpod"
             own: Json = await self.call("GET", f"{self._libpod}/info")
             runtime, runtime_version = _podman_runtime(own)
+            profile = Path(str(own["host"]["security"]["seccompProfilePath"]))
         options: list[str] = info.get("SecurityOptions") or []
         return EngineFacts(
             podman=podman,
@@ -113,6 +117,7 @@ class Engine:
             remapped_uid=_remapped_uid(options, str(info.get("DockerRootDir", ""))),
             cdi=podman or bool(info.get("CDISpecDirs")),
             root_folder=Path(str(info.get("DockerRootDir", ""))),
+            seccomp_profile=profile,
         )
 
     # --- containers ---------------------------------------------------------------------------------------------------

@@ -51,6 +51,7 @@ from dantegpu.daemon.executors.container.plan import (
     docker_body,
     podman_body,
 )
+from dantegpu.daemon.executors.container.profile import write_hardened
 from dantegpu.daemon.executors.processes import (
     descendants,
     open_process,
@@ -176,6 +177,10 @@ class ContainerExecutor(Executor):
         return await self._engine.image(name) is not None
 
     @property
+    def _profile(self) -> Path:
+        return self._workspace.root / "seccomp.json"
+
+    @property
     def accepted_escapes(self) -> Mapping[str, str]:
         """Known ways out of a container that the owner has accepted: name -> what has it."""
         return self._known.accepted if self._known is not None else {}
@@ -194,6 +199,11 @@ class ContainerExecutor(Executor):
         problem = findings.problem or self._problem_with_users(facts)
         if not facts.seccomp:
             problem = problem or f"{facts.name} runs containers without seccomp"
+        if facts.seccomp_profile is not None and not problem:
+            try:
+                await asyncio.to_thread(write_hardened, facts.seccomp_profile, self._profile)
+            except (OSError, ValueError, KeyError) as error:
+                problem = f"the seccomp profile {facts.seccomp_profile} of {facts.name} is not readable: {error}"
         missing = {"container": problem} if problem else {}
         kind = SandboxKind.NONE if problem else SandboxKind(facts.name)
         limits = frozenset({"cpu", "memory", "pids"})
@@ -263,7 +273,8 @@ class ContainerExecutor(Executor):
             # Before the container: what a crash leaves behind must be findable.
             folder.write_handle(handle.dumps())
             labels = {LABEL_WORKSPACE: self._label, LABEL_ATTEMPT: str(spec.attempt_id)}
-            plan = Plan(place.container, image, spec, folder, place.user, labels, gpus=devices)
+            profile = self._profile if facts.seccomp_profile is not None else None
+            plan = Plan(place.container, image, spec, folder, place.user, labels, gpus=devices, seccomp_profile=profile)
             await self._create(plan, facts)
         return handle
 

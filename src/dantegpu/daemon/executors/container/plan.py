@@ -101,6 +101,7 @@ class Plan:
     network: str = ""
     """Name of the engine's network; empty: none."""
     gpus: Gpus = field(default_factory=Gpus)
+    seccomp_profile: Path | None = None
 
     @property
     def arguments(self) -> list[str]:
@@ -254,6 +255,8 @@ def podman_body(plan: Plan) -> Json:
         "devices": [{"path": name} for name in plan.gpus.cdi],
         "cgroupns": {"nsmode": "private"},
     }
+    if plan.seccomp_profile is not None:
+        body["seccomp_profile_path"] = str(plan.seccomp_profile)
     if plan.network:
         body |= {"netns": {"nsmode": "bridge"}, "Networks": {plan.network: {}}}
     else:
