@@ -225,5 +225,8 @@ def test_a_job_finds_nothing_of_another_job_that_runs_beside_it(platform: UpPlat
     seen = json.loads(log)
     assert (seen["found"], seen["sockets"], seen["reached"]) == ([seen["control"]], [], [])
     assert seen["processes"] <= 4
-    assert set(seen["environ"]) <= {"DANTE_JOB_ID", "DANTE_OUTPUT", "DANTE_ATTEMPT_ID"}
+    assert set(seen["environ"]) <= {
+        "DANTE_JOB_ID", "DANTE_OUTPUT", "DANTE_ATTEMPT_ID", "DANTE_NODE_RANK", "DANTE_NODES_NUM", "DANTE_NODES_IPS",
+        "DANTE_GPUS_PER_NODE",
+    }  # fmt: skip
     ada.client.jobs.stop(held.id)

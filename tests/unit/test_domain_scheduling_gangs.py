@@ -181,6 +181,6 @@ def test_a_waiting_gang_is_told_how_many_nodes_would_start():
     leases = [a_lease(machines[0], gpus=1, team=THEM)]
     why = explain(Snapshot.from_machines(machines, leases), a_gang(3), T0)
     assert (why.reason, why.machines_free) == (QueueReason.NO_CAPACITY, 2)
-    assert why.relaxations[0].text == "nodes 3 -> 2: 2 machines, free now"
+    assert why.relaxations[0].text == "nodes 3 -> 2: 2 machines, start now"
     assert explain(Snapshot.from_machines(machines), a_gang(4), T0).reason is QueueReason.TOO_FEW_MACHINES
     assert explain(Snapshot.from_machines(machines), a_gang(3), T0).reason is None

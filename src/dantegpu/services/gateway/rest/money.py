@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
-from dantegpu.contracts.gen.dante.v1 import auth_pb2, billing_pb2, common_pb2, jobs_pb2
+from dantegpu.contracts.gen.dante.v1 import auth_pb2, billing_pb2, common_pb2, jobs_pb2, registry_pb2
 from dantegpu.contracts.rest import accounts, billing, jobs, machines
 from dantegpu.domain.job import JobState
 from dantegpu.kit import rpc
@@ -75,6 +75,8 @@ async def list_quarantines(_actor: Operator, platform: Platform) -> machines.Qua
 @router.post("/v1/admin/machines/{machine_id}/release", tags=["operator"], summary="End a machine's quarantine")
 async def release_machine(machine_id: MachineIdPath, _actor: Operator, platform: Platform) -> machines.Quarantines:
     """Answers the quarantine that it ended; none when the machine was in none."""
+    known = registry_pb2.GetMachinesRequest(machine_ids=[machine_id])
+    await rpc.call(platform.clients.registry.GetMachines, known)
     request = jobs_pb2.ReleaseMachinesRequest(machine_ids=[machine_id])
     response = await rpc.call(platform.clients.jobs.ReleaseMachines, request)
     return machines.Quarantines(quarantines=[convert.quarantine(each) for each in response.released])
