@@ -183,6 +183,7 @@ async def test_a_machine_that_left_comes_back_by_enrolling_again_only(registry: 
 async def test_plain_heartbeats_change_utilisation_and_emit_nothing(registry: RegistryClient):
     async with a_running_machine(registry, TeamId.new()) as (machine, bus):
         before = await registry.get(machine)
+        await registry.event(lambda m: m.status == pb.MACHINE_IDLE)
         events_before = len(registry.events)
         for number in range(1, 50):
             await beat(
