@@ -88,6 +88,8 @@ class _Daemon:
         found += [f"group {path}" for path in Path("/sys/fs/cgroup").rglob(f"{groups}/slot-*")]
         for process in psutil.process_iter():
             try:
+                if process.status() == psutil.STATUS_ZOMBIE:
+                    continue  # Ended; init has not come to it yet.
                 inside = groups in Path(f"/proc/{process.pid}/cgroup").read_text()
                 inside = inside or str(workspace) in " ".join(process.environ().values())
             except (OSError, psutil.Error):
