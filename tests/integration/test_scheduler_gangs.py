@@ -43,7 +43,9 @@ async def test_a_gang_is_one_epoch_on_all_its_machines_and_each_is_told_where_th
         (0, 1, jobs_pb2.RUNNING),
         (1, 1, jobs_pb2.RUNNING),
     ]
-    assert await world.events(job_id) == ["submitted", "placed", "starting", "running"]
+    # It may wait for a moment until placement has heard of the last machine.
+    events = [event for event in await world.events(job_id) if event != "waiting"]
+    assert events == ["submitted", "placed", "starting", "running"]
 
 
 async def test_a_gang_runs_when_its_last_node_runs_and_ends_when_its_last_node_ends(world: World) -> None:

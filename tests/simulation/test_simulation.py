@@ -16,7 +16,7 @@ from tests.simulation.bugs import BUGS, Put, planted
 from tests.simulation.run import run_seeds, simulated
 from tests.simulation.scenario import Fault, scenario_of
 
-SEEDS = 2000
+SEEDS = 400
 CHUNK = 100
 SEEDS_TO_FIND_A_BUG = 200
 REPOSITORY = Path(__file__).resolve().parents[2]
