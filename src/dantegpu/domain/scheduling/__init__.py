@@ -8,6 +8,16 @@ from dantegpu.domain.scheduling.constraints import Constraint, ConstraintCount, 
 from dantegpu.domain.scheduling.explain import Relaxation, Why, explain
 from dantegpu.domain.scheduling.plan import Blocked, DeviceShare, Placement, Plan, SchedulerState, Unplaced, schedule
 from dantegpu.domain.scheduling.policy import DEFAULT_POLICY, Objective, Policy, Quota, borrowed
+from dantegpu.domain.scheduling.preemption import (
+    Cause,
+    Claim,
+    ClaimsView,
+    Ground,
+    Preemption,
+    SpotWork,
+    look_at_claims,
+    preempt,
+)
 from dantegpu.domain.scheduling.queue import JobGroup, JobQueue, QueuedJob
 from dantegpu.domain.scheduling.ranking import Refusal
 from dantegpu.domain.scheduling.snapshot import Lease, Snapshot, SnapshotBuilder, TeamUse
@@ -16,10 +26,14 @@ __all__ = [
     "DEFAULT_POLICY",
     "MARGIN_SECONDS",
     "Blocked",
+    "Cause",
+    "Claim",
+    "ClaimsView",
     "Constraint",
     "ConstraintCount",
     "Decision",
     "DeviceShare",
+    "Ground",
     "JobGroup",
     "JobQueue",
     "Lease",
@@ -28,6 +42,7 @@ __all__ = [
     "Placement",
     "Plan",
     "Policy",
+    "Preemption",
     "QueuedJob",
     "Quota",
     "Refusal",
@@ -37,12 +52,15 @@ __all__ = [
     "SchedulerState",
     "Snapshot",
     "SnapshotBuilder",
+    "SpotWork",
     "TeamUse",
     "Unplaced",
     "Why",
     "borrowed",
     "explain",
     "is_large",
+    "look_at_claims",
     "plan_round",
+    "preempt",
     "schedule",
 ]

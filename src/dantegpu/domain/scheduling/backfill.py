@@ -108,7 +108,7 @@ def plan_round(
 
 
 def _rank(job: PendingJob) -> tuple[int, datetime, JobId]:
-    return -job.priority, job.submitted_at, job.id
+    return -job.standing, job.submitted_at, job.id
 
 
 class _Round:

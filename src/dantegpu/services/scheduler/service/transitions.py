@@ -455,6 +455,8 @@ def _event_text(before: JobSnapshot, after: JobSnapshot, opening: Opening | None
             return "running", "the command runs; billing began"
         case JobState.STOPPING:
             why = after.stop_reason.value if after.stop_reason else ""
+            if after.stop_reason is StopReason.PREEMPTED:
+                return "stop_requested", f"{why} {after.stop_by}"
             return "stop_requested", f"{why} (by {after.stop_by})" if after.stop_by else why
         case _:
             code = f", exit code {after.exit_code}" if after.exit_code is not None else ""
