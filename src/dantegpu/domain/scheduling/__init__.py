@@ -15,6 +15,7 @@ from dantegpu.domain.scheduling.preemption import (
     Ground,
     Preemption,
     SpotWork,
+    claimed_rate,
     look_at_claims,
     preempt,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "Unplaced",
     "Why",
     "borrowed",
+    "claimed_rate",
     "explain",
     "is_large",
     "look_at_claims",

@@ -13,6 +13,7 @@ from itertools import combinations
 import numpy as np
 
 from dantegpu.domain.ids import DeviceId, JobId, MachineId, TeamId
+from dantegpu.domain.pricing import rate_udgpu_per_hour
 from dantegpu.domain.resources import GpuRequest
 from dantegpu.domain.scheduling.board import Placement
 from dantegpu.domain.scheduling.constraints import (
@@ -26,7 +27,7 @@ from dantegpu.domain.scheduling.constraints import (
 from dantegpu.domain.scheduling.gangs import after, placement_at
 from dantegpu.domain.scheduling.policy import Policy, borrowed
 from dantegpu.domain.scheduling.snapshot import MANY, NOBODY, Bools, Lease, Snapshot, TeamUse
-from dantegpu.domain.units import MILLI_PER_UNIT
+from dantegpu.domain.units import MILLI_PER_UNIT, MicroDgpu
 
 MAX_SITES = 256
 """Machines that are looked at for one job: those where the least has to end come first."""
@@ -197,9 +198,7 @@ def look_at_claims(
     return ClaimsView(tuple(placements), frozenset(waiting), frozenset(broken), kept, later)
 
 
-def _kept(
-    snapshot: Snapshot, placements: Sequence[Placement], later: Ground, waiting: Iterable[Claim]
-) -> Snapshot:
+def _kept(snapshot: Snapshot, placements: Sequence[Placement], later: Ground, waiting: Iterable[Claim]) -> Snapshot:
     """What is free now and is not needed for a claim later."""
     free = after(snapshot, placements)
     then = later.capacity
@@ -220,6 +219,18 @@ def _kept(
 def _placement(snapshot: Snapshot, job: PendingJob, lease: Lease) -> Placement:
     row = snapshot.index_of[lease.machine_id]
     return placement_at(snapshot, job, row, [column for column, _ in _columns(snapshot, row, lease.devices)])
+
+
+def claimed_rate(snapshot: Snapshot, lease: Lease, price_percent: int) -> MicroDgpu:
+    """What an hour of it will cost."""
+    machine = snapshot.machines[snapshot.index_of[lease.machine_id]]
+    return rate_udgpu_per_hour(
+        gpu_milli=sum(milli for _, milli in lease.devices),
+        cpu_milli=lease.cpu_milli,
+        price_udgpu_per_gpu_hour=machine.price_udgpu_per_gpu_hour,
+        price_udgpu_per_cpu_hour=machine.price_udgpu_per_cpu_hour,
+        price_percent=price_percent,
+    )
 
 
 def preempt(
@@ -439,7 +450,7 @@ class _Search:
                 if known is None or cost < known.cost:
                     best[model] = _Option(cost, price, site.row, columns, victims)
         if best and self._job.nodes == 1:
-            self._most = min(self._most, min(option.cost.attempts for option in best.values()))
+            self._most = min(self._most, *(option.cost.attempts for option in best.values()))
         return best
 
     def _sets(self, site: _Site) -> Iterator[Sequence[_Unit]]:

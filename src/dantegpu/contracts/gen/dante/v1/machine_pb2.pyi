@@ -429,10 +429,10 @@ class Saved(message.Message):
     SLOT_FIELD_NUMBER: builtins.int
     NUMBER_FIELD_NUMBER: builtins.int
     sha256: builtins.str
-    """hex, of the archive"""
+    """hex, of the archive; empty = there was nothing at the path"""
     size_bytes: builtins.int
     slot: builtins.int
-    """0 | 1: an upload never touches the checkpoint that counts"""
+    """0 | 1, as the platform said: an upload never touches the checkpoint that counts"""
     number: builtins.int
     """1, 2, ...: of the uploads of this attempt"""
     def __init__(
@@ -919,11 +919,14 @@ class UrlsReply(message.Message):
     ERROR_FIELD_NUMBER: builtins.int
     RESUME_URL_FIELD_NUMBER: builtins.int
     CHECKPOINT_URL_FIELD_NUMBER: builtins.int
+    CHECKPOINT_SLOT_FIELD_NUMBER: builtins.int
     input_url: builtins.str
     error: builtins.str
     """"stale": the epoch is over; "refused: ..."; "unavailable" """
     resume_url: builtins.str
     checkpoint_url: builtins.str
+    checkpoint_slot: builtins.int
+    """where that URL puts it"""
     @builtins.property
     def result_urls(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
         """in the order asked for"""
@@ -936,9 +939,10 @@ class UrlsReply(message.Message):
         error: builtins.str = ...,
         resume_url: builtins.str = ...,
         checkpoint_url: builtins.str = ...,
+        checkpoint_slot: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["checkpoint_url", b"checkpoint_url", "error", b"error", "input_url", b"input_url", "result_urls", b"result_urls", "resume_url", b"resume_url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["checkpoint_slot", b"checkpoint_slot", "checkpoint_url", b"checkpoint_url", "error", b"error", "input_url", b"input_url", "result_urls", b"result_urls", "resume_url", b"resume_url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
