@@ -19,8 +19,8 @@ def a_spot(gpu: str = "1", **fields: Any) -> jobs_pb2.JobSpec:
     return a_spec(gpu, spot_policy="spot", **fields)
 
 
-def saves(**fields: Any) -> jobs_pb2.Checkpoint:
-    return jobs_pb2.Checkpoint(**{"path": "ckpt", "grace_seconds": 45} | fields)
+def saves(*, signal: str = "", interval_seconds: int = 0) -> jobs_pb2.Checkpoint:
+    return jobs_pb2.Checkpoint(path="ckpt", grace_seconds=45, signal=signal, interval_seconds=interval_seconds)
 
 
 async def told_to_stop(machine: Machine, attempt: machine_pb2.DesiredAttempt) -> machine_pb2.DesiredAttempt:
@@ -120,8 +120,7 @@ async def test_a_job_has_the_time_that_it_asked_for_and_its_next_attempt_begins_
 async def test_a_checkpoint_that_was_kept_while_the_job_ran_serves_after_its_machine_was_lost(world: World) -> None:
     machine, other = await world.machine(), await world.machine()
     job_id = await world.submit_one(a_spec(checkpoint=saves(interval_seconds=60)))
-    first = await asyncio.wait_for(anext(_given(world, machine, other, job_id)), 30)
-    holder, attempt = first
+    holder, attempt = await given_to([machine, other], job_id)
     await holder.runs(attempt)
     await world.reached(job_id, jobs_pb2.RUNNING)
     one = await keep(holder, attempt, b"one")
@@ -141,13 +140,14 @@ async def test_a_checkpoint_that_was_kept_while_the_job_ran_serves_after_its_mac
         assert (await client.get(reply.resume_url)).content == b"one"
 
 
-async def _given(world: World, machine: Machine, other: Machine, job_id: str) -> Any:
-    tasks = {asyncio.create_task(each.given(job_id)): each for each in (machine, other)}
+async def given_to(machines: list[Machine], job_id: str) -> tuple[Machine, machine_pb2.DesiredAttempt]:
+    """Which of the machines shall run the job."""
+    tasks = {asyncio.create_task(each.given(job_id)): each for each in machines}
     done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in pending:
         task.cancel()
-    for task in done:
-        yield tasks[task], task.result()
+    first = next(iter(done))
+    return tasks[first], first.result()
 
 
 async def _is_saved(world: World, sha256: str) -> bool:
@@ -202,7 +202,7 @@ async def test_all_nodes_of_a_spot_gang_give_way_and_it_starts_again_as_a_whole(
     for machine, attempt in nodes:
         await told_to_stop(machine, attempt)
         await machine.ends(attempt, jobs_pb2.CANCELLED)
-    (machine, taken) = await asyncio.wait_for(anext(_given(world, *machines, urgent)), 30)
+    machine, taken = await given_to(machines, urgent)
     waiting = await world.when(gang, lambda job: job.state == jobs_pb2.QUEUED)
     assert {attempt.outcome for attempt in waiting.attempts} == {jobs_pb2.OUTCOME_PREEMPTED}
     await machine.ends(taken)

@@ -100,7 +100,7 @@ _QUEUE_REASON_TEXTS: Mapping[QueueReason, str] = MappingProxyType({
     QueueReason.PLACEMENT_REVOKED: "The chosen machine could not take the job; another is being looked for.",
     QueueReason.PAUSED: "It is paused and waits to be resumed.",
     QueueReason.WAITING_FOR_JOBS: "It begins when the jobs that it comes after have succeeded.",
-    QueueReason.PREEMPTED: "It gave way to other work, and goes on at its old place in the queue.",
+    QueueReason.PREEMPTED: "It gave way and waits at its old place in the queue.",
 })  # fmt: skip
 
 
