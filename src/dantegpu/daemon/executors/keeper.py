@@ -46,7 +46,7 @@ class Request(TypedDict):
 
 
 class CellProcess:
-    """Runs attempts in its control groups. Without a daemon's line (in a cluster's job), what it says is written down."""
+    """Runs attempts in its control groups. Without a line to a daemon (in a cluster's job) it says nothing."""
 
     def __init__(self, line: socket.socket | None, groups: Sequence[str]) -> None:
         self._line = line

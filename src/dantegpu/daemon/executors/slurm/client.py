@@ -6,6 +6,7 @@ Source: the man pages sbatch(1), squeue(1), scancel(1), scontrol(1); `JOB STATE 
 import asyncio
 import os
 import re
+from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,9 @@ class NodeRow:
     states: frozenset[str]
     reason: str
     partitions: frozenset[str]
+    address: str
+    cpus_used: int
+    memory_used_mib: int
 
     @property
     def problem(self) -> str:
@@ -119,8 +123,8 @@ class Slurm:
         """The job's number, or one per task. Raises SlurmRefused, SlurmUnreachable."""
         arguments = [
             "sbatch", "--parsable", "--no-requeue", f"--job-name={self.name}", f"--comment={batch.comment}",
-            f"--nodelist={batch.node}", "--nodes=1", "--ntasks=1", f"--cpus-per-task={batch.cpus}", "--output=/dev/null",
-            "--chdir=/", *self._options,
+            f"--nodelist={batch.node}", "--nodes=1", "--ntasks=1", f"--cpus-per-task={batch.cpus}",
+            "--output=/dev/null", "--chdir=/", *self._options,
         ]  # fmt: skip
         if batch.memory_mib:
             arguments.append(f"--mem={batch.memory_mib}M")
@@ -136,7 +140,7 @@ class Slurm:
         return [number] if len(batch.attempts) == 1 else [f"{number}_{index}" for index in range(len(batch.attempts))]
 
     async def jobs(self) -> dict[str, JobRow]:
-        """All of this daemon's jobs, and for some minutes (MinJobAge) those that have ended. Raises SlurmUnreachable."""
+        """All of this daemon's jobs, some minutes (MinJobAge) after their end, too. Raises SlurmUnreachable."""
         text = await self._run(
             "squeue", "--noheader", "--array", "--states=all", f"--name={self.name}", f"--format={_FIELDS}"
         )
@@ -160,9 +164,8 @@ class Slurm:
     async def _run(self, *command: str, stdin: str = "", unless: "re.Pattern[str] | None" = None) -> str:
         try:
             process = await asyncio.create_subprocess_exec(
-                *command, env=self._env, cwd="/", stdin=asyncio.subprocess.PIPE if stdin else asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-            )  # fmt: skip
+                *command, env=self._env, cwd="/", stdin=PIPE if stdin else DEVNULL, stdout=PIPE, stderr=PIPE
+            )
         except FileNotFoundError:
             raise SlurmUnreachable(f"{command[0]} is not installed; {GET_SLURM}") from None
         try:
@@ -206,7 +209,8 @@ def _node_row(line: str) -> NodeRow | None:
     if "NodeName" not in fields:
         return None
     system, _, rest = fields.get("OS", "").partition(" ")
-    reason = re.sub(r"\s*\[.*$", "", fields.get("Reason", ""))
+    state = fields.get("State", "")
+    words = {word.rstrip("*~#!%$@^-") for word in state.split("+")}
     return NodeRow(
         name=fields["NodeName"],
         cpus=_number(fields.get("CPUEfctv", "") or fields.get("CPUTot", "")),
@@ -216,10 +220,13 @@ def _node_row(line: str) -> NodeRow | None:
         kernel=rest.partition(" ")[0],
         gpu_types=tuple(_gpu_types(fields.get("Gres", ""))),
         gpus_used=len(_gpu_types(fields.get("GresUsed", ""))),
-        states=frozenset(word.rstrip("*~#!%$@^-") for word in fields.get("State", "").split("+"))
-        | ({"NOT_RESPONDING"} if "*" in fields.get("State", "") else frozenset()),
-        reason=reason,
+        # A star behind it: the node does not answer.
+        states=frozenset(words | {"NOT_RESPONDING"} if "*" in state else words),
+        reason=re.sub(r"\s*\[.*$", "", fields.get("Reason", "")),
         partitions=frozenset(filter(None, fields.get("Partitions", "").split(","))),
+        address=fields.get("NodeAddr", ""),
+        cpus_used=_number(fields.get("CPUAlloc", "")),
+        memory_used_mib=_number(fields.get("AllocMem", "")),
     )
 
 

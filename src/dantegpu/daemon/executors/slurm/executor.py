@@ -6,9 +6,9 @@ there, `site` for what the nodes of a cluster share.
 """
 
 import asyncio
+import contextlib
 import json
 import os
-import shutil
 import signal
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -122,6 +122,7 @@ class SlurmExecutor(Executor):
         self._gpu_types = tuple(gpu_types)
         self._capabilities: Capabilities | None = None
         self._slots: set[int] = set()
+        self._held: dict[AttemptId, tuple[int, ...]] = {}
         self._progress: dict[AttemptId, Callable[[str], None]] = {}
         block = zlib.crc32(os.fsencode(workspace.root.absolute())) % UID_BLOCKS
         self._uid_base = FIRST_UID + block * SLOTS_MAX
@@ -216,7 +217,8 @@ class SlurmExecutor(Executor):
         except FileExistsError:
             raise AlreadyStarted(f"{handle.attempt_id} was started before") from None
         real = [device for device in spec.devices if not device.simulated]
-        order = Order(spec, place.sandbox, place.uid, len(real), trial)
+        leased = self._held[handle.attempt_id] = tuple(device.index for device in spec.devices)
+        order = Order(spec, place.sandbox, place.uid, len(real), leased, trial)
         write_whole(folder.root / "order.json", order.dumps())
         gpus = [self._gpu_types[device.index] for device in spec.devices if device.index < len(self._gpu_types)]
         batch = Batch(
@@ -261,6 +263,8 @@ class SlurmExecutor(Executor):
         self._slots.add(place.slot)
         if not (folder.root / "submitted").exists():
             return Adoption.NOT_STARTED
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            self._held[handle.attempt_id] = Order.loads((folder.root / "order.json").read_text()).leased
         row = await self._find(handle)
         if row is not None and not row.over:
             return Adoption.RUNNING
@@ -346,6 +350,7 @@ class SlurmExecutor(Executor):
         if (folder.root / "submitted").exists():
             await self._kill(handle)
         self._progress.pop(handle.attempt_id, None)
+        self._held.pop(handle.attempt_id, None)
         await asyncio.to_thread(folder.remove)
         self._slots.discard(place.slot)
 
@@ -385,6 +390,10 @@ class SlurmExecutor(Executor):
 
     async def close(self) -> None:
         self._capabilities = None
+
+    def held(self) -> set[int]:
+        """Indexes of the GPUs that its attempts have leased. Asked in threads, too."""
+        return {index for indexes in list(self._held.values()) for index in indexes}
 
     # --- small things -------------------------------------------------------------------------------------------------
 
@@ -480,8 +489,3 @@ def _tail(path: Path, size_bytes: int = 2000) -> str:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - size_bytes))
         return file.read().decode(errors="replace")
-
-
-def has_commands() -> bool:
-    """Whether Slurm's commands are on this machine."""
-    return shutil.which("sbatch") is not None

@@ -10,6 +10,7 @@ first of them.
 """
 
 import asyncio
+import contextlib
 import fcntl
 import json
 import os
@@ -38,6 +39,7 @@ FIRST_SAMPLES_SECONDS = 0.5
 SAMPLE_SECONDS = 5.0
 YOUNG_SECONDS = 5.0
 _SLURM_GROUP = re.compile(r"(^|/)(system\.slice/[^/]*slurm|slurm)[^/]*/")
+_LIMITS = ("cpu", "memory", "pids")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -50,6 +52,8 @@ class Order:
     uid: int
     gpus: int
     """How many real ones; which of them is up to Slurm."""
+    leased: tuple[int, ...] = ()
+    """Their indexes, as the platform numbers them."""
     trial: bool = False
     """Only to find out what works here: told in `capabilities.json`."""
 
@@ -61,7 +65,7 @@ class Order:
             "cpu_milli": spec.cpu_milli, "memory_bytes": spec.memory_bytes, "pids_max": spec.pids_max,
             "tmp_bytes": spec.tmp_bytes, "network": spec.network, "working_dir": spec.working_dir,
             "shm_bytes": spec.shm_bytes, "max_seconds": spec.max_seconds, "sandbox": self.sandbox.value,
-            "uid": self.uid, "gpus": self.gpus, "simulated": simulated, "trial": self.trial,
+            "uid": self.uid, "gpus": self.gpus, "leased": self.leased, "simulated": simulated, "trial": self.trial,
         })  # fmt: skip
 
     @classmethod
@@ -74,7 +78,7 @@ class Order:
             network=raw["network"], devices=simulated, working_dir=raw["working_dir"], shm_bytes=raw["shm_bytes"],
             max_seconds=raw["max_seconds"],
         )  # fmt: skip
-        return cls(spec, SandboxKind(raw["sandbox"]), raw["uid"], raw["gpus"], raw["trial"])
+        return cls(spec, SandboxKind(raw["sandbox"]), raw["uid"], raw["gpus"], tuple(raw["leased"]), raw["trial"])
 
 
 class NodeCell(CellProcess):
@@ -139,10 +143,9 @@ class NodeCell(CellProcess):
             "memory_peak_bytes": known.memory_peak_bytes, "pids": len(pids), "read_bytes": read_bytes,
             "written_bytes": written_bytes,
         }  # fmt: skip
-        try:
+        # The folder may be on its way out, or its disk full.
+        with contextlib.suppress(OSError):
             write_whole(self._folder.root / "stats.json", json.dumps(sample))
-        except OSError:
-            pass  # the folder is being removed, or its disk is full
         young = time.monotonic() - self._began < YOUNG_SECONDS
         signal.setitimer(signal.ITIMER_REAL, FIRST_SAMPLES_SECONDS if young else SAMPLE_SECONDS)
 
@@ -181,9 +184,7 @@ def own_groups(name: str, spec: AttemptSpec, own: str) -> tuple[cgroup.Cgroup, c
 
     `own`: /proc/self/cgroup. Below a group of Slurm's nothing is made: a job must not leave what it is tracked by.
     """
-    none = cgroup.CgroupTree(
-        missing={limit: "Slurm's own cgroup has no such limit" for limit in ("cpu", "memory", "pids")}
-    )
+    none = cgroup.CgroupTree(missing=dict.fromkeys(_LIMITS, "Slurm's own cgroup has no such limit"))
     tree = none if in_slurms_group(own) else cgroup.detect(name)
     groups = tree.group(str(spec.attempt_id))
     if groups.folders:
@@ -238,9 +239,8 @@ def leased_devices(count: int, slurms: str, found: Sequence[DeviceGrant]) -> tup
     numbers = [part for part in slurms.split(",") if part]
     given = [device for number in numbers for device in found if _is_file_number(device, number)]
     if len(given) != count:
-        raise AttemptRefused(
-            f"Slurm gave the GPUs {slurms or 'none'} and the node's driver knows {len(given)} of them, {count} are leased"
-        )
+        known = f"the node's driver knows {len(given)} of them, {count} are leased"
+        raise AttemptRefused(f"Slurm gave the GPUs {slurms or 'none'}: {known}")
     return tuple(given)
 
 

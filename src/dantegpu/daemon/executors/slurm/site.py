@@ -1,4 +1,4 @@
-"""A cluster as all its nodes' executors share it: one look at the queue for all of them, one call for what starts together."""
+"""A cluster as its nodes' executors share it: one look at the queue for all, one call for what starts together."""
 
 import asyncio
 import shlex
@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dantegpu.daemon.executors.base import ExecutorError
 from dantegpu.daemon.executors.slurm.client import Batch, JobRow, NodeRow, Slurm
+from dantegpu.kit.lifecycle import Tasks
 
 MAX_BATCH = 100
 NODE_MODULE = "dantegpu.daemon.executors.slurm.node"
@@ -39,13 +41,14 @@ class SlurmSite:
         self.start_seconds = start_seconds
         """How long an attempt may wait in Slurm's queue."""
         self._python = python
+        self._tasks = Tasks("slurm")
         self._waiting: list[_Waiting] = []
         self._submitting = asyncio.Lock()
         self._looking = asyncio.Lock()
         self._looked_at = float("-inf")
         self._jobs: Mapping[str, JobRow] = {}
-        self._nodes_at = float("-inf")
         self._nodes: Mapping[str, NodeRow] = {}
+        self._strangers: Mapping[str, int] = {}
 
     async def submit(self, batch: Batch, folder: Path) -> str:
         """One attempt's job; its number. What comes while a call is under way goes in the next one, as an array.
@@ -57,7 +60,9 @@ class SlurmSite:
         try:
             async with self._submitting:
                 if not mine.number.done():
-                    await self._submit([other for other in self._waiting if _shape(other) == _shape(mine)][:MAX_BATCH])
+                    together = [other for other in self._waiting if _shape(other) == _shape(mine)][:MAX_BATCH]
+                    # One that is given up in the middle must not take the others with it.
+                    await asyncio.shield(self._tasks.spawn(self._submit(together), "submit"))
             return await mine.number
         finally:
             if mine in self._waiting:
@@ -73,12 +78,12 @@ class SlurmSite:
         )
         try:
             numbers = await self.slurm.submit(batch)
-        except BaseException as error:
+        except ExecutorError as error:
             for waiting in together:
                 if not waiting.number.done():
                     waiting.number.set_exception(error)
                     waiting.number.exception()  # its own caller may be gone
-            raise
+            return
         for waiting, number in zip(together, numbers, strict=True):
             if not waiting.number.done():
                 waiting.number.set_result(number)
@@ -102,17 +107,32 @@ class SlurmSite:
                     self._looked_at = began_at
         return self._jobs
 
-    async def nodes(self, max_age_seconds: float = 0.0) -> Mapping[str, NodeRow]:
-        """The cluster's nodes by name. Raises SlurmUnreachable."""
-        loop = asyncio.get_running_loop()
-        asked_at = loop.time() - max_age_seconds
-        if self._nodes_at < asked_at:
-            async with self._looking:
-                if self._nodes_at < asked_at:
-                    began_at = loop.time()
-                    self._nodes = {node.name: node for node in await self.slurm.nodes()}
-                    self._nodes_at = began_at
-        return self._nodes
+    async def look_at_nodes(self) -> Sequence[NodeRow]:
+        """The cluster's nodes, also for `node` and `strangers_gpus`. Raises SlurmUnreachable."""
+        before = await self.jobs()
+        nodes = await self.slurm.nodes()
+        after = await self.jobs()
+        self._nodes = {node.name: node for node in nodes}
+        # What started or ended while the nodes were looked at is in one of both looks, and nobody else's.
+        self._strangers = {
+            node.name: node.gpus_used - max(_gpus_on(node.name, before), _gpus_on(node.name, after)) for node in nodes
+        }
+        return nodes
+
+    def node(self, name: str) -> NodeRow | None:
+        """As it was seen last; for threads, too."""
+        return self._nodes.get(name)
+
+    def strangers_gpus(self, name: str) -> int:
+        """How many GPUs of that node jobs had that are not this daemon's, when it was seen last."""
+        return max(0, self._strangers.get(name, 0))
+
+    async def close(self) -> None:
+        await self._tasks.stop()
+
+
+def _gpus_on(node: str, jobs: Mapping[str, JobRow]) -> int:
+    return sum(row.gpus for row in jobs.values() if row.live and row.node == node)
 
 
 def _shape(waiting: _Waiting) -> Batch:
