@@ -1,4 +1,4 @@
-"""The daemon of a Slurm cluster against a real one: what Slurm does to attempts and nodes, and what the platform hears."""
+"""The daemon of a Slurm cluster against a real one: what Slurm does, and what the platform hears of it."""
 
 import shutil
 from collections.abc import AsyncIterator
@@ -178,7 +178,9 @@ async def test_gpus_that_others_use_are_not_for_rent_and_a_full_node_hands_the_a
             )
         )
         attempt_id = await placed(machine_platform, gpus=1)
-        await until(lambda: "cluster's queue (Resources)" in machine_platform.statuses[attempt_id].message)
+        await until(
+            lambda: (s := machine_platform.statuses.get(attempt_id)) is not None and "queue (Resources)" in s.message
+        )
         status = await machine_platform.ended(attempt_id)
         assert (status.outcome, status.ran_ms) == (jobs_pb2.OUTCOME_PREEMPTED, 0)
         assert f"Slurm did not start it on {NODE} within" in status.message

@@ -144,7 +144,7 @@ class Slurm:
         text = await self._run(
             "squeue", "--noheader", "--array", "--states=all", f"--name={self.name}", f"--format={_FIELDS}"
         )
-        rows = (_job_row(line) for line in text.splitlines())
+        rows = (job_row(line) for line in text.splitlines())
         return {row.id: row for row in rows if row is not None}
 
     async def signal(self, job: str, name: str) -> None:
@@ -159,7 +159,7 @@ class Slurm:
     async def nodes(self) -> list[NodeRow]:
         """Raises SlurmUnreachable."""
         text = await self._run("scontrol", "--oneliner", "--detail", "show", "node")
-        return [row for row in map(_node_row, text.splitlines()) if row is not None]
+        return [row for row in map(node_row, text.splitlines()) if row is not None]
 
     async def _run(self, *command: str, stdin: str = "", unless: "re.Pattern[str] | None" = None) -> str:
         try:
@@ -186,7 +186,8 @@ class Slurm:
         raise SlurmUnreachable(said) if _AWAY.search(said) else SlurmRefused(f"{command[0]}: {said}")
 
 
-def _job_row(line: str) -> JobRow | None:
+def job_row(line: str) -> JobRow | None:
+    """A line of squeue in the format `_FIELDS`; None when it is none."""
     parts = line.split("|", 6)
     if len(parts) != 7:
         return None
@@ -202,7 +203,7 @@ def _job_row(line: str) -> JobRow | None:
     )
 
 
-def _node_row(line: str) -> NodeRow | None:
+def node_row(line: str) -> NodeRow | None:
     """`NodeName=n1 ... OS=Linux 6.1 #1 SMP ... State=IDLE+DRAIN ...`: a value ends where the next `Name=` begins."""
     pairs = re.findall(r"(?:^|\s)([A-Za-z][\w:]*)=(.*?)(?=\s+[A-Za-z][\w:]*=|\s*$)", line)
     fields: Mapping[str, str] = dict(pairs)

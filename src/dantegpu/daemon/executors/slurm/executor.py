@@ -280,7 +280,7 @@ class SlurmExecutor(Executor):
         row = await self._until_over(handle)
         if row is not None and row.state == "COMPLETED" and not folder.exit.exists():
             await _appears(folder.exit, folder.root / "requeued")
-        return _status(folder, row)
+        return status_of(folder, row)
 
     async def _until_over(self, handle: Handle) -> JobRow | None:
         """The job as Slurm shows it last; None when it does not know it any more."""
@@ -420,7 +420,8 @@ class SlurmExecutor(Executor):
         return next((other for other in jobs.values() if other.label == label and not other.over), row)
 
 
-def _status(folder: AttemptFolder, row: JobRow | None) -> ExitStatus:
+def status_of(folder: AttemptFolder, row: JobRow | None) -> ExitStatus:
+    """How it ended, by what the node wrote and by what Slurm shows last (None: nothing any more)."""
     exit_code = _read_exit(folder.exit)
     out_of_memory = (folder.root / "oom").exists() or (row is not None and row.state == "OUT_OF_MEMORY")
     if folder.stop.is_file():
