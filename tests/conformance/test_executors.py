@@ -318,7 +318,7 @@ async def test_network_is_refused_where_the_provider_gives_none(bench: Bench):
 
 
 async def test_signals_that_python_ignores_are_not_ignored_in_a_job(bench: Bench):
-    _, text = await bench.run(a_shell_job("grep -E 'Sig(Ign|Blk)' /proc/self/status"))
+    _, text = await bench.run(a_job("grep", "-E", "Sig(Ign|Blk)", "/proc/self/status"))
     # Signals 32 and 33 are the C library's own.
     assert [int(line.split()[1], 16) & 0x7FFFFFFF for line in text.splitlines()] == [0, 0]
 
