@@ -1,6 +1,7 @@
 """What the daemon is told: a TOML file, `DANTE_DAEMON_*` in the environment, flags."""
 
 import difflib
+import ipaddress
 import os
 import tomllib
 from pathlib import Path
@@ -48,6 +49,13 @@ class DaemonSettings(BaseSettings):
     idle_command: str = Field(default="", description="your own command, run while nothing is rented; unsandboxed")
     sandbox: Literal["auto", "bubblewrap", "none"] = "auto"
     allow_network: bool = Field(default=False, description="jobs that ask for it may use this machine's network")
+    network_open: str = Field(
+        default="", description="private ranges, by commas, that jobs with an image may reach, such as 10.1.0.0/16"
+    )
+    resolvers: str = Field(
+        default="",
+        description="addresses, by commas, that jobs with an image ask for names; empty: the machine's own public ones",
+    )
     containers: str = Field(
         default="auto", description="for jobs with an image: auto (the first engine found), none, or a socket's path"
     )
@@ -100,6 +108,26 @@ class DaemonSettings(BaseSettings):
     def accepted_escapes(self) -> list[str]:
         return _listed(self.accept_escapes)
 
+    @field_validator("network_open")
+    @classmethod
+    def _ranges_are_readable(cls, text: str) -> str:
+        _ranges(text)
+        return text
+
+    @field_validator("resolvers")
+    @classmethod
+    def _addresses_are_readable(cls, text: str) -> str:
+        _addresses(text)
+        return text
+
+    @property
+    def network_open_ranges(self) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
+        return _ranges(self.network_open)
+
+    @property
+    def resolver_addresses(self) -> list[ipaddress.IPv4Address]:
+        return _addresses(self.resolvers)
+
     @property
     def local_images_list(self) -> list[str]:
         return _listed(self.local_images)
@@ -122,6 +150,16 @@ class DaemonSettings(BaseSettings):
             lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
             raise SettingsError(f"the daemon's settings ({where}) are wrong: " + "; ".join(lines)) from error
         return settings.model_copy(update={"state": settings.state.expanduser().absolute()})
+
+
+def _ranges(text: str) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
+    """Raises ValueError, which says what is wrong with which of them."""
+    return [ipaddress.ip_network(part) for part in _listed(text)]
+
+
+def _addresses(text: str) -> list[ipaddress.IPv4Address]:
+    """Raises ValueError. IPv4 alone: a job's network has nothing else."""
+    return [ipaddress.IPv4Address(part) for part in _listed(text)]
 
 
 def _reserved_bytes(text: str) -> int:

@@ -188,6 +188,48 @@ class Engine:
         query = {"stream": "false"} if self._libpod else {"stream": "false", "one-shot": "true"}
         return await self.call("GET", f"{self._prefix}/containers/{name}/stats", query=query)
 
+    # --- networks -----------------------------------------------------------------------------------------------------
+
+    async def network(self, name: str) -> bool:
+        """Whether there is one of that name."""
+        try:
+            await self.call("GET", f"{self._libpod or self._prefix}/networks/{name}{'/json' if self._libpod else ''}")
+        except EngineError as error:
+            if error.status == NOT_FOUND:
+                return False
+            raise
+        return True
+
+    async def create_network(self, name: str, bridge: str, subnet: str, labels: Mapping[str, str]) -> None:
+        """A bridge that is called `bridge` on the machine, with IPv4 only. Raises EngineError."""
+        if self._libpod:
+            body: Json = {
+                "name": name, "driver": "bridge", "network_interface": bridge, "subnets": [{"subnet": subnet}],
+                "dns_enabled": False, "ipv6_enabled": False, "labels": dict(labels),
+            }  # fmt: skip
+        else:
+            body = {
+                "Name": name, "Driver": "bridge", "CheckDuplicate": True, "EnableIPv6": False, "Labels": dict(labels),
+                "IPAM": {"Driver": "default", "Config": [{"Subnet": subnet}]},
+                "Options": {"com.docker.network.bridge.name": bridge},
+            }  # fmt: skip
+        await self.call("POST", f"{self._libpod or self._prefix}/networks/create", body=body)
+
+    async def remove_network(self, name: str) -> None:
+        """Idempotent; its containers must be gone."""
+        try:
+            await self.call("DELETE", f"{self._libpod or self._prefix}/networks/{name}")
+        except EngineError as error:
+            if error.status != NOT_FOUND:
+                raise
+
+    async def networks(self, label: str) -> list[tuple[str, Mapping[str, str]]]:
+        """Names and labels of all networks that carry `label` (`name=value`)."""
+        query = {"filters": json.dumps({"label": [label]})}
+        path = f"{self._libpod}/networks/json" if self._libpod else f"{self._prefix}/networks"
+        found: list[Json] = await self.call("GET", path, query=query) or []
+        return [(str(it.get("Name") or it.get("name")), it.get("Labels") or it.get("labels") or {}) for it in found]
+
     # --- images -------------------------------------------------------------------------------------------------------
 
     async def image(self, reference: str) -> Json | None:
