@@ -32,7 +32,10 @@ from tests.fixtures.executors import (
 
 async def test_a_job_begins_where_it_asks_to_with_its_files_and_leaves_its_output_exit_code_and_bytes(bench: Bench):
     """Carriage returns of a progress bar, bytes that are no text, and an end without a newline."""
-    script = r"""pwd; cp ../../input.txt "$DANTE_OUTPUT/copy.txt"; echo err >&2; printf '\0\377\r 50%%\r100%%\n\033[1mend'; exit 3"""
+    script = r"""
+        pwd; cp ../../input.txt "$DANTE_OUTPUT/copy.txt"; echo err >&2
+        printf '\0\377\r 50%%\r100%%\n\033[1mend'; exit 3
+    """
     spec = a_shell_job(script, working_dir="src/deep")
     folder = bench.workspace.attempt(spec.attempt_id)
     folder.create()

@@ -182,9 +182,11 @@ class Engine:
 
     async def remove(self, name: str) -> None:
         """Kill and remove it, with its anonymous volumes. Idempotent."""
+        # Podman would wait ten seconds for a SIGTERM to be obeyed; Docker kills at once anyway.
+        query = {"force": "true", "v": "true", "timeout": "0"}
         for left in reversed(range(REMOVE_TRIES)):
             try:
-                await self.call("DELETE", f"{self._prefix}/containers/{name}", query={"force": "true", "v": "true"})
+                await self.call("DELETE", f"{self._libpod or self._prefix}/containers/{name}", query=query)
             except EngineError as error:
                 # 409: somebody, perhaps a daemon before this one, is removing it at this moment.
                 if error.status in (NOT_FOUND, CONFLICT):

@@ -1,9 +1,9 @@
 """A network of its own for each attempt that asks for one: out to the internet, and to nothing that is near.
 
-The engine makes a bridge per attempt. What comes from it is judged by one table of nftables, which is put in place again
-before each such network is made; the kernel keeps it, so it holds while no daemon runs. It decides before and besides the
-engine's own rules: a packet that one table drops is gone, whatever another one says. No job can change it, for none has
-a capability.
+The engine makes a bridge per attempt. What comes from it is judged by one table of nftables, which is put in place
+again before each such network is made; the kernel keeps it, so it holds while no daemon runs. It decides before and
+besides the engine's own rules: a packet that one table drops is gone, whatever another one says. No job can change it,
+for none has a capability.
 
 Sources: the registries iana-ipv4-special-registry and iana-ipv6-special-registry; nft(8); wiki.nftables.org, "Netfilter
 hooks" and "Atomic rule replacement"; Azure's address by learn.microsoft.com, "What is IP address 168.63.129.16".
@@ -179,7 +179,7 @@ def _set(name: str, kind: str, ranges: Sequence[str]) -> str:
 
 
 def same_network(engine_socket: Path) -> bool:
-    """Whether whoever listens there is in the daemon's own network namespace: only there do our rules see its bridges."""
+    """Whether who listens there is in the daemon's own network namespace: only there do our rules see its bridges."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as client:
             client.connect(str(engine_socket))
