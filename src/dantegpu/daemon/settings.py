@@ -1,6 +1,7 @@
 """What the daemon is told: a TOML file, `DANTE_DAEMON_*` in the environment, flags."""
 
 import difflib
+import ipaddress
 import os
 import shlex
 import tomllib
@@ -70,6 +71,13 @@ class DaemonSettings(BaseSettings):
     )
     sandbox: Literal["auto", "bubblewrap", "none"] = "auto"
     allow_network: bool = Field(default=False, description="jobs that ask for it may use this machine's network")
+    network_open: str = Field(
+        default="", description="private ranges, by commas, that jobs with an image may reach, such as 10.1.0.0/16"
+    )
+    resolvers: str = Field(
+        default="",
+        description="addresses, by commas, that jobs with an image ask for names; empty: the machine's own public ones",
+    )
     containers: str = Field(
         default="auto", description="for jobs with an image: auto (the first engine found), none, or a socket's path"
     )
@@ -151,6 +159,26 @@ class DaemonSettings(BaseSettings):
     def accepted_escapes(self) -> list[str]:
         return _listed(self.accept_escapes)
 
+    @field_validator("network_open")
+    @classmethod
+    def _ranges_are_readable(cls, text: str) -> str:
+        _ranges(text)
+        return text
+
+    @field_validator("resolvers")
+    @classmethod
+    def _addresses_are_readable(cls, text: str) -> str:
+        _addresses(text)
+        return text
+
+    @property
+    def network_open_ranges(self) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
+        return _ranges(self.network_open)
+
+    @property
+    def resolver_addresses(self) -> list[ipaddress.IPv4Address]:
+        return _addresses(self.resolvers)
+
     @property
     def local_images_list(self) -> list[str]:
         return _listed(self.local_images)
@@ -187,6 +215,16 @@ def _gpu_types(text: str) -> dict[str, str]:
             raise ValueError(f"unknown GPU {model!r}" + (f"; did you mean {nearest!r}?" if nearest else ""))
         found[kind] = model
     return found
+
+
+def _ranges(text: str) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
+    """Raises ValueError, which says what is wrong with which of them."""
+    return [ipaddress.ip_network(part) for part in _listed(text)]
+
+
+def _addresses(text: str) -> list[ipaddress.IPv4Address]:
+    """Raises ValueError. IPv4 alone: a job's network has nothing else."""
+    return [ipaddress.IPv4Address(part) for part in _listed(text)]
 
 
 def _reserved_bytes(text: str) -> int:
