@@ -1,12 +1,10 @@
 """One attempt on this machine, from the intent to the moment when nothing of it is left."""
 
 import asyncio
-import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import structlog
 
@@ -29,25 +27,23 @@ from dantegpu.daemon.executors.base import (
     Handle,
     ImageRequest,
     JobAtFault,
+    NoRoom,
     Stats,
     StopReason,
 )
 from dantegpu.daemon.journal import AttemptRow, Journal, JournalError
 from dantegpu.daemon.logs import LogShipper, Tail
-from dantegpu.daemon.transfer import HashedFile, TransferFailed, Transfers, hash_files
-from dantegpu.daemon.workspace import AttemptFolder, ResultsTooLarge, Workspace, output_files
+from dantegpu.daemon.results import Platform, ask_urls, upload
+from dantegpu.daemon.transfer import HashedFile, TransferFailed, Transfers
+from dantegpu.daemon.workspace import AttemptFolder, Workspace
 from dantegpu.domain.images import ImageReference, InvalidImage
-from dantegpu.kit.errors import ServiceError
 from dantegpu.kit.lifecycle import Wakeup
 from dantegpu.kit.telemetry import span
 
 log = structlog.get_logger(__name__)
 
 MAX_INPUT_UNPACKED_BYTES = 64 << 30
-MAX_RESULT_FILES = 10_000
 DEFAULT_RESULTS_BYTES = 10 << 30
-URLS_PER_REQUEST = 500
-URL_TRIES = 10
 LOG_COMPLETE_SECONDS = 10.0
 """How long the end of an attempt waits for the last of its log to be stored."""
 LOG_GIVE_UP_SECONDS = 600.0
@@ -61,12 +57,6 @@ ADOPTED_SEQ_STEP = 1000
 def boottime() -> float:
     """Seconds since boot, time asleep included: a suspended laptop must not think that its leases still run."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
-class Platform(Protocol):
-    """What an attempt asks of the platform while it runs."""
-
-    async def urls(self, request: machine_pb2.UrlsRequest) -> machine_pb2.UrlsReply: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +189,8 @@ class Attempt:
                 ending, exit_status = error, None
             except JobAtFault as error:
                 ending, exit_status = Ended(jobs_pb2.OUTCOME_FAILED, str(error)), None
+            except NoRoom as error:
+                ending, exit_status = Ended(jobs_pb2.OUTCOME_PREEMPTED, str(error)), None
             except (ExecutorError, JournalError, OSError, TimeoutError) as error:
                 log.exception("attempt_failed_here", attempt_id=str(self.row.attempt_id))
                 ending, exit_status = Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, f"the machine failed: {error}"), None
@@ -222,10 +214,21 @@ class Attempt:
             spec = replace(spec, env={**spec.env, "DANTE_RESUMED_FROM": self._folder.resumed.read_text()})
         with span("attempt.start"):
             try:
-                await self._tools.executor.start(self._started, spec)
+                await self._start_executor(spec)
             except AlreadyStarted:
                 await self._tools.executor.adopt(self._started)
         self._started_at = time.monotonic()
+
+    async def _start_executor(self, spec: AttemptSpec) -> None:
+        executor = self._tools.executor
+        if not executor.queues:
+            return await executor.start(self._started, spec)
+        try:
+            await self._or_stopped(executor.start(self._started, spec))
+        except Ended:
+            # It may have got its turn in this very moment.
+            await executor.stop(self._started, grace_seconds=0, reason=StopReason.REQUESTED)
+            raise
 
     def _spec(self, desired: machine_pb2.DesiredAttempt) -> AttemptSpec:
         job = desired.spec
@@ -251,6 +254,7 @@ class Attempt:
                 working_dir=job.working_dir,
                 shm_bytes=job.resources.shm_bytes,
                 checkpoint=job.checkpoint.path,
+                max_seconds=job.max_duration_seconds,
             )
         except (AttemptRefused, InvalidImage) as error:
             raise Ended(jobs_pb2.OUTCOME_FAILED, str(error)) from error
@@ -375,7 +379,8 @@ class Attempt:
                 ending = Ended(ending.outcome, f"{ending.message}; its checkpoint was not kept: {problem}")
             try:
                 with span("attempt.upload"):
-                    results = await self._upload()
+                    output, limit = self._folder.output, self._max_kept_bytes
+                    results = await upload(output, limit, self._urls, self._tools.transfers)
             except Ended as error:
                 ending = ending or error
         if not self._fenced and self._handle is not None and not self._tail.complete.is_set() and self._tail.size:
@@ -392,7 +397,7 @@ class Attempt:
         """Upload its checkpoint, to be told with the next report. Returns what went wrong."""
         if self.desired is None:
             return "the daemon has just been restarted"
-        status, limit = self.row.status, self.desired.results_limit_bytes or DEFAULT_RESULTS_BYTES
+        status, limit = self.row.status, self._max_kept_bytes
         try:
             with span("attempt.checkpoint"):
                 saved = await self._checkpoints.save(self.desired.spec.checkpoint.path, status.checkpoint.number, limit)
@@ -518,46 +523,13 @@ class Attempt:
             task.cancel()
 
     async def _urls(self, request: machine_pb2.UrlsRequest) -> machine_pb2.UrlsReply:
-        """Presigned URLs; a platform that does not answer is asked again for as long as the lease holds."""
         request.attempt_id = str(self.row.attempt_id)
         request.epoch = self.row.epoch
-        pause_seconds = 0.1
-        for _ in range(URL_TRIES):
-            try:
-                reply = await self._tools.platform.urls(request)
-            except ServiceError as error:
-                log.info("no_urls_yet", attempt_id=str(self.row.attempt_id), error=str(error))
-            else:
-                if reply.error == "stale":
-                    raise Ended(jobs_pb2.OUTCOME_LOST, "the platform says that this attempt is over")
-                if reply.error.startswith("refused"):
-                    raise Ended(jobs_pb2.OUTCOME_FAILED, reply.error)
-                if not reply.error:
-                    return reply
-            await asyncio.sleep(pause_seconds)
-            pause_seconds = min(5.0, pause_seconds * 2)
-        raise Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, "the platform gave no URLs for the transfer")
+        return await ask_urls(self._tools.platform, request)
 
-    async def _upload(self) -> list[HashedFile]:
-        limit = self.desired.results_limit_bytes if self.desired is not None else 0
-        output: Path = self._folder.output
-        if not any(os.scandir(output)):
-            return []
-        try:
-            found = await asyncio.to_thread(
-                output_files, output, max_files=MAX_RESULT_FILES, max_bytes=limit or DEFAULT_RESULTS_BYTES
-            )
-        except ResultsTooLarge as error:
-            raise Ended(jobs_pb2.OUTCOME_FAILED, f"the results were not kept: {error}") from error
-        hashed = await asyncio.to_thread(hash_files, output, found)
-        for first in range(0, len(hashed), URLS_PER_REQUEST):
-            part = hashed[first : first + URLS_PER_REQUEST]
-            reply = await self._urls(machine_pb2.UrlsRequest(results=[result.to_proto() for result in part]))
-            try:
-                await self._tools.transfers.send(output, part, reply.result_urls)
-            except TransferFailed as error:
-                raise Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, str(error)) from error
-        return hashed
+    @property
+    def _max_kept_bytes(self) -> int:
+        return (self.desired.results_limit_bytes if self.desired is not None else 0) or DEFAULT_RESULTS_BYTES
 
 
 def sandbox_of(tools: Tools, desired: machine_pb2.DesiredAttempt) -> str:

@@ -11,18 +11,16 @@ import os
 import shutil
 import stat
 import tarfile
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import IO
 
 from dantegpu.contracts.gen.dante.v1 import machine_pb2
 from dantegpu.daemon.archive import MAX_MEMBERS, unpack
+from dantegpu.daemon.results import Urls
 from dantegpu.daemon.transfer import Transfers, hash_files
 from dantegpu.daemon.workspace import AttemptFolder, OutputFile, open_output
 
 _OPEN_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-
-type Urls = Callable[[machine_pb2.UrlsRequest], Awaitable[machine_pb2.UrlsReply]]
 
 
 class CheckpointFailed(Exception):

@@ -1,13 +1,21 @@
 """How an attempt ends on its machine: outcome and text for people."""
 
+from collections.abc import Mapping
 from signal import Signals
 
 from dantegpu.contracts.gen.dante.v1 import jobs_pb2, machine_pb2
-from dantegpu.daemon.executors.base import ExitStatus
+from dantegpu.daemon.executors.base import ExitStatus, InterruptedBy
 from dantegpu.domain.units import format_bytes
 
 SAVED_FOR = frozenset({"preempted", "no_funds", "machine_drained", "hours_over"})
 """Stopped for one of these, a job goes on elsewhere: its checkpoint is kept."""
+
+
+_INTERRUPTED: "Mapping[InterruptedBy, jobs_pb2.Outcome.ValueType]" = {
+    InterruptedBy.OWNER: jobs_pb2.OUTCOME_PREEMPTED,
+    InterruptedBy.FAULT: jobs_pb2.OUTCOME_PROVIDER_FAULT,
+    InterruptedBy.TIME_LIMIT: jobs_pb2.OUTCOME_TIMED_OUT,
+}
 
 
 class Ended(Exception):
@@ -46,6 +54,8 @@ def judge(
     """Outcome and text of an attempt's end."""
     if ending is not None:
         return ending.outcome, ending.message
+    if exit_status is not None and exit_status.interruption is not None:
+        return _INTERRUPTED[exit_status.interruption.by], exit_status.interruption.message
     if exit_status is None or exit_status.exit_code is None:
         return jobs_pb2.OUTCOME_PROVIDER_FAULT, "the machine lost sight of the job (killed from outside, or a reboot)"
     if exit_status.oom_killed:
