@@ -21,6 +21,7 @@ from dantegpu.domain.scheduling.preemption import (
 )
 from dantegpu.domain.scheduling.queue import JobGroup, JobQueue, QueuedJob
 from dantegpu.domain.scheduling.ranking import Refusal
+from dantegpu.domain.scheduling.shares import PastShares
 from dantegpu.domain.scheduling.snapshot import Lease, Snapshot, SnapshotBuilder, TeamUse
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "JobQueue",
     "Lease",
     "Objective",
+    "PastShares",
     "PendingJob",
     "Placement",
     "Plan",

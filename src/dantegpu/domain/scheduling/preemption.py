@@ -260,12 +260,8 @@ def preempt(
 
 def _within_quota(ground: Ground, job: PendingJob, policy: Policy) -> bool:
     """Would all nodes of the job be the team's own?"""
-    quota, gpu = policy.quotas.get(job.team_id), job.request.gpu
-    if quota is None:
-        return False
-    others, gpu_milli = job.nodes - 1, gpu.total_milli if gpu is not None else 0
-    use = ground.use.get(job.team_id, TeamUse())
-    return quota.allows(use.plus(others * gpu_milli, others * job.request.cpu_milli, 0), job.request)
+    quota = policy.quotas.get(job.team_id)
+    return quota is not None and quota.allows(ground.use.get(job.team_id, TeamUse()), job.request, job.nodes)
 
 
 @dataclass(frozen=True, slots=True)

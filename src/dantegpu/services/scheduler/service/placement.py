@@ -24,12 +24,14 @@ from dantegpu.domain.pricing import FULL_PRICE_PERCENT, WINDOW_SECONDS
 from dantegpu.domain.resources import MachineInfo, ResourceRequest, parse_gpu_spec
 from dantegpu.domain.scheduling import (
     MARGIN_SECONDS,
+    PastShares,
     PendingJob,
     Placement,
     Plan,
     Policy,
     RoundPlan,
     Running,
+    SchedulerState,
     Snapshot,
     is_large,
     plan_round,
@@ -123,6 +125,7 @@ def plan_of(
     pending: Sequence[PendingJob],
     policy: Policy,
     now: datetime,
+    past: PastShares | None = None,
     kept: Snapshot | None = None,
 ) -> tuple[Snapshot, Plan | RoundPlan]:
     """What is there, and who gets it. Only where something large waits does a round cost what reservations cost.
@@ -132,12 +135,12 @@ def plan_of(
     leases = [lease_of(row) for row in live]
     snapshot = kept or Snapshot.from_machines(machines, leases)
     if not any(map(is_large, pending)):
-        return snapshot, schedule(snapshot, pending, policy, now=now)
+        return snapshot, schedule(snapshot, pending, policy, now=now, state=SchedulerState(past))
     running = [
         Running(lease, (row.running_at or now) + timedelta(seconds=row.max_duration_seconds + MARGIN_SECONDS))
         for lease, row in zip(leases, live, strict=True)
     ]
-    return snapshot, plan_round(snapshot, running, pending, policy, now=now)
+    return snapshot, plan_round(snapshot, running, pending, policy, now=now, past=past)
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,13 +372,14 @@ class PlacementLeader:
         async with self._db.statement() as tx:
             live = await store.live_leases(tx)
         small = self._queue.first(MAX_BACKFILL_JOBS, lambda job: not is_large(job))
+        past = self._fleet.state.past
         machines, pending = self._inventory.machines(), [*small, *large]
         if not claims:
-            return plan_of(machines, live, pending, self._policy, now)
+            return plan_of(machines, live, pending, self._policy, now, past)
         view = self.room.look(Snapshot.from_machines(machines, map(lease_of, live)), live, claims)
         own = view.waiting | {placement.job_id for placement in view.placements}
         others = [job for job in pending if job.id not in own]
-        snapshot, plan = plan_of(machines, live, others, self._policy, now, view.kept)
+        snapshot, plan = plan_of(machines, live, others, self._policy, now, past, view.kept)
         reservation = plan.reservation if isinstance(plan, RoundPlan) else None
         return snapshot, RoundPlan((*view.placements, *plan.placements), plan.unplaced, reservation)
 
