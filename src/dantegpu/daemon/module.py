@@ -32,6 +32,7 @@ from dantegpu.daemon.logs import LogShipper
 from dantegpu.daemon.ops import OpsServer
 from dantegpu.daemon.probe.devices import Gpu
 from dantegpu.daemon.probe.machine import Inventory, Probe, address_towards
+from dantegpu.daemon.scrub import HeldFile, Scrubber
 from dantegpu.daemon.settings import DaemonSettings
 from dantegpu.daemon.transfer import Transfers
 from dantegpu.daemon.workspace import Workspace
@@ -117,7 +118,9 @@ class Daemon:
             devices=[_grant(gpu) for gpu in found.gpus.devices],
             watch=DeviceWatch(
                 lambda: asyncio.to_thread(probe.sample_gpus),
-                [gpu.index for gpu in found.gpus.devices],
+                found.gpus.devices,
+                HeldFile(self.settings.state / "held_gpus.json"),
+                Scrubber(enabled=self.settings.scrub_gpus),
                 shares=inventory.shares_devices or found.simulated,
                 max_celsius=self.settings.max_gpu_celsius,
             ),

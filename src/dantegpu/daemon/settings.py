@@ -42,6 +42,10 @@ class DaemonSettings(BaseSettings):
     share_gpus: bool = Field(
         default=False, description="jobs of one team may share a GPU by time-slicing; nothing limits their GPU memory"
     )
+    scrub_gpus: bool = Field(
+        default=True,
+        description="overwrite a GPU's memory after each job on it; false: rely on what its driver does by itself",
+    )
     hours: str = Field(default="", description='local time at which jobs may run here, "22:00-06:30"; empty: always')
     max_gpu_celsius: float = Field(default=0.0, ge=0, description="a hotter GPU takes no new job; 0: no limit")
     reserve_cpus: float = Field(default=0.0, ge=0, description="cores that are never rented out")
