@@ -246,6 +246,8 @@ def inventory_message(
         sandbox=capabilities.sandbox.value,
         executors=[plain, *([ContainerExecutor.name] if containers.engine else [])],
         limits_missing=problems,
+        allowed_images=settings.allowed_images_list,
+        networks=[*(["plain"] if capabilities.network else []), *(["image"] if containers.network else [])],
         daemon_version=_own_version(),
         region=settings.region,
         simulated=found.simulated,

@@ -88,6 +88,10 @@ class DaemonSettings(BaseSettings):
     local_images: str = Field(
         default="", description="patterns of image names, by commas, that jobs may use without asking a registry"
     )
+    allowed_images: str = Field(
+        default="",
+        description="patterns of image names, by commas, that may run here, such as docker.io/acme/*; empty: all",
+    )
     image_cache_gb: int = Field(
         default=100, ge=0, description="images that jobs brought are kept up to it; 0 = no bound"
     )
@@ -182,6 +186,10 @@ class DaemonSettings(BaseSettings):
     @property
     def resolver_addresses(self) -> list[ipaddress.IPv4Address]:
         return _addresses(self.resolvers)
+
+    @property
+    def allowed_images_list(self) -> list[str]:
+        return _listed(self.allowed_images)
 
     @property
     def local_images_list(self) -> list[str]:
