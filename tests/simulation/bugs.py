@@ -24,7 +24,6 @@ from dantegpu.kit.lease import Leadership
 from dantegpu.services.billing import service as billing
 from dantegpu.services.scheduler.service import preemption, transitions
 from dantegpu.services.scheduler.service.machines import Machines
-from dantegpu.services.scheduler.service.preemption import Room
 from dantegpu.services.scheduler.store_preemptions import SpotRow
 from tests.simulation.hardware import SimExecutor
 from tests.simulation.memory import billing as billing_memory
@@ -168,17 +167,6 @@ def gang_half_placed(put: Put) -> None:
     put(scheduler_memory, "gang_is_whole", _whatever)
 
 
-def what_was_claimed_is_given_to_others(put: Put) -> None:
-    """Rounds do not keep what spot work has left for the job that it gave way to."""
-    really = Room.look
-
-    def look(self: Any, snapshot: Any, live: Any, claims: Any) -> Any:
-        view = really(self, snapshot, live, claims)
-        return replace(view, placements=(), waiting=frozenset(), kept=snapshot)
-
-    put(Room, "look", look)
-
-
 def on_demand_work_is_preempted(put: Put) -> None:
     """Everything that runs is taken for spot work."""
 
@@ -209,7 +197,6 @@ BUGS: Sequence[Callable[[Put], None]] = (
     killed_too_late,
     started_again_after_a_restart,
     gang_half_placed,
-    what_was_claimed_is_given_to_others,
     on_demand_work_is_preempted,
 )
 
