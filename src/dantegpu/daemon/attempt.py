@@ -4,7 +4,8 @@ import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,6 +54,9 @@ LOG_GIVE_UP_SECONDS = 600.0
 DISK_FACTOR = 4
 """A log this many times over its limit ends the attempt: the limit cuts what is sent, this protects the disk."""
 WATCH_SECONDS = 1.0
+STARTING_MAX = 16
+"""Of many attempts that come together so many start at once: the first end, and lend their cells to the next ones,
+before the last begin."""
 ADOPTED_SEQ_STEP = 1000
 """Not every change is in the journal: after a restart, reports are numbered above all that may have been told."""
 
@@ -86,6 +90,8 @@ class Tools:
     watch: DeviceWatch
     changed: "Callable[[Attempt], None]"
     """Called after each change of `row.status`."""
+    starting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(STARTING_MAX))
+    """Held while an attempt is prepared and started, unless something is fetched for it."""
 
 
 class _Ended(Exception):
@@ -219,6 +225,12 @@ class Attempt:
         if refusal := self._tools.watch.refusal(desired.devices, desired.team_id):
             raise _Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, refusal)
         self._tools.watch.held(desired.attempt_id, desired.team_id, self.devices)
+        fetches = spec.image is not None or desired.spec.input_sha256
+        async with nullcontext() if fetches else self._tools.starting:
+            await self._prepare_and_start(desired, spec)
+        self._started_at = time.monotonic()
+
+    async def _prepare_and_start(self, desired: machine_pb2.DesiredAttempt, spec: AttemptSpec) -> None:
         with span("attempt.prepare"):
             await self._prepare(desired, spec)
         self._tools.shipper.add(self._tail)
@@ -230,7 +242,6 @@ class Attempt:
                 await self._tools.executor.start(self._started, spec)
             except AlreadyStarted:
                 await self._tools.executor.adopt(self._started)
-        self._started_at = time.monotonic()
 
     def _spec(self, desired: machine_pb2.DesiredAttempt) -> AttemptSpec:
         job = desired.spec
