@@ -25,6 +25,7 @@ connected: a daemon that never lives long enough to renew its leases must lose i
 CONNECT_SECONDS = 60.0
 JOB_TIMEOUT_SECONDS = 300.0
 STOP_SECONDS = 30.0
+LAST_WORDS_LENGTH = 4000
 SYNC_SECONDS = "1"
 # The shell says at once that it runs; a second start of the same attempt would say so again.
 SCRIPT = "echo start; sleep {seconds:.2f}; echo end"
@@ -74,6 +75,10 @@ class _Daemon:
         async with asyncio.timeout(CONNECT_SECONDS):
             while b'"event": "connected"' not in os.pread(self._log.fileno(), 1 << 20, self._began):
                 await asyncio.sleep(0.01)
+
+    def last_words(self) -> str:
+        """The end of what this life of it has logged."""
+        return os.pread(self._log.fileno(), 1 << 20, self._began).decode(errors="replace")[-LAST_WORDS_LENGTH:]
 
     async def end(self, number: signal.Signals) -> int:
         assert self._process is not None
@@ -126,11 +131,15 @@ async def measure(login: Login, kills: int, sandbox: str, seed: int) -> Adopted:
                 await daemon.end(signal.SIGKILL)
                 await daemon.start()
             await asyncio.gather(*tally.tasks)
+            # One that is told to stop before it listens to signals can take nothing away.
+            await daemon.connected()
             await _machine_is_empty(daemon)
-            await daemon.end(signal.SIGTERM)
+            status = await daemon.end(signal.SIGTERM)
             left = daemon.left()
             for text in left:
                 print(f"left: {text}", file=sys.stderr)
+            if left or status:
+                print(f"the last daemon ended with {status} and said:\n{daemon.last_words()}", file=sys.stderr)
     return Adopted(kills, tally.jobs, tally.lost, tally.doubled, len(left), round(time.monotonic() - began, 1))
 
 

@@ -2,10 +2,9 @@
 
 import asyncio
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 
@@ -24,71 +23,69 @@ from tests.fixtures.executors import (
     a_job,
     a_python_job,
     a_shell_job,
+    be_a_daemon,
     needs,
     processes_of,
     until,
 )
 
 
-async def test_output_and_exit_code_are_those_of_the_command(bench: Bench):
-    status, text = await bench.run(a_shell_job("echo out; echo err >&2; exit 3"))
-    assert status == ExitStatus(3)
-    assert text == "out\nerr\n"
-
-
-async def test_the_job_sees_its_variables_and_none_of_the_daemon(bench: Bench, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("DAEMON_SECRET", "hunter2")
-    quoted = 'it\'s $HOME `x` "y" \\ \n end'
-    _, text = await bench.run(
-        a_python_job("import os, json; print(json.dumps(dict(os.environ)))", env={"WORD": quoted, "HOME": "/tmp/h"})
-    )
-    seen = json.loads(text)
-    assert seen["WORD"] == quoted
-    assert seen["HOME"] == "/tmp/h"
-    assert seen["CUDA_VISIBLE_DEVICES"] == ""
-    allowed = {"PATH", "HOME", "USER", "LOGNAME", "LANG", "TMPDIR", "PYTHONUNBUFFERED", "WORD", "DANTE_OUTPUT"}
-    allowed |= bench.kind.variables
-    devices = {"CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"}
-    assert set(seen) - allowed - devices <= {"DANTE_ATTEMPT_ID", "PWD", "OLDPWD", "LC_CTYPE"}
-
-
-async def test_only_the_three_standard_descriptors_are_open(bench: Bench):
-    inherited = os.open("/dev/null", os.O_RDONLY)
-    os.set_inheritable(inherited, True)
-    try:
-        _, text = await bench.run(a_python_job("import os; print(sorted(map(int, os.listdir('/proc/self/fd')))[:-1])"))
-    finally:
-        os.close(inherited)
-    assert text == "[0, 1, 2]\n"
-
-
-async def test_files_are_read_from_work_and_left_in_output(bench: Bench):
-    spec = a_shell_job('cp input.txt "$DANTE_OUTPUT/copy.txt"')
-    folder = bench.workspace.attempt(spec.attempt_id)
-    folder.create()
-    (folder.work / "input.txt").write_text("data")
-    handle = await bench.start(spec)
-    assert (await bench.executor.wait(handle)).exit_code == 0
-    assert (folder.output / "copy.txt").read_text() == "data"
-
-
-async def test_a_job_begins_where_it_asks_to_and_fails_by_itself_where_that_is_not(bench: Bench):
-    spec = a_shell_job("pwd", working_dir="src/deep")
+async def test_a_job_begins_where_it_asks_to_with_its_files_and_leaves_its_output_exit_code_and_bytes(bench: Bench):
+    """Carriage returns of a progress bar, bytes that are no text, and an end without a newline."""
+    script = r"""
+        pwd; cp ../../input.txt "$DANTE_OUTPUT/copy.txt"; echo err >&2
+        printf '\0\377\r 50%%\r100%%\n\033[1mend'; exit 3
+    """
+    spec = a_shell_job(script, working_dir="src/deep")
     folder = bench.workspace.attempt(spec.attempt_id)
     folder.create()
     (folder.work / "src" / "deep").mkdir(parents=True)
+    (folder.work / "input.txt").write_text("data")
     handle = await bench.start(spec)
-    assert (await bench.executor.wait(handle)).exit_code == 0
-    assert bench.log(handle).endswith("/work/src/deep\n")
+    assert await bench.executor.wait(handle) == ExitStatus(3)
+    where, _, rest = folder.log.read_bytes().partition(b"\n")
+    assert where.endswith(b"/work/src/deep")
+    assert rest == b"err\n\0\xff\r 50%\r100%\n\x1b[1mend"
+    assert (folder.output / "copy.txt").read_text() == "data"
+
+
+async def test_a_job_fails_by_itself_where_its_folder_or_command_is_not(bench: Bench):
     status, text = await bench.run(a_shell_job("pwd", working_dir="none"))
     assert status.exit_code == 126
     assert "none" in text
-
-
-async def test_a_missing_command_ends_with_127(bench: Bench):
     status, text = await bench.run(a_job("no-such-command"))
     assert status.exit_code == 127
     assert "not found" in text
+
+
+SEEN = """
+import json, os, sys
+descriptors = sorted(map(int, os.listdir("/proc/self/fd")))[:-1]
+print(json.dumps({"environ": dict(os.environ), "descriptors": descriptors, "argument": len(sys.argv[-1])}))
+"""
+
+
+async def test_a_job_sees_its_variables_and_arguments_whole_and_nothing_of_the_daemon(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("DAEMON_SECRET", "hunter2")
+    quoted = 'it\'s $HOME `x` "y" \\ \n end'
+    env = {"WORD": quoted, "HOME": "/tmp/h", "BIG": "'" * 100_000}
+    inherited = os.open("/dev/null", os.O_RDONLY)
+    os.set_inheritable(inherited, True)
+    try:
+        _, text = await bench.run(a_job("python3", "-c", SEEN, "x" * 100_000, env=env))
+    finally:
+        os.close(inherited)
+    seen = json.loads(text)
+    environ = seen["environ"]
+    assert (len(environ["BIG"]), seen["argument"]) == (100_000, 100_000)
+    assert (environ["WORD"], environ["HOME"], environ["CUDA_VISIBLE_DEVICES"]) == (quoted, "/tmp/h", "")
+    allowed = {"PATH", "HOME", "USER", "LOGNAME", "LANG", "TMPDIR", "PYTHONUNBUFFERED", "DANTE_OUTPUT", "WORD", "BIG"}
+    allowed |= bench.kind.variables
+    devices = {"CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"}
+    assert set(environ) - allowed - devices <= {"DANTE_ATTEMPT_ID", "PWD", "OLDPWD", "LC_CTYPE"}
+    assert seen["descriptors"] == [0, 1, 2]
 
 
 async def test_a_signal_is_told_apart(bench: Bench):
@@ -96,20 +93,19 @@ async def test_a_signal_is_told_apart(bench: Bench):
     assert status.signal == signal.SIGSEGV
 
 
-async def test_a_large_environment_and_command_arrive_whole(bench: Bench):
-    spec = a_python_job("import os, sys; print(len(os.environ['BIG']), len(sys.argv[-1]))", env={"BIG": "'" * 100_000})
-    spec = AttemptSpec(spec.attempt_id, (*spec.command, "x" * 100_000), spec.env)
-    assert (await bench.run(spec))[1] == "100000 100000\n"
-
-
-async def test_a_job_over_its_memory_limit_is_killed_alone_and_said_so(bench: Bench):
+async def test_a_job_over_its_memory_limit_is_killed_alone_while_another_is_measured(bench: Bench):
     await needs(bench, "memory")
-    bystander = await bench.start(a_shell_job("sleep 60"))
+    other = await bench.start(a_python_job("x = bytearray(50 << 20); print('ready'); import time; time.sleep(600)"))
     status, _ = await bench.run(a_python_job("x = bytearray(400 << 20)", memory_bytes=64 << 20))
     assert status.oom_killed
     assert status.exit_code == 137
-    assert await bench.executor.adopt(bystander) is Adoption.RUNNING
-    await bench.executor.stop(bystander, grace_seconds=0, reason=StopReason.REQUESTED)
+    await bench.until_logged(other, "ready")
+    assert await bench.executor.adopt(other) is Adoption.RUNNING
+    stats = await bench.executor.stats(other)
+    assert (stats.memory_bytes or 0) > 50 << 20
+    assert stats.pids >= 1
+    assert stats.cpu_seconds is not None
+    await bench.executor.stop(other, grace_seconds=0, reason=StopReason.REQUESTED)
 
 
 async def test_a_fork_bomb_stops_at_the_pids_limit_and_nothing_stays(bench: Bench):
@@ -180,32 +176,20 @@ async def test_a_child_that_was_forked_twice_dies_with_the_job(bench: Bench):
     assert not processes_of(spec.attempt_id)
 
 
-async def test_an_attempt_starts_once_however_often_it_is_asked_to(bench: Bench):
-    spec = a_shell_job("echo started; sleep 60")
-    handle = await bench.start(spec)
-    other = bench.kind.make(bench.workspace.root)
-    assert await other.prepare(bench.kind.fit(spec)) == handle
-    with pytest.raises(AlreadyStarted):
-        await other.start(handle, bench.kind.fit(spec))
-    with pytest.raises(AlreadyStarted):
-        await bench.executor.start(handle, bench.kind.fit(spec))
-    await bench.until_logged(handle, "started")
-    await other.close()
-    await bench.executor.stop(handle, grace_seconds=0, reason=StopReason.REQUESTED)
-    assert bench.log(handle) == "started\n"
-
-
-async def test_two_daemons_that_start_it_at_the_same_moment_start_it_once(bench: Bench):
+async def test_an_attempt_starts_once_however_often_and_by_how_many_daemons_it_is_asked_to(bench: Bench):
     spec = a_shell_job("echo started; sleep 60")
     handle = await bench.prepare(spec)
     other = bench.kind.make(bench.workspace.root)
-    await other.probe()
+    assert await other.prepare(bench.kind.fit(spec)) == handle
     results = await asyncio.gather(
         bench.executor.start(handle, bench.kind.fit(spec)),
         other.start(handle, bench.kind.fit(spec)),
         return_exceptions=True,
     )
     assert sorted(type(result).__name__ for result in results) == ["AlreadyStarted", "NoneType"]
+    for executor in (other, bench.executor):
+        with pytest.raises(AlreadyStarted):
+            await executor.start(handle, bench.kind.fit(spec))
     await bench.until_logged(handle, "started")
     await other.close()
     await bench.executor.adopt(handle)
@@ -213,39 +197,18 @@ async def test_two_daemons_that_start_it_at_the_same_moment_start_it_once(bench:
     assert bench.log(handle) == "started\n"
 
 
-DAEMON = """
-import asyncio, sys
-from dataclasses import replace
-from pathlib import Path
-from dantegpu.daemon.executors.base import AttemptSpec
-from dantegpu.daemon.workspace import Workspace
-from dantegpu.domain.ids import AttemptId
-
-source, attempt_id, start, *command = sys.argv[1:]
-spec = AttemptSpec(AttemptId.parse(attempt_id), tuple(command))
-exec(source)
-
-async def main():
-    handle = await executor.prepare(spec)
-    if start == "start":
-        await executor.start(handle, spec)
-    print(handle.dumps(), flush=True)
-    await asyncio.sleep(600)
-
-asyncio.run(main())
-"""
-
-
 def a_daemon_that_is_killed(bench: Bench, spec: AttemptSpec, *, start: bool) -> Handle:
     """Prepare, and start if asked to, in a process of its own, which then gets SIGKILL."""
-    source = bench.kind.source(bench.workspace.root)
-    arguments = [source, str(spec.attempt_id), "start" if start else "-", *spec.command]
-    daemon = subprocess.Popen([sys.executable, "-c", DAEMON, *arguments], stdout=subprocess.PIPE, text=True)
-    assert daemon.stdout is not None
-    handle = Handle.loads(daemon.stdout.readline())
+    # Its processes are forks of one that has imported all they need: an interpreter for each would cost a second.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.fixtures.executors"])
+    ours, theirs = context.Pipe(duplex=False)
+    daemon = context.Process(target=be_a_daemon, args=(bench.kind, bench.workspace.root, spec, start, theirs))
+    daemon.start()
+    theirs.close()
+    handle = Handle.loads(ours.recv())
     daemon.kill()
-    daemon.wait()
-    daemon.stdout.close()
+    daemon.join()
     return handle
 
 
@@ -287,29 +250,16 @@ async def test_what_was_only_prepared_is_started_by_the_next_daemon(bench: Bench
 
 async def test_the_sweep_leaves_known_attempts_and_removes_the_rest(bench: Bench):
     kept = await bench.start(a_shell_job("sleep 600"))
-    unknown = await bench.start(a_shell_job("sleep 600"))
+    unknown = await bench.start(a_shell_job("mkdir a; touch a/b; chmod 000 a; echo ready; sleep 600"))
+    await bench.until_logged(unknown, "ready")
     await bench.executor.sweep({kept.attempt_id})
     assert [folder.root.name for folder in bench.workspace.attempts()] == [str(kept.attempt_id)]
     assert await bench.executor.adopt(kept) is Adoption.RUNNING
     assert not bench.workspace.attempt(unknown.attempt_id).root.exists()
-
-
-async def test_destroying_twice_is_harmless_and_leaves_no_folder(bench: Bench):
-    spec = a_shell_job("mkdir a; touch a/b; chmod 000 a; sleep 600")
-    handle = await bench.start(spec)
-    await bench.executor.destroy(handle)
-    await bench.executor.destroy(handle)
-    assert not bench.workspace.attempt(spec.attempt_id).root.exists()
-
-
-async def test_a_running_job_is_measured(bench: Bench):
-    await needs(bench, "memory")
-    handle = await bench.start(a_python_job("x = bytearray(50 << 20); print('ready'); import time; time.sleep(600)"))
-    await bench.until_logged(handle, "ready")
-    stats = await bench.executor.stats(handle)
-    assert (stats.memory_bytes or 0) > 50 << 20
-    assert stats.pids >= 1
-    assert stats.cpu_seconds is not None
+    # Destroying is harmless as often as it is done.
+    for handle in (kept, kept, unknown):
+        await bench.executor.destroy(handle)
+    assert not bench.workspace.attempts()
 
 
 async def test_network_is_refused_where_the_provider_gives_none(bench: Bench):
@@ -318,13 +268,6 @@ async def test_network_is_refused_where_the_provider_gives_none(bench: Bench):
 
 
 async def test_signals_that_python_ignores_are_not_ignored_in_a_job(bench: Bench):
-    _, text = await bench.run(a_shell_job("grep -E 'Sig(Ign|Blk)' /proc/self/status"))
+    _, text = await bench.run(a_job("grep", "-E", "Sig(Ign|Blk)", "/proc/self/status"))
     # Signals 32 and 33 are the C library's own.
     assert [int(line.split()[1], 16) & 0x7FFFFFFF for line in text.splitlines()] == [0, 0]
-
-
-async def test_the_log_is_the_jobs_bytes_as_they_were(bench: Bench):
-    """Carriage returns of a progress bar, bytes that are no text, and an end without a newline."""
-    handle = await bench.start(a_shell_job(r"printf '\0\377\r 50%%\r100%%\n\033[1mend'"))
-    assert (await bench.executor.wait(handle)).exit_code == 0
-    assert bench.workspace.attempt(handle.attempt_id).log.read_bytes() == b"\0\xff\r 50%\r100%\n\x1b[1mend"

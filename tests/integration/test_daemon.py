@@ -120,7 +120,9 @@ async def test_an_old_push_changes_nothing(machine_platform: MachinePlatform, ru
 async def test_a_stopped_job_gets_sigterm_and_counts_as_cancelled(
     machine_platform: MachinePlatform, running_daemon: RunningDaemon
 ):
-    attempt_id = await machine_platform.place("sh", "-c", "trap 'echo bye; exit 0' TERM; echo hi; sleep 600 & wait")
+    # No `wait`: a signal just before it is noticed only when the child ends.
+    command = "trap 'echo bye; exit 0' TERM; echo hi; while :; do sleep 0.05; done 2>/dev/null"
+    attempt_id = await machine_platform.place("sh", "-c", command)
     await until(lambda: machine_platform.logs.get(attempt_id))
     machine_platform.desired[attempt_id].stop = True
     machine_platform.desired[attempt_id].stop_reason = "user"

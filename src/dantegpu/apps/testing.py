@@ -37,6 +37,9 @@ OPTIONAL_SERVERS: Mapping[str, OptionalServer] = {
     "busybox": OptionalServer("busybox", "busybox-static", "images for jobs in containers"),
     "docker": OptionalServer("dockerd", "docker.io", "jobs in Docker's containers"),
     "podman": OptionalServer("podman", "podman", "jobs in Podman's containers"),
+    "slurm": OptionalServer("slurmctld", "slurm-wlm", "jobs of a cluster (brings munge)"),
+    "nft": OptionalServer("nft", "nftables", "the filter of jobs' networks"),
+    "ip": OptionalServer("ip", "iproute2", "network namespaces around container engines"),
     "cc": OptionalServer("cc", "build-essential", "GPU discovery, on a library that the tests build"),
 }
 

@@ -148,7 +148,8 @@ def _tell_end(cli: Cli, job: "Job") -> int:
 
     def human() -> None:
         outcome = f" ({job.outcome})" if job.outcome and job.outcome.upper() != job.state else ""
-        code = f", exit code {job.exit_code}" if job.exit_code else ""
+        # A machine that says so too says it in the message.
+        code = f", exit code {job.exit_code}" if job.exit_code and "exit code" not in job.message else ""
         output.note(f"· {job.state}{outcome}{code}{f': {job.message}' if job.message else ''}")
         seconds = sum(attempt.billed_seconds for attempt in job.attempts)
         final = "" if job.settled else " so far (not settled yet)"
@@ -159,7 +160,7 @@ def _tell_end(cli: Cli, job: "Job") -> int:
                 f"· `dante show {job.id} --tasks --state FAILED` lists what failed, `dante logs {job.id}:N` says why"
             )
         if job.results:
-            output.note(f"· {len(job.results)} results: `dante results {job.id} -o DIR`")
+            output.note(f"· {output.counted(len(job.results), 'result')}: `dante results {job.id} -o DIR`")
 
     cli.answer({"job": job, "exit_code": exit_code}, human)
     return exit_code

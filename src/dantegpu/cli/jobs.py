@@ -137,7 +137,8 @@ def _print_tasks(job_id: str, page: "JobPage") -> None:
 def _print_job(job: "Job") -> None:
     spec = job.spec
     resources = spec.resources
-    wants = f"{resources.gpu or 'no GPU'}, {resources.cpu} cores, {resources.memory} memory, {resources.disk} disk"
+    cores = output.counted(resources.cpu, "core")
+    wants = f"{resources.gpu or 'no GPU'}, {cores}, {resources.memory} memory, {resources.disk} disk"
     output.print_fields([
         ("id", job.id),
         ("name", job.name),

@@ -105,7 +105,7 @@ def results(cli: Cli, job: str, folder: Path | None, node: int, task: int | None
             output.note(f"{job_id} has left no results" + ("" if listing.complete else " yet"))
         elif folder is not None:
             total_bytes = sum(file.size_bytes for file in listing.files)
-            output.say(f"{len(files)} files, {format_bytes(total_bytes)}, in {folder}")
+            output.say(f"{output.counted(len(files), 'file')}, {format_bytes(total_bytes)}, in {folder}")
         else:
             rows = [[file.path, format_bytes(file.size_bytes), file.sha256[:16]] for file in listing.files]
             output.print_table(["PATH", "SIZE", "SHA-256"], rows, right=[1])

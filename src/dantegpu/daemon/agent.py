@@ -20,7 +20,7 @@ from dantegpu.daemon.link import Link
 from dantegpu.daemon.meter import METRICS_INTERVAL_SECONDS, Meter, use_of
 from dantegpu.daemon.owner import Hours
 from dantegpu.daemon.probe.devices import GpuSample
-from dantegpu.daemon.probe.machine import Probe
+from dantegpu.daemon.probe.machine import Watched
 from dantegpu.daemon.settings import DaemonSettings
 from dantegpu.domain.ids import AttemptId, JobId, MachineId
 from dantegpu.kit.errors import ServiceError
@@ -51,7 +51,7 @@ class Agent:
         settings: DaemonSettings,
         machine_id: MachineId,
         inventory: machine_pb2.Inventory,
-        probe: Probe,
+        probe: Watched,
         executor: Executor,
         tools: Tools,
         leases: LeaseFile,
@@ -296,12 +296,13 @@ class Agent:
         """Outside of the hours of its owner the machine takes nothing, and hands back what runs."""
         hours = Hours.parse(self._settings.hours)
         open_now = hours is None or hours.open_at(datetime.now().astimezone())
-        closed = "" if open_now else f"outside of its hours {hours}"
+        outside = "" if open_now else f"outside of its hours {hours}"
+        closed = outside or self._probe.closed()
         if closed != self._inventory.closed:
             log.info("hours_changed", closed=closed)
             self._inventory.closed = closed
             self._tell_inventory()
-        if closed:
+        if outside:
             for attempt in self._attempts.values():
                 attempt.stop(STOP_GRACE_SECONDS, "hours_over")
         await asyncio.sleep(HOURS_CHECK_SECONDS)

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,9 @@ from dantegpu.daemon.executors.base import (
     ExitStatus,
     Handle,
     ImageRequest,
+    InterruptedBy,
     JobAtFault,
+    NoRoom,
     Stats,
     StopReason,
 )
@@ -91,7 +93,7 @@ class Tools:
     changed: "Callable[[Attempt], None]"
     """Called after each change of `row.status`."""
     starting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(STARTING_MAX))
-    """Held while an attempt is prepared and started, unless something is fetched for it."""
+    """Held while an attempt is prepared and started, unless that may take long."""
 
 
 class _Ended(Exception):
@@ -212,6 +214,8 @@ class Attempt:
                 ending, exit_status = error, None
             except JobAtFault as error:
                 ending, exit_status = _Ended(jobs_pb2.OUTCOME_FAILED, str(error)), None
+            except NoRoom as error:
+                ending, exit_status = _Ended(jobs_pb2.OUTCOME_PREEMPTED, str(error)), None
             except (ExecutorError, JournalError, OSError, TimeoutError) as error:
                 log.exception("attempt_failed_here", attempt_id=str(self.row.attempt_id))
                 ending, exit_status = _Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, f"the machine failed: {error}"), None
@@ -225,8 +229,8 @@ class Attempt:
         if refusal := self._tools.watch.refusal(desired.devices, desired.team_id):
             raise _Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, refusal)
         self._tools.watch.held(desired.attempt_id, desired.team_id, self.devices)
-        fetches = spec.image is not None or desired.spec.input_sha256
-        async with nullcontext() if fetches else self._tools.starting:
+        takes_long = spec.image is not None or desired.spec.input_sha256 or self._tools.executor.queues
+        async with nullcontext() if takes_long else self._tools.starting:
             await self._prepare_and_start(desired, spec)
         self._started_at = time.monotonic()
 
@@ -239,9 +243,20 @@ class Attempt:
         self._raise_if_stopped()
         with span("attempt.start"):
             try:
-                await self._tools.executor.start(self._started, spec)
+                await self._start_executor(spec)
             except AlreadyStarted:
                 await self._tools.executor.adopt(self._started)
+
+    async def _start_executor(self, spec: AttemptSpec) -> None:
+        executor = self._tools.executor
+        if not executor.queues:
+            return await executor.start(self._started, spec)
+        try:
+            await self._or_stopped(executor.start(self._started, spec))
+        except _Ended:
+            # It may have got its turn in this very moment.
+            await executor.stop(self._started, grace_seconds=0, reason=StopReason.REQUESTED)
+            raise
 
     def _spec(self, desired: machine_pb2.DesiredAttempt) -> AttemptSpec:
         job = desired.spec
@@ -266,6 +281,7 @@ class Attempt:
                 entrypoint=tuple(job.entrypoint),
                 working_dir=job.working_dir,
                 shm_bytes=job.resources.shm_bytes,
+                max_seconds=job.max_duration_seconds,
             )
         except (AttemptRefused, InvalidImage) as error:
             raise _Ended(jobs_pb2.OUTCOME_FAILED, str(error)) from error
@@ -555,12 +571,21 @@ def image_request(job: jobs_pb2.JobSpec) -> ImageRequest | None:
     return ImageRequest(ImageReference.parse(job.image), auth.username, auth.password)
 
 
+_INTERRUPTED: "Mapping[InterruptedBy, jobs_pb2.Outcome.ValueType]" = {
+    InterruptedBy.OWNER: jobs_pb2.OUTCOME_PREEMPTED,
+    InterruptedBy.FAULT: jobs_pb2.OUTCOME_PROVIDER_FAULT,
+    InterruptedBy.TIME_LIMIT: jobs_pb2.OUTCOME_TIMED_OUT,
+}
+
+
 def _judge(
     ending: _Ended | None, exit_status: ExitStatus | None, desired: machine_pb2.DesiredAttempt | None
 ) -> "tuple[jobs_pb2.Outcome.ValueType, str]":
     """Outcome and text of an attempt's end."""
     if ending is not None:
         return ending.outcome, ending.message
+    if exit_status is not None and exit_status.interruption is not None:
+        return _INTERRUPTED[exit_status.interruption.by], exit_status.interruption.message
     if exit_status is None or exit_status.exit_code is None:
         return jobs_pb2.OUTCOME_PROVIDER_FAULT, "the machine lost sight of the job (killed from outside, or a reboot)"
     if exit_status.oom_killed:

@@ -9,11 +9,13 @@ from pathlib import Path
 from dantegpu.daemon.executors.base import SandboxKind
 from dantegpu.daemon.executors.container import ContainerExecutor, ContainerLimits
 from dantegpu.daemon.executors.container.engine import default_sockets
+from dantegpu.daemon.executors.container.network import NetworkPolicy
 from dantegpu.daemon.settings import DaemonSettings
 from dantegpu.daemon.workspace import Workspace
 
 OFF = "none"
 AUTO = "auto"
+_LACKING = {"network": "network of jobs with an image"}
 GET_ENGINE = "install Docker or Podman and give the daemon's user its socket, for example: apt-get install docker.io"
 
 
@@ -24,6 +26,8 @@ class Containers:
     executor: ContainerExecutor | None
     engine: str
     """docker | podman; empty: jobs with an image do not come here."""
+    network: bool
+    """Whether jobs with an image may have a network."""
     notes: Sequence[str]
     """For people: why not, or which risks the owner has accepted."""
 
@@ -49,16 +53,23 @@ async def choose_containers(settings: DaemonSettings, workspace: Workspace) -> C
     socket = find_socket(settings.containers)
     if socket is None:
         off = settings.containers == OFF
-        return Containers(None, "", [] if off else [f"container: no Docker or Podman socket; {GET_ENGINE}"])
+        return Containers(None, "", False, [] if off else [f"container: no Docker or Podman socket; {GET_ENGINE}"])
     limits = ContainerLimits(
-        allow_network=settings.allow_network,
+        network=network_policy(settings),
         image_cache_bytes=settings.image_cache_gb << 30,
         local_images=settings.local_images_list,
         accepted_escapes=frozenset(settings.accepted_escapes),
     )
     executor = ContainerExecutor(workspace, socket, limits)
     capabilities = await executor.probe()
-    notes = [f"{name}: {why}" for name, why in sorted(capabilities.missing.items())]
+    notes = [f"{_LACKING.get(name, name)}: {why}" for name, why in sorted(capabilities.missing.items())]
     notes += [f"container: {name} ({what}) accepted by the owner" for name, what in executor.accepted_escapes.items()]
     engine = "" if capabilities.sandbox is SandboxKind.NONE else capabilities.sandbox.value
-    return Containers(executor, engine, notes)
+    return Containers(executor, engine, capabilities.network, notes)
+
+
+def network_policy(settings: DaemonSettings) -> NetworkPolicy | None:
+    """What the owner's settings say about the network of jobs with an image."""
+    if not settings.allow_network:
+        return None
+    return NetworkPolicy(settings.network_open_ranges, settings.resolver_addresses)

@@ -4,8 +4,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
-import signal
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,12 +30,11 @@ from dantegpu.daemon.link import Link
 from dantegpu.daemon.logs import LogShipper
 from dantegpu.daemon.ops import OpsServer
 from dantegpu.daemon.probe.devices import Gpu
-from dantegpu.daemon.probe.machine import Inventory, Probe, address_towards
+from dantegpu.daemon.probe.machine import Inventory, Probe, Watched, address_towards
 from dantegpu.daemon.settings import DaemonSettings
 from dantegpu.daemon.transfer import Transfers
 from dantegpu.daemon.workspace import Workspace
 from dantegpu.domain.units import MILLI_PER_UNIT
-from dantegpu.kit.telemetry import configure_logging, configure_tracing
 
 log = structlog.get_logger(__name__)
 
@@ -51,6 +49,27 @@ class AlreadyRunning(Exception):
     """Another daemon holds this state folder."""
 
 
+@dataclass(frozen=True, slots=True)
+class Rented:
+    """What a daemon rents out: the machine it runs on, or a node of a cluster."""
+
+    watched: Watched
+    executor: Executor
+    engine: str
+    found: Inventory
+    inventory: machine_pb2.Inventory
+
+
+async def this_machine(settings: DaemonSettings) -> Rented:
+    """The machine that the daemon runs on."""
+    probe = Probe(settings.state, simulate=settings.simulate_gpus, gpus=settings.gpus)
+    plain, capabilities = await choose_executor(settings)
+    containers = await choose_containers(settings, Workspace(settings.state / "work"))
+    found = await asyncio.to_thread(probe.probe_machine)
+    inventory = inventory_message(found, capabilities, settings, containers)
+    return Rented(probe, RoutedExecutor(plain, containers.executor), containers.engine, found, inventory)
+
+
 @dataclass(slots=True)
 class Daemon:
     """Everything of one provider machine. `run` returns when it was told to stop, or the machine has left."""
@@ -58,51 +77,46 @@ class Daemon:
     settings: DaemonSettings
     on_ready: Callable[[str], None] | None = None
     """Called with the machine's id once it is enrolled and listening."""
+    look: Callable[[DaemonSettings], Awaitable[Rented]] = this_machine
 
     async def run(self, stop: asyncio.Event) -> None:
         """Raises AlreadyRunning, EnrolmentRefused, JournalError."""
         state = self.settings.state
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with _locked(state / "lock"):
+        with locked(state / "lock"):
             await self._run(stop)
 
     async def _run(self, stop: asyncio.Event) -> None:
         state = self.settings.state
         identity = Identity.load(state)
         identity.reach_at(self.settings.gateway_url)
-        probe = Probe(state, simulate=self.settings.simulate_gpus, gpus=self.settings.gpus)
-        plain, capabilities = await choose_executor(self.settings)
-        containers = await choose_containers(self.settings, Workspace(state / "work"))
-        executor = RoutedExecutor(plain, containers.executor)
-        found = await asyncio.to_thread(probe.probe_machine)
-        inventory = inventory_message(found, capabilities, self.settings, containers)
-        platform_url = identity.saved.gateway_url if identity.saved is not None else self.settings.gateway_url
-        inventory.address = str(self.settings.address or await asyncio.to_thread(address_towards, platform_url))
+        rented = await self.look(self.settings)
+        inventory, executor = rented.inventory, rented.executor
+        if not inventory.address:
+            platform_url = identity.saved.gateway_url if identity.saved is not None else self.settings.gateway_url
+            inventory.address = str(self.settings.address or await asyncio.to_thread(address_towards, platform_url))
         journal = Journal(state / "journal.db")
         transfers = Transfers()
         try:
             if not await self._enrol(identity, inventory, stop):
                 return
             journal.open()
-            await self._work(identity, probe, executor, containers.engine, inventory, found, journal, transfers, stop)
+            await self._work(identity, rented, journal, transfers, stop)
         finally:
             await transfers.close()
             await executor.close()
             journal.close()
-            probe.close()
+            rented.watched.close()
 
     async def _work(
         self,
         identity: Identity,
-        probe: Probe,
-        executor: Executor,
-        engine: str,
-        inventory: machine_pb2.Inventory,
-        found: Inventory,
+        rented: Rented,
         journal: Journal,
         transfers: Transfers,
         stop: asyncio.Event,
     ) -> None:
+        watched, executor, found, inventory = rented.watched, rented.executor, rented.found, rented.inventory
         link = Link(identity, self.settings.nats_url)
         shipper = LogShipper(link.logs)
         tools = Tools(
@@ -113,10 +127,10 @@ class Daemon:
             transfers=transfers,
             platform=link,
             sandbox=inventory.sandbox,
-            engine=engine,
+            engine=rented.engine,
             devices=[_grant(gpu) for gpu in found.gpus.devices],
             watch=DeviceWatch(
-                lambda: asyncio.to_thread(probe.sample_gpus),
+                lambda: asyncio.to_thread(watched.sample_gpus),
                 [gpu.index for gpu in found.gpus.devices],
                 shares=inventory.shares_devices or found.simulated,
                 max_celsius=self.settings.max_gpu_celsius,
@@ -124,7 +138,7 @@ class Daemon:
             changed=_nobody_listens,
         )
         leases = LeaseFile(self.settings.state / "leases.json")
-        agent = Agent(self.settings, identity.machine_id, inventory, probe, executor, tools, leases)
+        agent = Agent(self.settings, identity.machine_id, inventory, watched, executor, tools, leases)
         benchmarks = Benchmarks(
             self.settings.state / "benchmark.json", found.gpus.devices, self.settings.benchmark_every_hours
         )
@@ -188,9 +202,13 @@ async def choose_executor(settings: DaemonSettings) -> tuple[ProcessExecutor, Ca
 
 
 def inventory_message(
-    found: Inventory, capabilities: Capabilities, settings: DaemonSettings, containers: Containers
+    found: Inventory,
+    capabilities: Capabilities,
+    settings: DaemonSettings,
+    containers: Containers,
+    plain: str = ProcessExecutor.name,
 ) -> machine_pb2.Inventory:
-    """What the platform is told about this machine."""
+    """What the platform is told about this machine. `plain`: the executor of jobs without an image."""
     problems = [*describe_limits(capabilities.missing), *(note[:MAX_NOTE_LENGTH] for note in containers.notes)]
     if found.gpus.problem:
         problems.append(f"gpu: {found.gpus.problem}")
@@ -223,7 +241,7 @@ def inventory_message(
             for gpu in found.gpus.devices
         ],
         sandbox=capabilities.sandbox.value,
-        executors=[ProcessExecutor.name, *([ContainerExecutor.name] if containers.engine else [])],
+        executors=[plain, *([ContainerExecutor.name] if containers.engine else [])],
         limits_missing=problems,
         daemon_version=_own_version(),
         region=settings.region,
@@ -250,7 +268,8 @@ def _own_version() -> str:
 
 
 @contextlib.contextmanager
-def _locked(path: Path):
+def locked(path: Path):
+    """Only one daemon at a time works in this folder. Raises AlreadyRunning."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -270,24 +289,3 @@ async def _first_of(*events: asyncio.Event) -> None:
     finally:
         for task in waiting:
             task.cancel()
-
-
-def run_daemon(settings: DaemonSettings, on_ready: Callable[[str], None] | None = None) -> None:
-    """Run until SIGTERM or SIGINT; SIGUSR1 ends it too and leaves its jobs running. For a process of its own."""
-    configure_logging(SERVICE_NAME, settings.log_level)
-    configure_tracing(SERVICE_NAME, settings.otlp_endpoint)
-
-    async def main() -> None:
-        stop = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
-
-        def hand_over() -> None:
-            settings.keep_attempts_on_stop = True
-            stop.set()
-
-        loop.add_signal_handler(signal.SIGUSR1, hand_over)
-        await Daemon(settings, on_ready).run(stop)
-
-    asyncio.run(main())

@@ -1,16 +1,19 @@
 """What the daemon is told: a TOML file, `DANTE_DAEMON_*` in the environment, flags."""
 
 import difflib
+import ipaddress
 import os
+import shlex
 import tomllib
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, IPvAnyAddress, SecretStr, ValidationError, field_validator
+from pydantic import Field, IPvAnyAddress, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from dantegpu.daemon.executors.container.escapes import ALL_NAMES
 from dantegpu.daemon.owner import Hours
+from dantegpu.domain.gpus import find_known_gpu, nearest_gpu_name
 from dantegpu.domain.units import MemoryRange
 from dantegpu.kit.settings import SettingsError
 
@@ -46,8 +49,35 @@ class DaemonSettings(BaseSettings):
     reserve_cpus: float = Field(default=0.0, ge=0, description="cores that are never rented out")
     reserve_memory: str = Field(default="", description='memory that is never rented out, such as "4GB"')
     idle_command: str = Field(default="", description="your own command, run while nothing is rented; unsandboxed")
+    executor: Literal["process", "slurm"] = Field(
+        default="process", description="slurm: each node of the cluster behind Slurm's commands is a machine for rent"
+    )
+    slurm_conf: Path | None = Field(default=None, description="Slurm's own settings; default: where Slurm looks")
+    slurm_partition: str = Field(default="", description="where jobs are submitted; only its nodes are rented out")
+    slurm_nodes: str = Field(
+        default="", description='names of the nodes to rent out, by commas, with patterns ("gpu*"); empty: all'
+    )
+    slurm_options: str = Field(default="", description='more options of sbatch, such as "--account=dante --qos=low"')
+    slurm_gpus: str = Field(
+        default="",
+        description='which GPUs the cluster\'s own types are: "big=A100, small=T4"; known names need no entry',
+    )
+    slurm_simulated_gpus: bool = Field(
+        default=False, description="the cluster's GPUs are only names (for development): marked as simulated"
+    )
+    slurm_poll_seconds: float = Field(default=2.0, ge=0.1, le=60, description="how often Slurm's queue is looked at")
+    slurm_start_seconds: float = Field(
+        default=60.0, gt=0, description="a job that Slurm has not started by then is handed back to the platform"
+    )
     sandbox: Literal["auto", "bubblewrap", "none"] = "auto"
     allow_network: bool = Field(default=False, description="jobs that ask for it may use this machine's network")
+    network_open: str = Field(
+        default="", description="private ranges, by commas, that jobs with an image may reach, such as 10.1.0.0/16"
+    )
+    resolvers: str = Field(
+        default="",
+        description="addresses, by commas, that jobs with an image ask for names; empty: the machine's own public ones",
+    )
     containers: str = Field(
         default="auto", description="for jobs with an image: auto (the first engine found), none, or a socket's path"
     )
@@ -85,6 +115,35 @@ class DaemonSettings(BaseSettings):
         _reserved_bytes(text)
         return text
 
+    @field_validator("slurm_gpus")
+    @classmethod
+    def _gpus_are_known(cls, text: str) -> str:
+        _gpu_types(text)
+        return text
+
+    @field_validator("slurm_options")
+    @classmethod
+    def _options_are_readable(cls, text: str) -> str:
+        shlex.split(text)
+        return text
+
+    @model_validator(mode="after")
+    def _fits_a_cluster(self) -> Self:
+        """What would be done on the daemon's own machine says nothing about a cluster's nodes."""
+        useless = ("simulate_gpus", "share_gpus", "idle_command", "ops_listen", "max_gpu_celsius", "address")
+        if self.executor == "slurm" and (given := [name for name in useless if getattr(self, name)]):
+            raise ValueError(f"{given[0]} has no meaning with executor = slurm; leave it out")
+        return self
+
+    @property
+    def slurm_gpu_types(self) -> dict[str, str]:
+        """Type in the cluster -> model."""
+        return _gpu_types(self.slurm_gpus)
+
+    @property
+    def slurm_node_patterns(self) -> list[str]:
+        return _listed(self.slurm_nodes)
+
     @property
     def reserved_memory_bytes(self) -> int:
         return _reserved_bytes(self.reserve_memory)
@@ -99,6 +158,26 @@ class DaemonSettings(BaseSettings):
     @property
     def accepted_escapes(self) -> list[str]:
         return _listed(self.accept_escapes)
+
+    @field_validator("network_open")
+    @classmethod
+    def _ranges_are_readable(cls, text: str) -> str:
+        _ranges(text)
+        return text
+
+    @field_validator("resolvers")
+    @classmethod
+    def _addresses_are_readable(cls, text: str) -> str:
+        _addresses(text)
+        return text
+
+    @property
+    def network_open_ranges(self) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
+        return _ranges(self.network_open)
+
+    @property
+    def resolver_addresses(self) -> list[ipaddress.IPv4Address]:
+        return _addresses(self.resolvers)
 
     @property
     def local_images_list(self) -> list[str]:
@@ -122,6 +201,30 @@ class DaemonSettings(BaseSettings):
             lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
             raise SettingsError(f"the daemon's settings ({where}) are wrong: " + "; ".join(lines)) from error
         return settings.model_copy(update={"state": settings.state.expanduser().absolute()})
+
+
+def _gpu_types(text: str) -> dict[str, str]:
+    """Raises ValueError."""
+    found: dict[str, str] = {}
+    for part in _listed(text):
+        kind, equals, model = (word.strip() for word in part.partition("="))
+        if not equals or not kind:
+            raise ValueError(f"{part!r} is not TYPE=MODEL")
+        if find_known_gpu(model) is None:
+            nearest = nearest_gpu_name(model)
+            raise ValueError(f"unknown GPU {model!r}" + (f"; did you mean {nearest!r}?" if nearest else ""))
+        found[kind] = model
+    return found
+
+
+def _ranges(text: str) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
+    """Raises ValueError, which says what is wrong with which of them."""
+    return [ipaddress.ip_network(part) for part in _listed(text)]
+
+
+def _addresses(text: str) -> list[ipaddress.IPv4Address]:
+    """Raises ValueError. IPv4 alone: a job's network has nothing else."""
+    return [ipaddress.IPv4Address(part) for part in _listed(text)]
 
 
 def _reserved_bytes(text: str) -> int:

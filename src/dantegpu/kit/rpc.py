@@ -212,11 +212,16 @@ def served(method: str, behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Call
 @contextmanager
 def serving(method: str, *, actor: Actor, request_id: str, traceparent: str) -> Generator[None]:
     """What a call of `method` by `actor` sees, for one of several calls that came in one message."""
+    outer_actor, outer_request_id = current_actor(), current_request_id()
     set_current_actor(actor)
     set_request_id(request_id)
-    with span(f"rpc {method}", traceparent, SpanKind.SERVER):
-        log.debug("rpc", method=method)
-        yield
+    try:
+        with span(f"rpc {method}", traceparent, SpanKind.SERVER):
+            log.debug("rpc", method=method)
+            yield
+    finally:
+        set_current_actor(outer_actor)
+        set_request_id(outer_request_id)
 
 
 def error_detail(error: ServiceError) -> common_pb2.ErrorDetail:

@@ -51,6 +51,7 @@ async def _look() -> list[Finding]:
     findings += await _sandbox()
     findings.append(_gpus())
     findings += await _containers()
+    findings += await _cluster()
     return findings
 
 
@@ -107,6 +108,28 @@ def _gpus() -> Finding:
     names = [gpu.model for gpu in gpus.devices]
     advice = "" if names else gpus.problem or "without an NVIDIA driver this machine rents out its CPUs only"
     return Finding("gpus", bool(names), False, ", ".join(names) or "none found", advice)
+
+
+async def _cluster() -> list[Finding]:
+    """The Slurm cluster behind this machine's commands, where there are any."""
+    from dantegpu.daemon.cluster import rented_nodes, site_of
+    from dantegpu.daemon.executors.base import ExecutorError
+    from dantegpu.daemon.settings import DaemonSettings
+
+    settings = DaemonSettings.load()
+    if settings.executor != "slurm" and shutil.which("sbatch") is None:
+        return []
+    try:
+        nodes = rented_nodes(await site_of(settings).slurm.nodes(), settings)
+    except ExecutorError as error:
+        return [Finding("slurm", False, settings.executor == "slurm", "not usable", str(error))]
+    usable = [node for node in nodes if not node.problem]
+    gpus = sum(len(node.gpu_types) for node in usable)
+    found = f"{len(usable)} of {len(nodes)} nodes take jobs, {gpus} GPUs"
+    advice = "; ".join(f"{node.name}: {node.problem}" for node in nodes if node.problem)
+    if usable and settings.executor != "slurm":
+        advice = "rent them out with: dante provider join URL --token TOKEN --executor slurm"
+    return [Finding("slurm", bool(usable), settings.executor == "slurm", found, advice)]
 
 
 async def _containers() -> list[Finding]:

@@ -14,6 +14,11 @@ _share = click.option("--share-gpus", is_flag=True, help="Jobs of one team may s
 _sandbox = click.option(
     "--sandbox", type=click.Choice(["auto", "bubblewrap", "none"]), help="none: only your own team's jobs come here."
 )
+_executor = click.option(
+    "--executor",
+    type=click.Choice(["process", "slurm"]),
+    help="slurm: rent out the nodes of the cluster that this machine submits to, each as a machine.",
+)
 
 
 @click.command("join")
@@ -26,6 +31,7 @@ _sandbox = click.option(
 @_network
 @_share
 @_sandbox
+@_executor
 def join(url: str, token: str, **options: Any) -> None:
     """Make this machine a provider of the platform at URL and run its daemon until it is told to stop."""
     _run({"gateway_url": url, "join_token": token, **options})
@@ -39,6 +45,7 @@ def join(url: str, token: str, **options: Any) -> None:
 @_network
 @_share
 @_sandbox
+@_executor
 def run(**options: Any) -> None:
     """Run the daemon of a machine that has joined before."""
     _run(options)
@@ -46,9 +53,11 @@ def run(**options: Any) -> None:
 
 def _run(flags: dict[str, Any]) -> None:
     from dantegpu.daemon.enrol import EnrolmentRefused
+    from dantegpu.daemon.executors.base import ExecutorError
     from dantegpu.daemon.journal import JournalError
-    from dantegpu.daemon.module import AlreadyRunning, run_daemon
+    from dantegpu.daemon.module import AlreadyRunning
     from dantegpu.daemon.probe.devices import InvalidSimulation
+    from dantegpu.daemon.running import run_daemon
     from dantegpu.daemon.settings import DaemonSettings
     from dantegpu.kit.settings import SettingsError
 
@@ -57,5 +66,5 @@ def _run(flags: dict[str, Any]) -> None:
         run_daemon(
             settings, lambda machine_id: click.echo(f"joined as {machine_id}; Ctrl-C stops the daemon", err=True)
         )
-    except (SettingsError, EnrolmentRefused, AlreadyRunning, JournalError, InvalidSimulation) as error:
+    except (SettingsError, EnrolmentRefused, AlreadyRunning, JournalError, InvalidSimulation, ExecutorError) as error:
         raise click.ClickException(str(error)) from error

@@ -457,6 +457,9 @@ class JobSpec(Request):
             for name in ("entrypoint", "registry_auth"):
                 if getattr(self, name):
                     raise field_error("needs_image", f"{name!r} needs an 'image'", expected="an image")
+        if self.image and self.network and self.nodes > 1:
+            text = "'nodes' of a job with an image cannot reach one another yet; leave 'image' or 'network' out"
+            raise field_error("not_supported_yet", text, expected="one node, no network or no image")
         if self.entrypoint and self.commands:
             text = "'entrypoint' goes with 'command'; 'commands' are run by the image's own shell"
             raise field_error("entrypoint", text, expected="'command' instead of 'commands'")

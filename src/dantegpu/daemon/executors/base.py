@@ -42,6 +42,10 @@ class AlreadyStarted(ExecutorError):
     """The attempt was started before, by this daemon or by one that died: adopt it instead."""
 
 
+class NoRoom(ExecutorError):
+    """The place that the platform gave it is taken by work that is none of the platform's: it gave way, unstarted."""
+
+
 class UnknownHandle(ExecutorError):
     """The handle is of another executor or version."""
 
@@ -101,6 +105,8 @@ class AttemptSpec:
     entrypoint: tuple[str, ...] = ()
     working_dir: str = ""
     shm_bytes: int = 0
+    max_seconds: int = 0
+    """The daemon ends it then. A cluster is told too, for the time in which no daemon runs."""
 
     def __post_init__(self) -> None:
         if self.image is None and (not self.command or not self.command[0]):
@@ -142,6 +148,25 @@ class Adoption(enum.StrEnum):
     ENDED = "ended"
 
 
+class InterruptedBy(enum.StrEnum):
+    """Who ended an attempt that neither the daemon nor the job itself has ended."""
+
+    OWNER = "owner"
+    """The machine's owner, or a rule of his, took the place back: another job's turn, an administrator's command."""
+    FAULT = "fault"
+    """The machine failed, or does not offer what the job was promised."""
+    TIME_LIMIT = "time_limit"
+    """The job's own maximum duration, kept by the cluster while no daemon was there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Interruption:
+    """What a cluster did to an attempt; `message` is for people."""
+
+    by: InterruptedBy
+    message: str
+
+
 @dataclass(frozen=True, slots=True)
 class ExitStatus:
     """How an attempt ended. `exit_code` follows the shell (128 + signal); None: nobody saw the end (`lost`)."""
@@ -149,6 +174,8 @@ class ExitStatus:
     exit_code: int | None
     oom_killed: bool = False
     stop_reason: StopReason | None = None
+    interruption: Interruption | None = None
+    """Only of executors behind which somebody else schedules; `exit_code` is None then."""
 
     @property
     def lost(self) -> bool:
@@ -197,6 +224,8 @@ class Executor(ABC):
     """Every method may be called again after a crash; none blocks the event loop for long."""
 
     name: str
+    queues = False
+    """Whether `start` may wait in somebody else's queue. `stop` ends that wait, too."""
 
     @abstractmethod
     async def probe(self) -> Capabilities:
@@ -211,7 +240,7 @@ class Executor(ABC):
 
     @abstractmethod
     async def start(self, handle: Handle, spec: AttemptSpec) -> None:
-        """Run the command, once for ever; returns when it runs. Raises AlreadyStarted, SandboxFailed."""
+        """Run the command, once for ever; returns when it runs. Raises AlreadyStarted, SandboxFailed, NoRoom."""
 
     @abstractmethod
     async def adopt(self, handle: Handle) -> Adoption:

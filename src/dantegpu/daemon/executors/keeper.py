@@ -5,7 +5,7 @@ about a megabyte of its own. Each cell joins its control groups once and then ru
 the parent of what it starts, notes how that ended, and leaves only when its daemon is gone and nothing of it runs.
 
 Daemon to keeper, one packet per cell: the files to join the groups by, with one end of the cell's line.
-Daemon to cell: 4 bytes of length and a JSON object per attempt, see `_Request`.
+Daemon to cell: 4 bytes of length and a JSON object per attempt, see `Request`.
 Cell to daemon, a line each: `parked PID TICKS` or `broken WHY`, then per attempt `running` or `failed WHY` and at its
 end `exit CODE`, or only `already`.
 """
@@ -33,7 +33,7 @@ _SHELL = "/bin/sh"
 _DEFAULT_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
-class _Request(TypedDict):
+class Request(TypedDict):
     """One attempt: what to execute. `arguments`: descriptor -> what the program reads from it, NUL between parts."""
 
     directory: str
@@ -45,8 +45,10 @@ class _Request(TypedDict):
     sandbox: bool
 
 
-class _Cell:
-    def __init__(self, line: socket.socket, groups: Sequence[str]) -> None:
+class CellProcess:
+    """Runs attempts in its control groups. Without a line to a daemon (in a cluster's job) it says nothing."""
+
+    def __init__(self, line: socket.socket | None, groups: Sequence[str]) -> None:
         self._line = line
         self._groups = groups
         self._pid = os.getpid()
@@ -57,15 +59,19 @@ class _Cell:
     def live(self) -> None:
         """Park, serve, and return when the daemon is gone and nothing runs."""
         os.setsid()
+        self.join()
+        self.say(f"parked {self._pid} {self._ticks}")
+        while (request := self._receive()) is not None:
+            self.run(request)
+
+    def join(self) -> None:
+        """Become a member of the groups. Raises OSError."""
         for procs in self._groups:
             _write(procs, "0")
         _write_optional("/proc/self/comm", "dante-cell")
         with open("/proc/self/stat", encoding="latin-1") as stat:
             self._ticks = int(stat.read().rpartition(")")[2].split()[19])
         self._protect(protected=True)
-        self.say(f"parked {self._pid} {self._ticks}")
-        while (request := self._receive()) is not None:
-            self._run(request)
 
     def _protect(self, *, protected: bool) -> None:
         """A job out of memory is killed, not the cell that notes how it ended. Only root may ask for that."""
@@ -73,12 +79,15 @@ class _Cell:
             _write_optional("/proc/self/oom_score_adj", "-1000" if protected else "0")
 
     def say(self, text: str) -> None:
+        """Tell the daemon."""
+        if self._line is None:
+            return
         try:
             self._line.sendall(f"{text}\n".encode())
         except OSError:
             return  # The daemon has died. The files that the cell leaves tell the next one.
 
-    def _receive(self) -> _Request | None:
+    def _receive(self) -> Request | None:
         size = self._read_exactly(4)
         text = self._read_exactly(int.from_bytes(size, "big")) if size else b""
         return json.loads(text) if text else None
@@ -86,7 +95,7 @@ class _Cell:
     def _read_exactly(self, count: int) -> bytes:
         """Empty when the daemon went away first: half a request starts nothing."""
         data = b""
-        while len(data) < count:
+        while len(data) < count and self._line is not None:
             try:
                 chunk = self._line.recv(count - len(data))
             except OSError:
@@ -98,7 +107,8 @@ class _Cell:
 
     # --- one attempt --------------------------------------------------------------------------------------------------
 
-    def _run(self, request: _Request) -> None:
+    def run(self, request: Request) -> None:
+        """One attempt, from its mark `started` to its mark `exit`."""
         directory = request["directory"]
         try:
             # The one place where an attempt is started: an exclusive create, so a second cell for the same one leaves.
@@ -122,7 +132,7 @@ class _Cell:
             code = -1  # The attempt was destroyed, or the disk is full: then nobody knows how it ended.
         self.say(f"exit {code}")
 
-    def _plain(self, request: _Request, log: int) -> int:
+    def _plain(self, request: Request, log: int) -> int:
         command, env = request["argv"], request["env"]
         try:
             os.chdir(request["cwd"])
@@ -146,7 +156,7 @@ class _Cell:
         self.say("running")
         return _exit_code(pid)
 
-    def _sandboxed(self, request: _Request, log: int) -> int:
+    def _sandboxed(self, request: Request, log: int) -> int:
         """The sandbox stays in the cell's session; the job has one of its own. It says by a pipe that it runs."""
         ready, said = os.pipe()
         opened = [(said, READY)]
@@ -278,7 +288,7 @@ def _kill(descriptor: int) -> None:
 def _new_cell(control: socket.socket, line: socket.socket, groups: Sequence[str]) -> NoReturn:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     control.close()
-    cell = _Cell(line, groups)
+    cell = CellProcess(line, groups)
     try:
         cell.live()
     except OSError as error:
@@ -287,14 +297,18 @@ def _new_cell(control: socket.socket, line: socket.socket, groups: Sequence[str]
     os._exit(0)
 
 
-def main() -> None:
-    """Fork a cell for each packet, until the daemon is gone."""
-    os.setsid()
-    # What a cell opens must not lie where its jobs get theirs.
+def prepare_process() -> None:
+    """What a cell opens must not lie where its jobs get theirs; its jobs leave no core files."""
     while os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC) < FIRST_FREE_DESCRIPTOR:
         pass
     os.umask(0o022)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def main() -> None:
+    """Fork a cell for each packet, until the daemon is gone."""
+    os.setsid()
+    prepare_process()
     _write_optional("/proc/self/comm", "dante-keeper")
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     control = socket.socket(fileno=os.dup(CONTROL))

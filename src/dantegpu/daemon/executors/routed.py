@@ -42,6 +42,10 @@ class RoutedExecutor(Executor):
             raise UnknownHandle(f"this machine has no executor {handle.executor!r} any more")
         return executor
 
+    @property
+    def queues(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return any(executor.queues for executor in self._by_name.values())
+
     async def probe(self) -> Capabilities:
         return await self._plain.probe()
 

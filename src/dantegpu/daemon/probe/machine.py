@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 from urllib.parse import urlsplit
 
 import psutil
@@ -43,6 +43,20 @@ class Utilisation:
     cpu: float
     memory_used_bytes: int
     gpus: Sequence[GpuSample]
+
+
+class Watched(Protocol):
+    """What the daemon asks again and again of what it rents out: its own machine, or a cluster's node."""
+
+    def utilisation(self) -> Utilisation: ...
+
+    def sample_gpus(self) -> Sequence[GpuSample]: ...
+
+    def closed(self) -> str:
+        """Why nothing new may be placed on it now; empty when it may."""
+        ...
+
+    def close(self) -> None: ...
 
 
 class Probe:
@@ -93,6 +107,9 @@ class Probe:
         """Every real GPU, as it is right now."""
         with self._sampling:
             return [sample for driver in self._drivers for sample in driver.sample()]
+
+    def closed(self) -> str:
+        return ""
 
     def close(self) -> None:
         for driver in self._drivers:

@@ -44,6 +44,7 @@ from dantegpu.daemon.executors.container.engine import (
     Json,
 )
 from dantegpu.daemon.executors.container.images import Images
+from dantegpu.daemon.executors.container.network import FilterFailed, NetworkPolicy, Networks
 from dantegpu.daemon.executors.container.plan import (
     MAPPED_UIDS,
     Plan,
@@ -79,9 +80,10 @@ _NEVER_STARTED = ("created", "configured", "initialized")
 
 @dataclass(frozen=True, slots=True)
 class ContainerLimits:
-    """What the machine's owner allows. `local_images`: patterns of names that are used without asking a registry."""
+    """What the machine's owner allows. `network`: None: jobs get none. `local_images`: patterns of names that are used
+    without asking a registry."""
 
-    allow_network: bool = False
+    network: NetworkPolicy | None = None
     image_cache_bytes: int = 100 << 30
     local_images: Sequence[str] = ()
     accepted_escapes: frozenset[str] = frozenset()
@@ -95,17 +97,20 @@ class _Place:
     container: str
     slot: int
     user: User
+    network: str = ""
+    """Of its own, called like the container; empty: none."""
 
     def dumps(self) -> str:
         user = [self.user.inside, self.user.host, self.user.mapped_from]
-        return json.dumps({"version": 1, "container": self.container, "slot": self.slot, "user": user})
+        place = {"container": self.container, "slot": self.slot, "user": user, "network": self.network}
+        return json.dumps({"version": 1, **place})
 
     @classmethod
     def loads(cls, text: str) -> "_Place":
         raw = json.loads(text)
         if raw.get("version") != 1:
             raise UnknownHandle(f"handle version {raw.get('version')!r} is not of this daemon's version")
-        return cls(raw["container"], raw["slot"], User(*raw["user"]))
+        return cls(raw["container"], raw["slot"], User(*raw["user"]), raw.get("network", ""))
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +166,8 @@ class ContainerExecutor(Executor):
         self._slots: set[int] = set()
         checksum = zlib.crc32(os.fsencode(workspace.root.absolute()))
         self._label = f"{checksum:08x}"
+        allowed = self._limits.network
+        self._networks = Networks(self._engine, self._label, allowed or NetworkPolicy())
         self._uid_base = FIRST_UID + checksum % UID_BLOCKS * MAPPED_UIDS
 
     # --- what works here ----------------------------------------------------------------------------------------------
@@ -207,7 +214,10 @@ class ContainerExecutor(Executor):
         missing = {"container": problem} if problem else {}
         kind = SandboxKind.NONE if problem else SandboxKind(facts.name)
         limits = frozenset({"cpu", "memory", "pids"})
-        network = self._limits.allow_network
+        network = self._limits.network is not None and not problem
+        if network and (lacking := await self._networks.problem(facts)):
+            network = False
+            missing["network"] = lacking
         return _Known(facts, Capabilities(kind, limits, missing, network), findings.accepted)
 
     @staticmethod
@@ -253,8 +263,9 @@ class ContainerExecutor(Executor):
             raise AttemptRefused(f"this machine runs no containers: {capabilities.missing['container']}")
         if spec.image is None:
             raise AttemptRefused("a container needs an image")
-        if spec.network:
-            raise AttemptRefused("this machine gives jobs no network")
+        if spec.network and not capabilities.network:
+            why = capabilities.missing.get("network", "its owner allows none")
+            raise AttemptRefused(f"this machine gives jobs with an image no network: {why}")
         known = folder.read_handle()
         if known is not None:
             handle = Handle.loads(known)
@@ -263,7 +274,8 @@ class ContainerExecutor(Executor):
                 return handle
         else:
             slot = self._new_slot()
-            place = _Place(f"dante-{self._label}-{spec.attempt_id}", slot, self._user(slot, facts))
+            name = f"dante-{self._label}-{spec.attempt_id}"
+            place = _Place(name, slot, self._user(slot, facts), name if spec.network else "")
             handle = Handle(self.name, spec.attempt_id, place.dumps())
         devices = gpus.choose(spec.devices, facts, self._limits.cdi_folders)
         async with self._images.ready(spec.image, progress) as image:
@@ -273,8 +285,13 @@ class ContainerExecutor(Executor):
             # Before the container: what a crash leaves behind must be findable.
             folder.write_handle(handle.dumps())
             labels = {LABEL_WORKSPACE: self._label, LABEL_ATTEMPT: str(spec.attempt_id)}
-            profile = self._profile if facts.seccomp_profile is not None else None
-            plan = Plan(place.container, image, spec, folder, place.user, labels, gpus=devices, seccomp_profile=profile)
+            plan = Plan(
+                place.container, image, spec, folder, place.user, labels, place.network,
+                self._networks.resolvers if place.network else (), devices,
+                self._profile if facts.seccomp_profile is not None else None,
+            )  # fmt: skip
+            if place.network:
+                await self._networks.make(place.network, place.slot, labels)
             await self._create(plan, facts)
         return handle
 
@@ -314,6 +331,8 @@ class ContainerExecutor(Executor):
     async def adopt(self, handle: Handle) -> Adoption:
         place, folder = self._open(handle)
         self._slots.add(place.slot)
+        if place.network:
+            await self._filter_again(handle)
         state = await self._state(place)
         if state is None:
             return Adoption.ENDED if folder.started.exists() else Adoption.NOT_STARTED
@@ -323,6 +342,15 @@ class ContainerExecutor(Executor):
             folder.started.unlink(missing_ok=True)
             return Adoption.NOT_STARTED
         return Adoption.RUNNING if state.running else Adoption.ENDED
+
+    async def _filter_again(self, handle: Handle) -> None:
+        """A machine's administrator may have flushed all rules while no daemon ran."""
+        await self.probe()
+        try:
+            await self._networks.hold()
+        except FilterFailed as error:
+            log.error("job_without_network_filter_ended", attempt_id=str(handle.attempt_id), error=str(error))
+            await self.stop(handle, grace_seconds=0, reason=StopReason.REQUESTED)
 
     async def wait(self, handle: Handle) -> ExitStatus:
         place, folder = self._open(handle)
@@ -395,6 +423,8 @@ class ContainerExecutor(Executor):
     async def destroy(self, handle: Handle) -> None:
         place, folder = self._open(handle)
         await self._engine.remove(place.container)
+        if place.network:
+            await self._networks.remove(place.network)
         await asyncio.to_thread(folder.remove)
         self._slots.discard(place.slot)
 
@@ -422,6 +452,9 @@ class ContainerExecutor(Executor):
             for found in await self._engine.containers(f"{LABEL_WORKSPACE}={self._label}"):
                 if (found.get("Labels") or {}).get(LABEL_ATTEMPT) not in wanted:
                     await self._engine.remove(str(found["Id"]))
+            for network, labels in await self._engine.networks(f"{LABEL_WORKSPACE}={self._label}"):
+                if labels.get(LABEL_ATTEMPT) not in wanted:
+                    await self._networks.remove(network)
         for folder in self._workspace.attempts():
             text = folder.read_handle()
             if folder.root.name in wanted or text is None:

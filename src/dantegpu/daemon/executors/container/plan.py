@@ -100,6 +100,8 @@ class Plan:
     labels: Mapping[str, str]
     network: str = ""
     """Name of the engine's network; empty: none."""
+    resolvers: Sequence[str] = ()
+    """Whom to ask for names, where there is a network."""
     gpus: Gpus = field(default_factory=Gpus)
     seccomp_profile: Path | None = None
 
@@ -167,6 +169,7 @@ def docker_body(plan: Plan) -> Json:
     env = [*(f"{name}={text}" for name, text in plan.environment.items()), *plan.removed]
     host: Json = {
         "NetworkMode": plan.network or "none",
+        "Dns": list(plan.resolvers),
         "ReadonlyRootfs": True,
         "Privileged": False,
         "CapDrop": ["ALL"],
@@ -258,7 +261,7 @@ def podman_body(plan: Plan) -> Json:
     if plan.seccomp_profile is not None:
         body["seccomp_profile_path"] = str(plan.seccomp_profile)
     if plan.network:
-        body |= {"netns": {"nsmode": "bridge"}, "Networks": {plan.network: {}}}
+        body |= {"netns": {"nsmode": "bridge"}, "Networks": {plan.network: {}}, "dns_server": list(plan.resolvers)}
     else:
         body["netns"] = {"nsmode": "none"}
     if user.mapped_from is not None:

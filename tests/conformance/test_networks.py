@@ -1,0 +1,141 @@
+"""The network of a job with an image: a small internet in network namespaces, and what a job reaches of it."""
+
+import asyncio
+import contextlib
+import ipaddress
+import json
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from dantegpu.daemon.executors.base import AttemptRefused
+from dantegpu.daemon.executors.container import ContainerExecutor
+from dantegpu.daemon.executors.container.network import NetworkPolicy, public_resolvers
+from dantegpu.daemon.workspace import Workspace
+from tests.fixtures.executors import Bench, ContainerKind, a_job, a_python_job, container_limits
+from tests.fixtures.namespaces import a_namespace, ip, listen, run_in
+
+PORT = 8080
+MACHINE, ROUTER, INTERNET, OPENED = "5.5.5.2", "5.5.5.1", "9.9.9.9", "10.200.0.1"
+NEAR = ("10.9.0.1", "172.20.0.1", "192.168.7.1", "100.100.0.1", "169.254.169.254", "168.63.129.16", "198.51.100.7")
+
+PROBE = """
+import json, socket, sys
+
+def reach(address):
+    try:
+        socket.create_connection((address, 8080), 2).close()
+    except OSError as error:
+        return type(error).__name__
+    return "reached"
+
+print(json.dumps({address: reach(address) for address in sys.argv[1:]}))
+"""
+LISTENER = """
+import socket, time
+server = socket.create_server(("0.0.0.0", 8080))
+way = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+way.connect(("9.9.9.9", 9))
+print("address", way.getsockname()[0], "listens", flush=True)
+time.sleep(600)
+"""
+
+
+@dataclass(frozen=True)
+class Around:
+    """The engines' namespace, which is the machine, and a router behind which everything else is."""
+
+    machine: str
+    listening: list[socket.socket]
+
+    def reached_from_the_machine(self) -> set[str]:
+        addresses = (INTERNET, OPENED, *NEAR, MACHINE)
+        return {address for address in addresses if run_in(self.machine, lambda a=address: _connects(a))}
+
+
+def _connects(address: str) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((address, PORT), 2):
+        return True
+    return False
+
+
+@pytest.fixture
+def around(engine_namespace: str) -> Iterator[Around]:
+    for router in a_namespace(f"dante-router-{os.getpid()}"):
+        ip("link", "add", "up0", "netns", engine_namespace, "type", "veth", "peer", "name", "down0", "netns", router)
+        for name, link, address in ((engine_namespace, "up0", MACHINE), (router, "down0", ROUTER)):
+            ip("-n", name, "address", "add", f"{address}/24", "dev", link)
+            ip("-n", name, "link", "set", link, "up")
+        for address in (INTERNET, OPENED, *NEAR):
+            ip("-n", router, "address", "add", f"{address}/32", "dev", "lo")
+        ip("-n", engine_namespace, "route", "add", "default", "via", ROUTER)
+        servers = [run_in(name, lambda: listen(PORT)) for name in (engine_namespace, router)]
+        yield Around(engine_namespace, servers)
+        for server in servers:
+            server.close()
+        ip("-n", engine_namespace, "link", "del", "up0")
+
+
+class Networked(ContainerKind):
+    """The owner lets jobs out, and opens one private address to them."""
+
+    def make(self, folder: Path) -> ContainerExecutor:
+        policy = NetworkPolicy((ipaddress.ip_network(f"{OPENED}/32"),))
+        return ContainerExecutor(Workspace(folder), self.socket, container_limits(network=policy))
+
+
+def bridges() -> list[str]:
+    return [name for _, name in socket.if_nameindex() if name.startswith("dn")]
+
+
+@pytest.mark.needs("nft")
+def test_a_job_reaches_the_internet_and_nothing_near_and_leaves_no_network(
+    container_kind: ContainerKind, around: Around, short_dir: Path
+):
+    async def scenario() -> tuple[dict[str, str], list[list[str]]]:
+        bench = Bench(Networked(container_kind.socket), short_dir / "data")
+        assert (await bench.executor.probe()).network
+        other = await bench.start(a_python_job(LISTENER, network=True))
+        beside = (await bench.until_logged(other, "listens")).split()[1]
+        asked = (INTERNET, OPENED, MACHINE, beside, f"{beside.rpartition('.')[0]}.{gateway_of(beside)}", *NEAR)
+        _, text = await bench.run(a_job("python3", "-c", PROBE, *asked, network=True))
+        seen = [bridges()]
+        # A daemon that was killed in between leaves its network behind, for the next one to sweep.
+        await bench.executor.close()
+        after = Networked(container_kind.socket).make(short_dir / "data")
+        await after.sweep(set())
+        await after.close()
+        return json.loads(text), [*seen, bridges()]
+
+    def gateway_of(address: str) -> int:
+        return int(address.rpartition(".")[2]) // 16 * 16 + 1
+
+    assert around.reached_from_the_machine() == {INTERNET, OPENED, *NEAR, MACHINE}
+    reached, seen = run_in(around.machine, lambda: asyncio.run(scenario()))
+    assert {address for address, result in reached.items() if result == "reached"} == {INTERNET, OPENED}
+    assert [len(names) for names in seen] == [1, 0]
+
+
+@pytest.mark.needs("nft")
+async def test_an_engine_in_another_network_than_the_daemon_gives_jobs_none(
+    container_kind: ContainerKind, short_dir: Path
+):
+    executor = Networked(container_kind.socket).make(short_dir / "data")
+    capabilities = await executor.probe()
+    assert not capabilities.network
+    assert "in another network than the daemon" in capabilities.missing["network"]
+    with pytest.raises(AttemptRefused, match="in another network"):
+        await executor.prepare(container_kind.fit(a_job("true", network=True)))
+    await executor.close()
+
+
+def test_a_job_asks_only_resolvers_that_it_can_reach(tmp_path: Path):
+    path = tmp_path / "resolv.conf"
+    path.write_text("search lan\nnameserver 192.168.1.1\nnameserver fe80::1\nnameserver 8.8.4.4\n")
+    assert public_resolvers(path) == ["8.8.4.4"]
+    path.write_text("nameserver 127.0.0.53\n")
+    assert public_resolvers(path) == ["9.9.9.9", "1.1.1.1"]
