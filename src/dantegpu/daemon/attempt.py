@@ -57,8 +57,7 @@ DISK_FACTOR = 4
 """A log this many times over its limit ends the attempt: the limit cuts what is sent, this protects the disk."""
 WATCH_SECONDS = 1.0
 STARTING_MAX = 16
-"""Of many attempts that come together so many start at once: the first end, and lend their cells to the next ones,
-before the last begin."""
+"""So many start at once: of many that come together, the first lend their cells to the last."""
 ADOPTED_SEQ_STEP = 1000
 """Not every change is in the journal: after a restart, reports are numbered above all that may have been told."""
 
@@ -93,7 +92,6 @@ class Tools:
     changed: "Callable[[Attempt], None]"
     """Called after each change of `row.status`."""
     starting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(STARTING_MAX))
-    """Held while an attempt is prepared and started, unless that may take long."""
 
 
 class _Ended(Exception):
@@ -231,21 +229,18 @@ class Attempt:
         self._tools.watch.held(desired.attempt_id, desired.team_id, self.devices)
         takes_long = spec.image is not None or desired.spec.input_sha256 or self._tools.executor.queues
         async with nullcontext() if takes_long else self._tools.starting:
-            await self._prepare_and_start(desired, spec)
+            with span("attempt.prepare"):
+                await self._prepare(desired, spec)
+            self._tools.shipper.add(self._tail)
+            # The intent is on its way to the disk since the attempt was accepted; nothing runs before it is there.
+            await self._tools.journal.committed()
+            self._raise_if_stopped()
+            with span("attempt.start"):
+                try:
+                    await self._start_executor(spec)
+                except AlreadyStarted:
+                    await self._tools.executor.adopt(self._started)
         self._started_at = time.monotonic()
-
-    async def _prepare_and_start(self, desired: machine_pb2.DesiredAttempt, spec: AttemptSpec) -> None:
-        with span("attempt.prepare"):
-            await self._prepare(desired, spec)
-        self._tools.shipper.add(self._tail)
-        # The intent is on its way to the disk since the attempt was accepted; nothing runs before it is there.
-        await self._tools.journal.committed()
-        self._raise_if_stopped()
-        with span("attempt.start"):
-            try:
-                await self._start_executor(spec)
-            except AlreadyStarted:
-                await self._tools.executor.adopt(self._started)
 
     async def _start_executor(self, spec: AttemptSpec) -> None:
         executor = self._tools.executor
