@@ -391,8 +391,7 @@ class Attempt:
                 ending = ending or error
         if not self._fenced and self._handle is not None and not self._tail.complete.is_set() and self._tail.size:
             await _within(self._tail.complete.wait(), LOG_COMPLETE_SECONDS)
-        if self.devices:
-            await self._tools.watch.released(str(self.row.attempt_id), self.devices)
+        await self._tools.watch.released(str(self.row.attempt_id))
         self._report_end(ending, exit_status, results, ran_ms)
 
     def _report_end(

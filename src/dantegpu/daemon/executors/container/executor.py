@@ -81,11 +81,12 @@ _NEVER_STARTED = ("created", "configured", "initialized")
 @dataclass(frozen=True, slots=True)
 class ContainerLimits:
     """What the machine's owner allows. `network`: None: jobs get none. `local_images`: patterns of names that are used
-    without asking a registry."""
+    without asking a registry. `allowed_images`: patterns of names that may run; empty: all."""
 
     network: NetworkPolicy | None = None
     image_cache_bytes: int = 100 << 30
     local_images: Sequence[str] = ()
+    allowed_images: Sequence[str] = ()
     accepted_escapes: frozenset[str] = frozenset()
     cdi_folders: Sequence[Path] = gpus.SPEC_FOLDERS
 
@@ -263,6 +264,8 @@ class ContainerExecutor(Executor):
             raise AttemptRefused(f"this machine runs no containers: {capabilities.missing['container']}")
         if spec.image is None:
             raise AttemptRefused("a container needs an image")
+        if self._limits.allowed_images and not spec.image.reference.matches(self._limits.allowed_images):
+            raise AttemptRefused(f"this machine's owner does not allow the image {spec.image.reference}")
         if spec.network and not capabilities.network:
             why = capabilities.missing.get("network", "its owner allows none")
             raise AttemptRefused(f"this machine gives jobs with an image no network: {why}")

@@ -96,7 +96,8 @@ def pending_of_spec(job_id: JobId, team_id: TeamId, submitted_at: datetime, spec
         request=request_of(spec),
         priority=spec.priority,
         max_price_udgpu_per_hour=spec.max_price_udgpu_per_gpu_hour if has_limit else None,
-        runs_image=bool(spec.image),
+        image=spec.image,
+        network=spec.network,
         nodes=max(spec.nodes, 1),
     )
 

@@ -194,6 +194,8 @@ class Inventory(message.Message):
     BENCHMARK_FIELD_NUMBER: builtins.int
     CLOSED_FIELD_NUMBER: builtins.int
     SHARES_DEVICES_FIELD_NUMBER: builtins.int
+    ALLOWED_IMAGES_FIELD_NUMBER: builtins.int
+    NETWORKS_FIELD_NUMBER: builtins.int
     ADDRESS_FIELD_NUMBER: builtins.int
     hostname: builtins.str
     cpu_milli: builtins.int
@@ -228,6 +230,14 @@ class Inventory(message.Message):
 
     @builtins.property
     def benchmark(self) -> Benchmark: ...
+    @builtins.property
+    def allowed_images(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """patterns of the images that its owner lets run; none: all"""
+
+    @builtins.property
+    def networks(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """jobs that may have one here: plain (without an image), image"""
+
     def __init__(
         self,
         *,
@@ -249,11 +259,13 @@ class Inventory(message.Message):
         benchmark: Benchmark | None = ...,
         closed: builtins.str = ...,
         shares_devices: builtins.bool = ...,
+        allowed_images: abc.Iterable[builtins.str] | None = ...,
+        networks: abc.Iterable[builtins.str] | None = ...,
         address: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["benchmark", b"benchmark"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "benchmark", b"benchmark", "closed", b"closed", "cpu_milli", b"cpu_milli", "cuda_version", b"cuda_version", "daemon_version", b"daemon_version", "devices", b"devices", "disk_bytes", b"disk_bytes", "driver_version", b"driver_version", "executors", b"executors", "hostname", b"hostname", "kernel", b"kernel", "limits_missing", b"limits_missing", "memory_bytes", b"memory_bytes", "os", b"os", "region", b"region", "sandbox", b"sandbox", "shares_devices", b"shares_devices", "simulated", b"simulated"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "allowed_images", b"allowed_images", "benchmark", b"benchmark", "closed", b"closed", "cpu_milli", b"cpu_milli", "cuda_version", b"cuda_version", "daemon_version", b"daemon_version", "devices", b"devices", "disk_bytes", b"disk_bytes", "driver_version", b"driver_version", "executors", b"executors", "hostname", b"hostname", "kernel", b"kernel", "limits_missing", b"limits_missing", "memory_bytes", b"memory_bytes", "networks", b"networks", "os", b"os", "region", b"region", "sandbox", b"sandbox", "shares_devices", b"shares_devices", "simulated", b"simulated"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
