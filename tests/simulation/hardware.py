@@ -289,6 +289,9 @@ class SimProbe:
     def sample_gpus(self) -> list[GpuSample]:
         return []
 
+    def closed(self) -> str:
+        return ""
+
 
 class SimShipper:
     """Logs are stored at once: how they travel is no part of this simulation."""

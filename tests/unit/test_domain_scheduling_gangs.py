@@ -10,7 +10,10 @@ from dantegpu.domain.resources import MachineInfo
 from dantegpu.domain.scheduling import (
     MARGIN_SECONDS,
     Lease,
+    PastShares,
     PendingJob,
+    Policy,
+    Quota,
     RoundPlan,
     Running,
     Snapshot,
@@ -184,3 +187,47 @@ def test_a_waiting_gang_is_told_how_many_nodes_would_start():
     assert why.relaxations[0].text == "nodes 3 -> 2: 2 machines, start now"
     assert explain(Snapshot.from_machines(machines), a_gang(4), T0).reason is QueueReason.TOO_FEW_MACHINES
     assert explain(Snapshot.from_machines(machines), a_gang(3), T0).reason is None
+
+
+def test_large_jobs_take_turns_by_what_their_teams_hold():
+    machine, busy = a_machine(gpus=2), a_machine(gpus=4)
+    ours, theirs = a_small("2", age=60), a_small("2", team=THEM)
+    lease = a_lease(busy, gpus=4, team=ours.team_id)
+    assert started(plan([machine, busy], [ours, theirs], [until(lease, 600)])) == {theirs.id}
+    assert started(plan([machine], [ours, theirs])) == {ours.id}
+
+
+def test_all_nodes_of_a_gang_count_for_its_team():
+    busy, machines = a_machine(gpus=2), [a_machine(gpus=1) for _ in range(4)]
+    running = [until(a_lease(busy, gpus=2, milli=750, team=THEM), 600)]
+    first, ours, theirs = a_gang(2, age=9), a_gang(2, age=8), a_gang(2, age=7, team=THEM)
+    assert started(plan([*machines, busy], [first, ours, theirs], running)) == {first.id, theirs.id}
+
+
+def test_a_gang_that_found_no_place_does_not_count_for_its_team():
+    machines = [a_machine(gpus=1) for _ in range(2)]
+    too_large, ours, theirs = a_gang(3, age=9), a_gang(2, age=8), a_gang(2, age=7, team=THEM)
+    assert started(plan(machines, [too_large, ours, theirs])) == {ours.id}
+
+
+def test_a_large_job_waits_for_its_turn_behind_small_ones_of_teams_that_hold_less():
+    machine, busy = a_machine(gpus=2), a_machine(gpus=4)
+    ours, theirs = a_small("2", age=60), [a_small("1", team=THEM, age=n) for n in range(2)]
+    found = plan([machine, busy], [ours, *theirs], [until(a_lease(busy, gpus=4, team=ours.team_id), 600)])
+    assert started(found) == {job.id for job in theirs}
+
+
+def test_what_a_team_held_lately_counts_against_its_large_jobs():
+    past, machine = PastShares(), a_machine(gpus=2)
+    ours, theirs = a_small("2", age=60), a_small("2", team=THEM)
+    past.feed({ours.team_id: 0.5}, T0)
+    found = plan_round(Snapshot.from_machines([machine]), [], [ours, theirs], now=T0, past=past)
+    assert started(found) == {theirs.id}
+
+
+def test_a_gang_within_its_teams_quota_goes_before_one_that_would_borrow():
+    machines = [a_machine(gpus=1) for _ in range(2)]
+    ours, theirs = a_gang(2, age=60, priority=90), a_gang(2, team=THEM)
+    policy = Policy(quotas={ours.team_id: Quota(1000), THEM: Quota(2000)})
+    found = plan_round(Snapshot.from_machines(machines), [], [ours, theirs], policy, now=T0)
+    assert started(found) == {theirs.id}

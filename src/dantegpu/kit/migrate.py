@@ -1,13 +1,13 @@
 """Schema migrations: numbered SQL files, applied by yoyo-migrations, one schema per service."""
 
 import asyncio
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote, urlencode
 
 import psycopg
-import yoyo
 from psycopg import conninfo, sql
 
 from dantegpu.kit.errors import Unavailable
@@ -47,19 +47,39 @@ class Migrations:
 
 
 def _migrate(dsn: str, schema: str, migrations: Path) -> None:
-    library = cast(Any, yoyo)  # it has no types
-    known = library.read_migrations(str(KIT_MIGRATIONS), str(migrations))
+    folders = (KIT_MIGRATIONS, migrations)
+    # The name of the file is yoyo's id for it.
+    known = {file.stem for folder in folders for file in folder.glob("*.sql")}
     with psycopg.connect(dsn, autocommit=True) as connection:
+        if _applied(connection, schema, known) == known:
+            return
         # yoyo's own lock is a row that a killed process leaves behind; an advisory lock ends with its connection.
         connection.execute("SELECT pg_advisory_lock(hashtext('dante migrate'))")
         connection.execute(sql.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(sql.Identifier(schema)))
-        with library.get_backend(_yoyo_url(dsn, schema)) as backend:
-            pending = backend.to_apply(known)  # also makes yoyo's tables when they are not there yet
-            table = sql.Identifier(schema, "_yoyo_migration")
-            applied = connection.execute(sql.SQL("SELECT migration_id FROM {}").format(table)).fetchall()
-            if unknown := sorted({str(row[0]) for row in applied} - {str(migration.id) for migration in known}):
-                raise NewerData(schema, unknown)
-            backend.apply_migrations(pending)
+        _apply(dsn, schema, folders)
+        _applied(connection, schema, known)
+
+
+def _applied(connection: psycopg.Connection[Any], schema: str, known: set[str]) -> set[str]:
+    """Migrations that the schema has. Raises NewerData."""
+    table = f"{schema}._yoyo_migration"
+    if connection.execute("SELECT to_regclass(%s)", [table]).fetchone() == (None,):
+        return set()
+    name = sql.Identifier(schema, "_yoyo_migration")
+    rows = connection.execute(sql.SQL("SELECT migration_id FROM {}").format(name)).fetchall()
+    applied = {str(row[0]) for row in rows}
+    if unknown := sorted(applied - known):
+        raise NewerData(schema, unknown)
+    return applied
+
+
+def _apply(dsn: str, schema: str, folders: Sequence[Path]) -> None:
+    # Imported late: no start but the first one after an update needs it, its parser of SQL and their memory.
+    import yoyo
+
+    library = cast(Any, yoyo)  # it has no types
+    with library.get_backend(_yoyo_url(dsn, schema)) as backend:
+        backend.apply_migrations(backend.to_apply(library.read_migrations(*map(str, folders))))
 
 
 def _yoyo_url(dsn: str, schema: str) -> str:

@@ -212,6 +212,8 @@ class EmbeddedNats:
 
     def _stop_leftovers(self) -> None:
         """End a server that runs our configuration. We hold the folder's lock, so it belongs to nobody any more."""
+        if not self._config_path.exists():
+            return  # nothing has been started on this folder
         leftovers: list[psutil.Process] = []
         for process in psutil.process_iter(["name"]):
             with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):

@@ -10,6 +10,7 @@ from dantegpu.domain.scheduling.plan import Blocked, DeviceShare, Placement, Pla
 from dantegpu.domain.scheduling.policy import DEFAULT_POLICY, Objective, Policy, Quota, borrowed
 from dantegpu.domain.scheduling.queue import JobGroup, JobQueue, QueuedJob
 from dantegpu.domain.scheduling.ranking import Refusal
+from dantegpu.domain.scheduling.shares import PastShares
 from dantegpu.domain.scheduling.snapshot import Lease, Snapshot, SnapshotBuilder, TeamUse
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "JobQueue",
     "Lease",
     "Objective",
+    "PastShares",
     "PendingJob",
     "Placement",
     "Plan",

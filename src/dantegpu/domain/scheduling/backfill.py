@@ -25,8 +25,11 @@ from dantegpu.domain.scheduling.constraints import (
     prices,
 )
 from dantegpu.domain.scheduling.gangs import Waits, after, place_gang
-from dantegpu.domain.scheduling.plan import Placement, schedule
+from dantegpu.domain.scheduling.ordering import Draw, Order
+from dantegpu.domain.scheduling.plan import Placement, SchedulerState, schedule
 from dantegpu.domain.scheduling.policy import DEFAULT_POLICY, Policy
+from dantegpu.domain.scheduling.queue import JobQueue
+from dantegpu.domain.scheduling.shares import PastShares, Shares
 from dantegpu.domain.scheduling.snapshot import NOBODY, Bools, Ints, Lease, Snapshot
 from dantegpu.domain.units import MILLI_PER_UNIT, format_duration
 
@@ -85,36 +88,46 @@ def plan_round(
     policy: Policy = DEFAULT_POLICY,
     *,
     now: datetime,
+    past: PastShares | None = None,
 ) -> RoundPlan:
     """Place as many as fit, without delaying the first large job that does not.
 
-    Large jobs are looked at by priority, then age; a small job goes before a large one when it has a higher priority
-    or, with the same, is older.
+    Large and small jobs have one order, that of `schedule`: quotas, priority, fair shares, age. `past` is what teams
+    held lately; it is brought up to date.
     """
     jobs = {job.id: job for job in pending}
-    round_ = _Round(snapshot, running, policy, now)
-    ready = [job for job in jobs.values() if job.not_before is None or job.not_before <= now]
-    early = [job for job in jobs.values() if job.not_before is not None and job.not_before > now]
-    round_.unplaced += [Waits(job.id, QueueReason.WAITING_FOR_RETRY) for job in early]
-    small = sorted((job for job in ready if not is_large(job)), key=_rank)
-    for job in sorted(filter(is_large, ready), key=_rank):
-        if round_.reservation is None:
-            before = [each for each in small if _rank(each) < _rank(job)]
-            round_.place_small(before)
-            small = small[len(before) :]
-        round_.place_large(job)
-    round_.place_small(small)
+    past = past or PastShares()
+    shares = Shares(snapshot, policy, past)
+    past.advance(shares.held, policy.half_life_seconds, now)
+    queue = JobQueue()
+    for job in jobs.values():
+        queue.add(job)
+    queue.wake(now)
+    order = Order(queue, policy, shares, lambda _: False)
+    round_ = _Round(snapshot, running, policy, now, past)
+    round_.unplaced += [Waits(job.id, QueueReason.WAITING_FOR_RETRY) for job in queue.sleeping()]
+    small: list[Draw] = []
+    while drawn := order.draw(1):
+        draw = drawn[0]
+        if not is_large(draw.shape.job):
+            small.append(draw)
+            continue
+        if round_.reservation is None and small:
+            # What was drawn before it goes before it. Behind a reservation they only keep out of its way.
+            order.pass_over(round_.place_small(small, jobs))
+            small = []
+        if not round_.place_large(jobs[draw.job.id]):
+            order.pass_over(drawn)
+    round_.place_small(small, jobs)
     return RoundPlan(tuple(round_.placements), tuple(round_.unplaced), round_.reservation)
-
-
-def _rank(job: PendingJob) -> tuple[int, datetime, JobId]:
-    return -job.priority, job.submitted_at, job.id
 
 
 class _Round:
     """What is free as the round goes on, and what is kept for the reservation."""
 
-    def __init__(self, snapshot: Snapshot, running: Sequence[Running], policy: Policy, now: datetime) -> None:
+    def __init__(
+        self, snapshot: Snapshot, running: Sequence[Running], policy: Policy, now: datetime, past: PastShares
+    ) -> None:
         self.placements: list[Placement] = []
         self.unplaced: list[Decision] = []
         self.reservation: Reservation | None = None
@@ -124,13 +137,14 @@ class _Round:
         self._running = list(running)
         self._policy = policy
         self._now = now
+        self._past = past
 
-    def place_large(self, job: PendingJob) -> None:
+    def place_large(self, job: PendingJob) -> bool:
         """Place it now; else reserve its start, unless another job has a reservation already."""
         found, refusal = self._try(job, self._free if self._in_time(job) else self._kept)
         if found:
             self._take(found, [job])
-            return
+            return True
         if self.reservation is None:
             self.reservation = reserve(self._free, self._running, job, self._now)
             if self.reservation is not None:
@@ -138,23 +152,25 @@ class _Round:
                 at = self.reservation.start_at
                 text = f"It starts at {at:%Y-%m-%d %H:%M} UTC at the latest."
                 self.unplaced.append(Waits(job.id, QueueReason.RESERVED, text))
-                return
+                return False
         self.unplaced.extend(refusal)
+        return False
 
-    def place_small(self, jobs: Sequence[PendingJob]) -> None:
-        """Jobs that end in time take what is free, the others what is free and not reserved."""
-        self._schedule([job for job in jobs if self._in_time(job)], self._free)
-        late = {job.id: job for job in jobs if not self._in_time(job)}
-        for decision in self._schedule(list(late.values()), self._kept, tell=False):
-            self.unplaced.append(self._behind(late[decision.job_id], decision))
+    def place_small(self, draws: Sequence[Draw], jobs: Mapping[JobId, PendingJob]) -> list[Draw]:
+        """Jobs that end in time take what is free, the others what is free and not reserved. Who found no place."""
+        drawn = [jobs[draw.job.id] for draw in draws]
+        refused = self._schedule([job for job in drawn if self._in_time(job)], self._free)
+        late = self._schedule([job for job in drawn if not self._in_time(job)], self._kept)
+        self.unplaced += refused
+        self.unplaced += [self._behind(jobs[decision.job_id], decision) for decision in late]
+        waiting = {decision.job_id for decision in (*refused, *late)}
+        return [draw for draw in draws if draw.job.id in waiting]
 
-    def _schedule(self, jobs: Sequence[PendingJob], free: Snapshot, *, tell: bool = True) -> Sequence[Decision]:
+    def _schedule(self, jobs: Sequence[PendingJob], free: Snapshot) -> Sequence[Decision]:
         if not jobs:
             return ()
-        plan = schedule(free, jobs, self._policy, now=self._now)
+        plan = schedule(free, jobs, self._policy, now=self._now, state=SchedulerState(self._past))
         self._take(plan.placements, jobs)
-        if tell:
-            self.unplaced.extend(plan.unplaced)
         return plan.unplaced
 
     def _try(self, job: PendingJob, free: Snapshot) -> tuple[Sequence[Placement], Sequence[Decision]]:

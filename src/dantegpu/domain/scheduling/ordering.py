@@ -6,7 +6,7 @@ had been placed.
 """
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from dantegpu.domain.scheduling.policy import Policy
@@ -157,21 +157,28 @@ class Order:
             if closed(shape):
                 self.refused.append((run.group, place))
                 level.leave(head)
-            elif own and not shares.within_quota(shape.team, shape.request):
+            elif own and not shares.within_quota(shape.team, shape.request, shape.nodes):
                 continue  # until what is left is given to all
             else:
                 drawn.append(Draw(self._step, run, shape, run.group.jobs[place], place))
-                shares.add(shape.team, shape.request)
+                shares.add(shape.team, shape.request, shape.nodes)
                 level.advance(head)
             level.take_turn(team, shares)
+
+    def pass_over(self, draws: Iterable[Draw]) -> None:
+        """These found no place: their teams hold less than was thought when they were drawn."""
+        teams: dict[tuple[_Level, int], None] = {}
+        for draw in draws:
+            self._shares.add(draw.shape.team, draw.shape.request, -draw.shape.nodes)
+            teams[draw.run.level, draw.run.team] = None
+        for level, team in teams:
+            level.take_turn(team, self._shares)
 
     def put_back(self, draws: Sequence[Draw]) -> None:
         """These, the last that were drawn, are to be drawn again."""
         for draw in reversed(draws):
-            self._shares.add(draw.shape.team, draw.shape.request, -1)
             draw.run.level.back_to(draw.run, draw.place)
-        for level, team in {(draw.run.level, draw.run.team): None for draw in draws}:
-            level.take_turn(team, self._shares)
+        self.pass_over(draws)
         first = draws[0].step
         if first < self._step:
             self._step = first

@@ -94,9 +94,9 @@ class SchedulerState:
     a new snapshot.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, past: PastShares | None = None) -> None:
         self.mix = RequestMix()
-        self.past = PastShares()
+        self.past = past or PastShares()
         self._book = ShapeBook()
         self._waiting: set[JobId] = set()
         self._round: _Round | None = None

@@ -31,10 +31,10 @@ class Quota:
     gpu_milli: int
     cpu_milli: int | None = None
 
-    def allows(self, use: TeamUse, request: ResourceRequest) -> bool:
-        """Does the team stay within its quota when it takes this as well?"""
-        gpu_milli = request.gpu.total_milli if request.gpu is not None else 0
-        cores = self.cpu_milli is None or use.cpu_milli + request.cpu_milli <= self.cpu_milli
+    def allows(self, use: TeamUse, request: ResourceRequest, nodes: int = 1) -> bool:
+        """Does the team stay within its quota when it takes this, `nodes` times, as well?"""
+        gpu_milli = request.gpu.total_milli * nodes if request.gpu is not None else 0
+        cores = self.cpu_milli is None or use.cpu_milli + request.cpu_milli * nodes <= self.cpu_milli
         return cores and use.gpu_milli + gpu_milli <= self.gpu_milli
 
 

@@ -25,13 +25,14 @@ class Shape:
     `job` is one job of the shape; its id and age mean nothing. `team` is the team's id as a number, for quick look-ups.
     """
 
-    __slots__ = ("job", "request", "team", "team_id")
+    __slots__ = ("job", "nodes", "request", "team", "team_id")
 
     def __init__(self, job: PendingJob) -> None:
         self.job = job
         self.team_id: TeamId = job.team_id
         self.team: int = job.team_id.uuid.int
         self.request: ResourceRequest = job.request
+        self.nodes = job.nodes
 
 
 class ShapeBook:

@@ -62,10 +62,10 @@ class Shares:
         """What decides whose turn it is: the share that the team holds and the average of what it held."""
         return self.held.get(team, 0.0) + self._past.of(team)
 
-    def within_quota(self, team: int, request: ResourceRequest) -> bool:
-        """May the team take this as its own? A team without a quota borrows everything."""
+    def within_quota(self, team: int, request: ResourceRequest, nodes: int = 1) -> bool:
+        """May the team take this, `nodes` times, as its own? A team without a quota borrows everything."""
         quota = self._quotas.get(team)
-        return quota is not None and quota.allows(self._use.get(team, _NOTHING), request)
+        return quota is not None and quota.allows(self._use.get(team, _NOTHING), request, nodes)
 
     def add(self, team: int, request: ResourceRequest, times: int = 1) -> None:
         """The team holds so much more (less, when `times` is negative)."""

@@ -24,6 +24,7 @@ from dantegpu.domain.pricing import WINDOW_SECONDS
 from dantegpu.domain.resources import MachineInfo, ResourceRequest, parse_gpu_spec
 from dantegpu.domain.scheduling import (
     MARGIN_SECONDS,
+    PastShares,
     PendingJob,
     Placement,
     Plan,
@@ -112,6 +113,7 @@ def plan_of(
     pending: Sequence[PendingJob],
     policy: Policy,
     now: datetime,
+    past: PastShares | None = None,
 ) -> tuple[Snapshot, Plan | RoundPlan]:
     """What is there, and who gets it. Only where something large waits does a round cost what reservations cost."""
     leases = [lease_of(row) for row in live]
@@ -122,7 +124,7 @@ def plan_of(
         Running(lease, (row.running_at or now) + timedelta(seconds=row.max_duration_seconds + MARGIN_SECONDS))
         for lease, row in zip(leases, live, strict=True)
     ]
-    return snapshot, plan_round(snapshot, running, pending, policy, now=now)
+    return snapshot, plan_round(snapshot, running, pending, policy, now=now, past=past)
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,7 +344,8 @@ class PlacementLeader:
         async with self._db.statement() as tx:
             live = await store.live_leases(tx)
         small = self._queue.first(MAX_BACKFILL_JOBS, lambda job: not is_large(job))
-        return plan_of(self._inventory.machines(), live, [*small, *large], self._policy, now)
+        past = self._fleet.state.past
+        return plan_of(self._inventory.machines(), live, [*small, *large], self._policy, now, past)
 
     async def _carry_out(
         self, chosen: Sequence[_Chosen], plan: Plan | RoundPlan, snapshot: Snapshot, now: datetime
