@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dantegpu.daemon.executors.base import AttemptSpec, ImageRequest, JobAtFault
+from dantegpu.daemon.executors.base import AttemptRefused, AttemptSpec, ImageRequest, JobAtFault
 from dantegpu.daemon.executors.container import ContainerExecutor, ContainerLimits
 from dantegpu.daemon.executors.container.images import ImageRefused, PullFailed
 from dantegpu.daemon.workspace import Workspace
@@ -123,3 +123,14 @@ async def test_an_image_without_a_program_needs_a_command(
     image_registry.add("acme/bare", "v1", small_archive, config={})
     with pytest.raises(JobAtFault, match="no command"):
         await puller.prepare(replace(wanting(a_job("true"), f"{image_registry.host}/acme/bare:v1"), command=()))
+
+
+async def test_an_image_that_the_owner_does_not_allow_is_refused_before_a_registry_is_asked(
+    short_dir: Path, container_kind: ContainerKind, image_registry: ImageRegistry
+):
+    limits = container_limits(allowed_images=("docker.io/acme/*",))
+    executor = ContainerExecutor(Workspace(short_dir / "data"), container_kind.socket, limits)
+    with pytest.raises(AttemptRefused, match="owner does not allow the image"):
+        await executor.prepare(wanting(a_job("true"), f"{image_registry.host}/acme/tool:v1"))
+    assert image_registry.pulls == []
+    await executor.close()

@@ -10,15 +10,18 @@ from dantegpu.contracts.gen.dante.v1 import jobs_pb2, machine_pb2
 from dantegpu.daemon import agent, benchmarks, devices, meter
 from dantegpu.daemon.probe import nvml
 from tests.fixtures.machines import MachinePlatform, RunningDaemon, daemon_settings, until
-from tests.fixtures.nvml import H100, Nvidia
+from tests.fixtures.nvml import H100, GpuMemory, Nvidia
 
 pytestmark = pytest.mark.needs("cc")
 GIB = 1 << 30
 
 
 @pytest.fixture
-async def gpu_daemon(nvidia: Nvidia, machine_platform: MachinePlatform, tmp_path: Path) -> AsyncIterator[RunningDaemon]:
+async def gpu_daemon(
+    nvidia: Nvidia, machine_platform: MachinePlatform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[RunningDaemon]:
     """A daemon with two cards."""
+    monkeypatch.setattr(agent, "SCRUB_AGAIN_SECONDS", 0.1)
     nvml.DEVICE_FOLDER.mkdir()
     for name in ("nvidia0", "nvidia1", "nvidiactl"):
         (nvml.DEVICE_FOLDER / name).touch()
@@ -98,6 +101,7 @@ async def test_a_card_that_a_job_leaves_full_is_withheld_before_the_end_is_told(
     nvidia: Nvidia,
     machine_platform: MachinePlatform,
     gpu_daemon: RunningDaemon,
+    gpu_memory: GpuMemory,
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(devices, "FREED_TIMEOUT_SECONDS", 0.1)
@@ -110,6 +114,19 @@ async def test_a_card_that_a_job_leaves_full_is_withheld_before_the_end_is_told(
     await until(lambda: "withheld" in (problems(machine_platform) or [""])[0])
     nvidia.change(nvidia.cards[0], used=GIB // 4)
     await until(lambda: problems(machine_platform) == ["", ""])
+    assert gpu_memory.clean
+
+
+async def test_a_cards_memory_is_overwritten_before_the_end_of_a_job_is_told(
+    machine_platform: MachinePlatform, gpu_daemon: RunningDaemon, gpu_memory: GpuMemory
+):
+    attempt_id = await machine_platform.place("true", devices=[lease(0)])
+    assert (await machine_platform.ended(attempt_id)).outcome == jobs_pb2.OUTCOME_SUCCEEDED
+    assert gpu_memory.clean
+    gpu_memory.fill()
+    without = await machine_platform.place("true")
+    await machine_platform.ended(without)
+    assert not gpu_memory.clean
 
 
 async def test_what_a_job_uses_is_told_while_it_runs_and_only_of_its_own_cards(

@@ -29,7 +29,8 @@ from dantegpu.daemon.devices import DeviceWatch
 from dantegpu.daemon.executors.base import DeviceGrant
 from dantegpu.daemon.leases import LeaseFile
 from dantegpu.daemon.link import Link
-from dantegpu.daemon.probe.devices import GpuSample
+from dantegpu.daemon.probe.devices import GpuSample, simulated_gpus
+from dantegpu.daemon.scrub import HeldFile, Scrubber
 from dantegpu.daemon.settings import DaemonSettings
 from dantegpu.daemon.workspace import Workspace
 from dantegpu.domain.ids import JobId, TeamId, UserId
@@ -401,7 +402,12 @@ class World:
                     DeviceGrant(uuid=f"GPU-{machine.name}-{i}", model="RTX 4090", index=i) for i in range(machine.gpus)
                 ],
                 changed=_nobody_listens,
-                watch=DeviceWatch(_no_samples, range(machine.gpus)),
+                watch=DeviceWatch(
+                    _no_samples,
+                    simulated_gpus(f"RTX 4090:{machine.gpus}" if machine.gpus else ""),
+                    HeldFile(machine.disk / "held_gpus.json"),
+                    Scrubber(),
+                ),
             )
             agent = Agent(
                 _DAEMON_SETTINGS, machine.id, machine.inventory(), cast(Any, SimProbe()), cast(Any, executor), tools,
@@ -482,6 +488,11 @@ def spec_of(plan: JobPlan) -> jobs_pb2.JobSpec:
         max_duration_seconds=plan.max_duration_seconds,
         nodes=plan.nodes,
     )
+    if plan.spot:
+        spec.spot_policy = "spot"
+    if plan.saves:
+        spec.checkpoint.path = "ckpt"
+        spec.checkpoint.grace_seconds = 3
     if plan.retries_errors:
         spec.retry.on_events.append("error")
     return spec

@@ -14,7 +14,8 @@ from click.testing import CliRunner
 from dantegpu.apps.commands.install import CONFIG_PATH, install, unit_text
 from dantegpu.daemon.devices import DeviceWatch
 from dantegpu.daemon.owner import Hours, IdleJob, InvalidHours
-from dantegpu.daemon.probe.devices import GpuSample
+from dantegpu.daemon.probe.devices import GpuSample, simulated_gpus
+from dantegpu.daemon.scrub import HeldFile, Scrubber
 from dantegpu.daemon.settings import DaemonSettings
 from dantegpu.kit.settings import SettingsError
 
@@ -82,11 +83,11 @@ async def test_the_idle_job_gives_way_with_everything_that_it_started(tmp_path: 
     assert job.pids == set()
 
 
-def test_a_gpu_that_is_too_hot_takes_nothing_until_it_has_cooled_down():
+def test_a_gpu_that_is_too_hot_takes_nothing_until_it_has_cooled_down(tmp_path: Path):
     async def never() -> list[GpuSample]:
         return []
 
-    watch = DeviceWatch(never, [0], max_celsius=80)
+    watch = DeviceWatch(never, simulated_gpus("RTX 4090"), HeldFile(tmp_path / "held"), Scrubber(), max_celsius=80)
     said: list[bool] = []
     for celsius in (80, 81, 79, 76, 75):
         watch.look([GpuSample(0, temperature_celsius=celsius)], set())

@@ -218,10 +218,30 @@ def test_simulated_and_unsandboxed_machines_take_only_their_own_teams_jobs():
 
 
 def test_a_job_with_an_image_goes_only_to_a_machine_that_runs_images():
-    job = replace(a_job("1"), runs_image=True)
+    job = replace(a_job("1"), image="docker.io/library/python:3.12")
     without, with_images = a_machine(gpus=1), replace(a_machine(gpus=1), runs_images=True)
     assert why_unplaced([without], job) == QueueReason.NO_MATCHING_MACHINE
     assert [placement.machine_id for placement in plan([without, with_images], [job]).placements] == [with_images.id]
+
+
+def test_a_job_goes_only_where_the_owner_allows_its_image():
+    job = replace(a_job("1"), image="python:3.12")
+    narrow = replace(
+        a_machine(gpus=1), runs_images=True, allowed_images=("ghcr.io/acme/*", "docker.io/library/py*:3.*")
+    )
+    other = replace(narrow, id=MachineId.new(), allowed_images=("ghcr.io/*",))
+    assert why_unplaced([other], job) == QueueReason.RESTRICTED
+    assert plan([other], [job]).unplaced[0].detail == "1 machine: 1 its owner does not allow this image"
+    assert [placement.machine_id for placement in plan([other, narrow], [job]).placements] == [narrow.id]
+
+
+def test_a_job_that_asks_for_a_network_goes_only_where_jobs_of_its_kind_get_one():
+    plain, with_image = (replace(a_job("1"), network=True, image=image) for image in ("", "python:3.12"))
+    machine = replace(a_machine(gpus=1), runs_images=True, networks=frozenset({"plain"}))
+    assert why_unplaced([machine], with_image) == QueueReason.NO_MATCHING_MACHINE
+    assert [placement.machine_id for placement in plan([machine], [plain]).placements] == [machine.id]
+    why = explain(Snapshot.from_machines([machine]), with_image, T0)
+    assert [(it.field, it.after) for it in why.relaxations] == [("network", "false")]
 
 
 def test_a_job_that_requires_a_sandbox_refuses_even_its_own_teams_unsandboxed_machine():

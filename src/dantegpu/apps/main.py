@@ -24,6 +24,7 @@ PLATFORM_COMMANDS: Table = {
         {
             "latency": Entry("dantegpu.apps.commands.bench:latency", "Submit to first instruction, idle platform."),
             "throughput": Entry("dantegpu.apps.commands.bench:throughput", "Many small jobs, from POST to end."),
+            "container": Entry("dantegpu.apps.commands.bench:container", "What our containers cost over plain ones."),
             "adopt": Entry("dantegpu.apps.commands.bench:adopt", "Kill the daemon over and over while jobs run."),
             "intake": Entry("dantegpu.apps.commands.bench:intake", "Accepted submissions, nothing runs."),
             "placement": Entry("dantegpu.apps.commands.bench:placement", "Fill a cluster trace with the scheduler."),

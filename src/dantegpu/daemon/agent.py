@@ -40,6 +40,7 @@ INVENTORY_EVERY_HEARTBEATS = 12
 STOP_GRACE_SECONDS = 3.0
 STOP_TIMEOUT_SECONDS = 8.0
 MAX_REPORT_ATTEMPTS = 200
+SCRUB_AGAIN_SECONDS = 30.0
 HOURS_CHECK_SECONDS = 5.0
 
 
@@ -107,6 +108,7 @@ class Agent:
         await self._tools.journal.committed()
         self._fence_expired()
         await self._executor.sweep(set(self._attempts))
+        self._tools.watch.only({str(a.row.attempt_id) for a in self._attempts.values() if not a.ended})
 
     def measures_itself(self, benchmarks: Benchmarks) -> None:
         """Before `start`: this machine benchmarks itself while it is idle, and tells what it found last."""
@@ -123,6 +125,7 @@ class Agent:
         self._tasks.loop(self._measure, "metrics")
         self._tasks.loop(self._keep_hours, "hours")
         self._tasks.loop(self._idle, "idle job")
+        self._tasks.loop(self._clean_gpus, "scrub")
         if self._benchmarks is not None:
             self._tasks.loop(self._benchmark, "benchmark")
 
@@ -333,11 +336,15 @@ class Agent:
     async def _look_at_devices(self, samples: Sequence[GpuSample]) -> None:
         own: set[int] | None = self._benchmarks.pids if self._benchmarks is not None else set()
         if any(sample.pids for sample in samples):
-            own = own | self._idle_job.pids
+            own = own | self._idle_job.pids | self._tools.watch.pids
             for attempt in list(self._attempts.values()):
                 pids = await attempt.processes() if not attempt.ended else set[int]()
                 own = None if own is None or pids is None else own | pids
         self._tools.watch.look(samples, own)
+
+    async def _clean_gpus(self) -> None:
+        await self._tools.watch.clean()
+        await asyncio.sleep(SCRUB_AGAIN_SECONDS)
 
     def _devices_changed(self) -> None:
         """A device was taken out or came back: the platform hears it at once."""

@@ -58,6 +58,7 @@ async def choose_containers(settings: DaemonSettings, workspace: Workspace) -> C
         network=network_policy(settings),
         image_cache_bytes=settings.image_cache_gb << 30,
         local_images=settings.local_images_list,
+        allowed_images=settings.allowed_images_list,
         accepted_escapes=frozenset(settings.accepted_escapes),
     )
     executor = ContainerExecutor(workspace, socket, limits)

@@ -1,7 +1,8 @@
 """Which of this machine's GPUs may be leased now, and why not the others.
 
-A device is taken out when its driver reports a fault, when somebody who is no job uses it, or when an ended attempt has
-left memory behind on it. The inventory says so, the scheduler places nothing there, and it comes back by itself.
+A device is taken out when its driver reports a fault, when somebody who is no job uses it, when an ended attempt has
+left memory behind on it, or when what was in that memory could not be overwritten. The inventory says so, the scheduler
+places nothing there, and it comes back by itself.
 """
 
 import asyncio
@@ -11,7 +12,8 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, 
 import structlog
 
 from dantegpu.contracts.gen.dante.v1 import machine_pb2
-from dantegpu.daemon.probe.devices import GpuSample
+from dantegpu.daemon.probe.devices import Gpu, GpuSample
+from dantegpu.daemon.scrub import HeldFile, Scrubber
 from dantegpu.domain.units import MILLI_PER_UNIT, format_bytes
 
 log = structlog.get_logger(__name__)
@@ -29,20 +31,38 @@ class DeviceWatch:
     """Samples of the machine's GPUs, folded."""
 
     def __init__(
-        self, sample: Sampler, indexes: Iterable[int], *, shares: bool = False, max_celsius: float = 0.0
+        self,
+        sample: Sampler,
+        gpus: Iterable[Gpu],
+        held: HeldFile,
+        scrubber: Scrubber,
+        *,
+        shares: bool = False,
+        max_celsius: float = 0.0,
     ) -> None:
         self.on_change: list[Callable[[], None]] = []
         """Called when a device was taken out or came back."""
         self._sample = sample
+        self._gpus = {gpu.index: gpu for gpu in gpus}
+        self._held = held
+        self._scrubber = scrubber
         self._idle_vram_bytes: dict[int, int] = {}
         """What each device used when no attempt was on it."""
-        self._holders: dict[int, dict[str, str]] = {index: {} for index in indexes}
+        known = held.read()
+        self._holders: dict[int, dict[str, str]] = {index: known.get(gpu.uuid, {}) for index, gpu in self._gpus.items()}
         """Device -> attempts on it, and their teams."""
+        self._unclean: dict[int, str] = {index: "" for index, gpu in self._gpus.items() if gpu.uuid in known}
+        """Device whose memory may hold what a job left -> why it could not be cleared; empty: it was not tried yet."""
         self._shares = shares
         self._max_celsius = max_celsius
         self._left_behind: set[int] = set()
         self._strangers: dict[int, frozenset[int]] = {}
         self._problems: dict[int, str] = {}
+
+    @property
+    def pids(self) -> set[int]:
+        """Processes that clear memory at this moment."""
+        return self._scrubber.pids
 
     @property
     def problems(self) -> Mapping[int, str]:
@@ -64,22 +84,65 @@ class DeviceWatch:
         return ""
 
     def held(self, attempt: str, team: str, indexes: Iterable[int]) -> None:
-        """An attempt is about to use these devices (or was found using them)."""
+        """An attempt is about to use these devices. Written down before it does."""
+        real = False
         for index in indexes:
             self._holders.setdefault(index, {})[attempt] = team
+            if index in self._gpus and self._gpus[index].uuid:
+                self._unclean[index] = ""
+                real = True
+        if real:
+            self._write()
 
-    async def released(self, attempt: str, indexes: Collection[int]) -> None:
-        """The attempt has ended: wait until its memory is free. A device that stays full is withheld.
+    def only(self, live: Collection[str]) -> None:
+        """After a restart: of the attempts that were on devices, these are still there."""
+        for holders in self._holders.values():
+            for attempt in [attempt for attempt in holders if attempt not in live]:
+                del holders[attempt]
+
+    async def released(self, attempt: str) -> None:
+        """The attempt has ended: wait until its memory is free, and clear it. Else the device is withheld.
 
         Called before the end is reported, because the scheduler may lease the device again from then on.
         """
-        alone = [index for index in indexes if self._holders.get(index, {}).keys() <= {attempt}]
+        indexes = [index for index, holders in self._holders.items() if attempt in holders]
+        alone = [index for index in indexes if self._holders[index].keys() == {attempt}]
         try:
             if alone:
                 await self._until_free(alone)
+            for index in alone:
+                if index in self._unclean and index not in self._left_behind:
+                    await self._clear(index)
         finally:
             for index in indexes:
-                self._holders.get(index, {}).pop(attempt, None)
+                self._holders[index].pop(attempt, None)
+        if self._unclean.keys() & set(alone):
+            await self._judge_anew()
+
+    async def clean(self) -> None:
+        """Clear what is not clean and held by nobody: what could not be cleared before, or a daemon left that died."""
+        waiting = [index for index in self._unclean if not self._holders[index] and index not in self._left_behind]
+        for index in waiting:
+            if not self._holders[index] and not self._strangers.get(index):
+                await self._clear(index)
+        if waiting:
+            await self._judge_anew()
+
+    async def _clear(self, index: int) -> None:
+        gpu = self._gpus[index]
+        why = await self._scrubber.scrub(gpu.uuid, gpu.vendor)
+        if why:
+            log.warning("gpu_memory_not_cleared", index=index, why=why)
+            self._unclean[index] = why
+        else:
+            self._unclean.pop(index, None)
+            self._write()
+
+    def _write(self) -> None:
+        self._held.write({self._gpus[index].uuid: self._holders[index] for index in self._unclean})
+
+    async def _judge_anew(self) -> None:
+        self._judge({sample.index: sample for sample in await self._sample()})
 
     async def _until_free(self, indexes: Sequence[int]) -> None:
         deadline = asyncio.get_running_loop().time() + FREED_TIMEOUT_SECONDS
@@ -150,6 +213,9 @@ class DeviceWatch:
         if sample.index in self._left_behind:
             left_bytes = sample.vram_used_bytes - self._idle_vram_bytes.get(sample.index, 0)
             return f"is withheld: {format_bytes(left_bytes)} of its memory were not freed by the last job"
+        if sample.index in self._unclean and not self._holders.get(sample.index):
+            why = self._unclean[sample.index] or "that is still to be done"
+            return f"is withheld: its memory was not cleared after the last job: {why}"
         if strangers := self._strangers.get(sample.index):
             return f"is used by {len(strangers)} processes of the machine itself"
         return ""

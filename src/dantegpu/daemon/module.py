@@ -31,6 +31,7 @@ from dantegpu.daemon.logs import LogShipper
 from dantegpu.daemon.ops import OpsServer
 from dantegpu.daemon.probe.devices import Gpu
 from dantegpu.daemon.probe.machine import Inventory, Probe, Watched, address_towards
+from dantegpu.daemon.scrub import HeldFile, Scrubber
 from dantegpu.daemon.settings import DaemonSettings
 from dantegpu.daemon.transfer import Transfers
 from dantegpu.daemon.workspace import Workspace
@@ -131,7 +132,9 @@ class Daemon:
             devices=[_grant(gpu) for gpu in found.gpus.devices],
             watch=DeviceWatch(
                 lambda: asyncio.to_thread(watched.sample_gpus),
-                [gpu.index for gpu in found.gpus.devices],
+                found.gpus.devices,
+                HeldFile(self.settings.state / "held_gpus.json"),
+                Scrubber(enabled=self.settings.scrub_gpus),
                 shares=inventory.shares_devices or found.simulated,
                 max_celsius=self.settings.max_gpu_celsius,
             ),
@@ -243,6 +246,8 @@ def inventory_message(
         sandbox=capabilities.sandbox.value,
         executors=[plain, *([ContainerExecutor.name] if containers.engine else [])],
         limits_missing=problems,
+        allowed_images=settings.allowed_images_list,
+        networks=[*(["plain"] if capabilities.network else []), *(["image"] if containers.network else [])],
         daemon_version=_own_version(),
         region=settings.region,
         simulated=found.simulated,

@@ -44,6 +44,10 @@ class DaemonSettings(BaseSettings):
     share_gpus: bool = Field(
         default=False, description="jobs of one team may share a GPU by time-slicing; nothing limits their GPU memory"
     )
+    scrub_gpus: bool = Field(
+        default=True,
+        description="overwrite a GPU's memory after each job on it; false: rely on what its driver does by itself",
+    )
     hours: str = Field(default="", description='local time at which jobs may run here, "22:00-06:30"; empty: always')
     max_gpu_celsius: float = Field(default=0.0, ge=0, description="a hotter GPU takes no new job; 0: no limit")
     reserve_cpus: float = Field(default=0.0, ge=0, description="cores that are never rented out")
@@ -83,6 +87,10 @@ class DaemonSettings(BaseSettings):
     )
     local_images: str = Field(
         default="", description="patterns of image names, by commas, that jobs may use without asking a registry"
+    )
+    allowed_images: str = Field(
+        default="",
+        description="patterns of image names, by commas, that may run here, such as docker.io/acme/*; empty: all",
     )
     image_cache_gb: int = Field(
         default=100, ge=0, description="images that jobs brought are kept up to it; 0 = no bound"
@@ -178,6 +186,10 @@ class DaemonSettings(BaseSettings):
     @property
     def resolver_addresses(self) -> list[ipaddress.IPv4Address]:
         return _addresses(self.resolvers)
+
+    @property
+    def allowed_images_list(self) -> list[str]:
+        return _listed(self.allowed_images)
 
     @property
     def local_images_list(self) -> list[str]:

@@ -3,7 +3,9 @@
 Source: the grammar of github.com/distribution/reference, and what Docker puts in for what is left out.
 """
 
+import fnmatch
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 DEFAULT_REGISTRY = "docker.io"
@@ -62,3 +64,7 @@ class ImageReference:
     def __str__(self) -> str:
         name = f"{self.registry}/{self.repository}"
         return f"{name}{f':{self.tag}' if self.tag else ''}{f'@{self.digest}' if self.digest else ''}"
+
+    def matches(self, patterns: Iterable[str]) -> bool:
+        """Whether one of these patterns (`*`, `?`, `[...]`) is of its whole name, `docker.io/library/python:3.12`."""
+        return any(fnmatch.fnmatchcase(str(self), pattern) for pattern in patterns)

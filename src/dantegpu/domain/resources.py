@@ -350,6 +350,7 @@ class MachineInfo:
     """One machine as placement sees it: totals that may be leased, prices, and who may use it.
 
     `schedulable`: alive and taking new work. `sandboxed` False or any simulated device: only its own team's jobs.
+    `allowed_images`: patterns; empty: all. `networks`: jobs that may have one: plain (without an image), image.
     """
 
     id: MachineId
@@ -364,6 +365,8 @@ class MachineInfo:
     schedulable: bool = True
     sandboxed: bool = True
     runs_images: bool = False
+    allowed_images: tuple[str, ...] = ()
+    networks: frozenset[str] = frozenset()
     allows_fractions: bool = True
 
     @property

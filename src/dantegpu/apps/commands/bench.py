@@ -1,5 +1,6 @@
 """`dante bench NAME`: the benchmarks of a clone, each on a platform of its own in a temporary folder."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -99,6 +100,28 @@ def adopt(kills: int, seed: int, sandbox: str, as_json: bool) -> None:
         provider=False,
         environment=_environment(sandbox),
     )
+    _report(result, as_json)
+
+
+@click.command("container")
+@click.option("--rounds", type=click.IntRange(3, 10_000), default=30, show_default=True)
+@click.option("--socket", type=click.Path(path_type=Path), help="The engine's; default: as the daemon finds it.")
+@_json
+def container(rounds: int, socket: Path | None, as_json: bool) -> None:
+    """Run `true` in our containers and in plain ones of the same engine, Docker or Podman: what ours costs on top."""
+    # Only here: the daemon's settings are nothing that other benchmarks should wait for.
+    from dantegpu.daemon.containers import GET_ENGINE, find_socket
+    from dantegpu.daemon.executors.container.engine import EngineError, EngineUnreachable
+    from dantegpu.daemon.settings import DaemonSettings
+
+    found = socket or find_socket(DaemonSettings.load().containers)
+    if found is None:
+        raise click.ClickException(f"no container engine: {GET_ENGINE}, or name one with --socket")
+    module = _bench("container")
+    try:
+        result = asyncio.run(module.measure(found, rounds))
+    except (module.CannotMeasure, EngineError, EngineUnreachable) as error:
+        raise click.ClickException(str(error)) from error
     _report(result, as_json)
 
 

@@ -58,6 +58,8 @@ class InventoryReport(Request):
     sandbox: str = Field(default="none", max_length=50, description="bubblewrap, none")
     executors: list[str] = Field(default_factory=list, max_length=16)
     limits_missing: list[str] = Field(default_factory=list, max_length=64)
+    allowed_images: list[str] = Field(default_factory=list, max_length=64)
+    networks: list[str] = Field(default_factory=list, max_length=16)
     daemon_version: str = Field(default="", max_length=50)
     region: str = Field(default="", max_length=50)
     simulated: bool = False
@@ -178,6 +180,12 @@ class Machine(Response):
     sandbox: str
     executors: list[str]
     limits_missing: list[str]
+    allowed_images: list[str] = Field(
+        default_factory=list, description="Patterns of the images that its owner lets run; none: all"
+    )
+    networks: list[str] = Field(
+        default_factory=list, description="Jobs that may have one: plain (without an image), image"
+    )
     daemon_version: str = ""
     region: str = ""
     simulated: bool

@@ -8,7 +8,9 @@ from enum import StrEnum
 import numpy as np
 
 from dantegpu.domain.ids import JobId, MachineId, TeamId
+from dantegpu.domain.images import ImageReference, InvalidImage
 from dantegpu.domain.job import QueueReason
+from dantegpu.domain.pricing import FULL_PRICE_PERCENT
 from dantegpu.domain.resources import VRAM_TOLERANCE_MILLI, GpuRequest, ResourceRequest
 from dantegpu.domain.scheduling.snapshot import NOBODY, Bools, Ints, Snapshot
 from dantegpu.domain.units import MILLI_PER_UNIT
@@ -19,9 +21,10 @@ class PendingJob:
     """A queued job as placement sees it.
 
     `max_price_udgpu_per_hour` is per GPU-hour, or per core-hour for a job without GPUs; None takes any price.
-    `requires_sandbox`: never on a machine that cannot isolate it, not even an own one. `runs_image`: in a container.
+    `requires_sandbox`: never on a machine that cannot isolate it, not even an own one. `image`: its whole name, if any.
     A job with several `nodes` is a gang: each takes the whole request on a machine of its own, all or none.
     `excluded_machines` are never taken, `avoided_machines` only when nothing else fits. `regions` empty: anywhere.
+    `spot` work may be preempted, and pays only `price_percent` of what machines ask.
     """
 
     id: JobId
@@ -32,12 +35,20 @@ class PendingJob:
     max_price_udgpu_per_hour: int | None = None
     regions: frozenset[str] = frozenset()
     requires_sandbox: bool = False
-    runs_image: bool = False
+    image: str = ""
+    network: bool = False
     excluded_machines: frozenset[MachineId] = frozenset()
     avoided_machines: frozenset[MachineId] = frozenset()
     not_before: datetime | None = None
     nodes: int = 1
     max_duration_seconds: int | None = None
+    spot: bool = False
+    price_percent: int = FULL_PRICE_PERCENT
+
+    @property
+    def standing(self) -> int:
+        """The higher goes first: by priority, then on-demand before spot, which would only be preempted again."""
+        return 2 * self.priority + (not self.spot)
 
     @property
     def shape(self) -> tuple[object, ...]:
@@ -48,9 +59,12 @@ class PendingJob:
             self.max_price_udgpu_per_hour,
             self.regions,
             self.requires_sandbox,
-            self.runs_image,
+            self.image,
+            self.network,
             self.excluded_machines,
             self.nodes,
+            self.spot,
+            self.price_percent,
         )
 
 
@@ -69,6 +83,8 @@ class Constraint(StrEnum):
     OWNERSHIP = "ownership"
     SANDBOX = "sandbox"
     IMAGE = "image"
+    ALLOWED_IMAGES = "allowed_images"
+    NETWORK = "network"
     REGION = "region"
     EXCLUDED = "excluded"
     MAX_PRICE = "max_price"
@@ -96,6 +112,8 @@ _TEXTS: Mapping[Constraint, str] = {
     Constraint.OWNERSHIP: "takes only its own team's jobs (simulated GPUs or no sandbox)",
     Constraint.SANDBOX: "cannot isolate jobs",
     Constraint.IMAGE: "does not run container images",
+    Constraint.ALLOWED_IMAGES: "its owner does not allow this image",
+    Constraint.NETWORK: "gives such jobs no network",
     Constraint.REGION: "in another region",
     Constraint.EXCLUDED: "excluded for this job",
     Constraint.MAX_PRICE: "costs more than max_price",
@@ -114,6 +132,8 @@ _REASONS: Mapping[Constraint, QueueReason] = {
     Constraint.OWNERSHIP: QueueReason.RESTRICTED,
     Constraint.SANDBOX: QueueReason.RESTRICTED,
     Constraint.IMAGE: QueueReason.NO_MATCHING_MACHINE,
+    Constraint.ALLOWED_IMAGES: QueueReason.RESTRICTED,
+    Constraint.NETWORK: QueueReason.NO_MATCHING_MACHINE,
     Constraint.REGION: QueueReason.RESTRICTED,
     Constraint.EXCLUDED: QueueReason.RESTRICTED,
     Constraint.MAX_PRICE: QueueReason.PRICE_ABOVE_MAX,
@@ -190,8 +210,12 @@ def constraint_masks(snapshot: Snapshot, job: PendingJob) -> dict[Constraint, Bo
     masks[Constraint.OWNERSHIP] = ~snapshot.own_team_only | (snapshot.team == snapshot.team_number(job.team_id))
     if job.requires_sandbox:
         masks[Constraint.SANDBOX] = np.array([machine.sandboxed for machine in snapshot.machines], dtype=np.bool_)
-    if job.runs_image:
+    if job.image:
         masks[Constraint.IMAGE] = np.array([machine.runs_images for machine in snapshot.machines], dtype=np.bool_)
+        masks[Constraint.ALLOWED_IMAGES] = _allowing(snapshot, job.image)
+    if job.network:
+        kind = "image" if job.image else "plain"
+        masks[Constraint.NETWORK] = np.array([kind in machine.networks for machine in snapshot.machines], np.bool_)
     if job.regions:
         masks[Constraint.REGION] = np.isin(snapshot.region, sorted(job.regions))
     if job.excluded_machines:
@@ -202,8 +226,9 @@ def constraint_masks(snapshot: Snapshot, job: PendingJob) -> dict[Constraint, Bo
 
 
 def prices(snapshot: Snapshot, job: PendingJob) -> Ints:
-    """(M,): what the machine asks per GPU-hour, or per core-hour for a job without GPUs."""
-    return snapshot.price_cpu if job.request.gpu is None else snapshot.price_gpu
+    """(M,): what the job would pay per GPU-hour, or per core-hour for a job without GPUs."""
+    asked = snapshot.price_cpu if job.request.gpu is None else snapshot.price_gpu
+    return asked if job.price_percent == FULL_PRICE_PERCENT else -(-asked * job.price_percent // FULL_PRICE_PERCENT)
 
 
 def all_of(snapshot: Snapshot, masks: Mapping[Constraint, Bools], but: Constraint | None = None) -> Bools:
@@ -293,6 +318,20 @@ def _capability(snapshot: Snapshot, gpu: GpuRequest) -> Bools:
     if gpu.compute_capability.maximum is not None:
         meets &= snapshot.device_capability <= gpu.compute_capability.maximum
     return meets & (snapshot.device_total > 0)
+
+
+def _allowing(snapshot: Snapshot, image: str) -> Bools:
+    """(M,): machines whose owners let this image run. Most say nothing about it, and many the same."""
+    try:
+        reference = ImageReference.parse(image)
+    except InvalidImage:
+        # Refused at submission; what came here all the same must not stop everybody's placement.
+        return np.zeros(len(snapshot.machines), dtype=np.bool_)
+    answers: dict[tuple[str, ...], bool] = {(): True}
+    for machine in snapshot.machines:
+        if machine.allowed_images not in answers:
+            answers[machine.allowed_images] = reference.matches(machine.allowed_images)
+    return np.array([answers[machine.allowed_images] for machine in snapshot.machines], dtype=np.bool_)
 
 
 def _all_but(snapshot: Snapshot, machine_ids: frozenset[MachineId]) -> Bools:

@@ -128,7 +128,12 @@ def _smallest_change(snapshot: Snapshot, job: PendingJob, constraint: Constraint
             gpu = job.request.gpu
             whole = None if gpu is None else _with_gpu(job, replace(gpu, milli=MILLI_PER_UNIT))
             return None if gpu is None or whole is None else _Change("gpu", str(gpu), str(whole.request.gpu), whole)
-        case Constraint.STATUS | Constraint.OWNERSHIP | Constraint.SANDBOX | Constraint.IMAGE | Constraint.EXCLUDED:
+        case Constraint.NETWORK:
+            return _Change("network", "true", "false", replace(job, network=False))
+        case (
+            Constraint.STATUS | Constraint.OWNERSHIP | Constraint.SANDBOX | Constraint.IMAGE
+            | Constraint.ALLOWED_IMAGES | Constraint.EXCLUDED
+        ):  # fmt: skip
             # Not the submitter's to change.
             return None
 

@@ -55,6 +55,7 @@ from dantegpu.daemon.executors.container.plan import (
 from dantegpu.daemon.executors.container.profile import write_hardened
 from dantegpu.daemon.executors.processes import (
     descendants,
+    handlers,
     open_process,
     process_ended,
     process_info,
@@ -81,11 +82,12 @@ _NEVER_STARTED = ("created", "configured", "initialized")
 @dataclass(frozen=True, slots=True)
 class ContainerLimits:
     """What the machine's owner allows. `network`: None: jobs get none. `local_images`: patterns of names that are used
-    without asking a registry."""
+    without asking a registry. `allowed_images`: patterns of names that may run; empty: all."""
 
     network: NetworkPolicy | None = None
     image_cache_bytes: int = 100 << 30
     local_images: Sequence[str] = ()
+    allowed_images: Sequence[str] = ()
     accepted_escapes: frozenset[str] = frozenset()
     cdi_folders: Sequence[Path] = gpus.SPEC_FOLDERS
 
@@ -263,6 +265,8 @@ class ContainerExecutor(Executor):
             raise AttemptRefused(f"this machine runs no containers: {capabilities.missing['container']}")
         if spec.image is None:
             raise AttemptRefused("a container needs an image")
+        if self._limits.allowed_images and not spec.image.reference.matches(self._limits.allowed_images):
+            raise AttemptRefused(f"this machine's owner does not allow the image {spec.image.reference}")
         if spec.network and not capabilities.network:
             why = capabilities.missing.get("network", "its owner allows none")
             raise AttemptRefused(f"this machine gives jobs with an image no network: {why}")
@@ -372,7 +376,9 @@ class ContainerExecutor(Executor):
         out_of_memory = state.oom_killed or os.path.lexists(folder.once / "oom")
         return ExitStatus(state.exit_code, out_of_memory and state.exit_code != 0, reason)
 
-    async def stop(self, handle: Handle, *, grace_seconds: float, reason: StopReason) -> None:
+    async def stop(
+        self, handle: Handle, *, grace_seconds: float, reason: StopReason, notice: signal.Signals | None = None
+    ) -> None:
         place, folder = self._open(handle)
         state = await self._state(place)
         if state is None or not state.running:
@@ -380,7 +386,7 @@ class ContainerExecutor(Executor):
         if not folder.stop.exists():
             folder.stop.write_text(reason.value)
         if grace_seconds > 0:
-            await self._terminate(place, state)
+            await self._terminate(place, state, notice)
             try:
                 async with asyncio.timeout(grace_seconds):
                     await self._until_ended(place)
@@ -402,13 +408,15 @@ class ContainerExecutor(Executor):
                     os.close(pidfd)
         await self._engine.wait(place.container)
 
-    async def _terminate(self, place: _Place, state: _State) -> None:
+    async def _terminate(self, place: _Place, state: _State, notice: signal.Signals | None) -> None:
         """SIGTERM to all of the job's processes, as in every executor; the engine would tell only the first one."""
+        number = notice or signal.SIGTERM
         if self._is_here(state):
             job = descendants(state.pid)
-            signal_processes(job, descendants(state.pid), signal.SIGTERM)
+            told = handlers(job, notice) or job if notice is not None else job
+            signal_processes(told, descendants(state.pid), number)
         else:
-            await self._engine.kill(place.container, "SIGTERM")
+            await self._engine.kill(place.container, number.name)
 
     @staticmethod
     def _is_here(state: _State) -> bool:

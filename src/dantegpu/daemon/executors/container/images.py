@@ -6,7 +6,6 @@ not mean that this one may use it. Only names that the machine's owner has liste
 
 import base64
 import contextlib
-import fnmatch
 import json
 import time
 from collections import Counter
@@ -94,7 +93,7 @@ class Images:
             self._using[name] -= 1
 
     async def _local_image(self, reference: ImageReference) -> Json | None:
-        if not any(fnmatch.fnmatchcase(str(reference), pattern) for pattern in self._local):
+        if not reference.matches(self._local):
             return None
         return await self._engine.image(reference.pinned)
 

@@ -45,7 +45,7 @@ def checked(machine_id: MachineId, inventory: machine_pb2.Inventory) -> bytes:
         _check_text(field, getattr(inventory, field))
     for field, maximum in _AMOUNTS.items():
         _check_amount(field, getattr(inventory, field), maximum)
-    for field in ("executors", "limits_missing"):
+    for field in ("executors", "limits_missing", "allowed_images", "networks"):
         texts: list[str] = list(getattr(inventory, field))
         if len(texts) > MAX_LIST_LENGTH:
             raise InvalidInventory(field, f"{len(texts)} entries, at most {MAX_LIST_LENGTH}")

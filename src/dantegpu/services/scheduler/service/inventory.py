@@ -161,6 +161,8 @@ class Inventory:
             region=inventory.region,
             schedulable=machine.status in _SCHEDULABLE and machine.id not in self._quarantined and not inventory.closed,
             runs_images="container" in inventory.executors,
+            allowed_images=tuple(inventory.allowed_images),
+            networks=frozenset(inventory.networks),
             sandboxed=inventory.sandbox not in ("", "none"),
             allows_fractions=inventory.shares_devices or any(device.simulated for device in inventory.devices),
         )

@@ -194,6 +194,8 @@ class Inventory(message.Message):
     BENCHMARK_FIELD_NUMBER: builtins.int
     CLOSED_FIELD_NUMBER: builtins.int
     SHARES_DEVICES_FIELD_NUMBER: builtins.int
+    ALLOWED_IMAGES_FIELD_NUMBER: builtins.int
+    NETWORKS_FIELD_NUMBER: builtins.int
     ADDRESS_FIELD_NUMBER: builtins.int
     hostname: builtins.str
     cpu_milli: builtins.int
@@ -228,6 +230,14 @@ class Inventory(message.Message):
 
     @builtins.property
     def benchmark(self) -> Benchmark: ...
+    @builtins.property
+    def allowed_images(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """patterns of the images that its owner lets run; none: all"""
+
+    @builtins.property
+    def networks(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """jobs that may have one here: plain (without an image), image"""
+
     def __init__(
         self,
         *,
@@ -249,11 +259,13 @@ class Inventory(message.Message):
         benchmark: Benchmark | None = ...,
         closed: builtins.str = ...,
         shares_devices: builtins.bool = ...,
+        allowed_images: abc.Iterable[builtins.str] | None = ...,
+        networks: abc.Iterable[builtins.str] | None = ...,
         address: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["benchmark", b"benchmark"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "benchmark", b"benchmark", "closed", b"closed", "cpu_milli", b"cpu_milli", "cuda_version", b"cuda_version", "daemon_version", b"daemon_version", "devices", b"devices", "disk_bytes", b"disk_bytes", "driver_version", b"driver_version", "executors", b"executors", "hostname", b"hostname", "kernel", b"kernel", "limits_missing", b"limits_missing", "memory_bytes", b"memory_bytes", "os", b"os", "region", b"region", "sandbox", b"sandbox", "shares_devices", b"shares_devices", "simulated", b"simulated"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "allowed_images", b"allowed_images", "benchmark", b"benchmark", "closed", b"closed", "cpu_milli", b"cpu_milli", "cuda_version", b"cuda_version", "daemon_version", b"daemon_version", "devices", b"devices", "disk_bytes", b"disk_bytes", "driver_version", b"driver_version", "executors", b"executors", "hostname", b"hostname", "kernel", b"kernel", "limits_missing", b"limits_missing", "memory_bytes", b"memory_bytes", "networks", b"networks", "os", b"os", "region", b"region", "sandbox", b"sandbox", "shares_devices", b"shares_devices", "simulated", b"simulated"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -366,6 +378,7 @@ class AttemptStatus(message.Message):
     LOG_BYTES_FIELD_NUMBER: builtins.int
     SANDBOX_FIELD_NUMBER: builtins.int
     RAN_MS_FIELD_NUMBER: builtins.int
+    CHECKPOINT_FIELD_NUMBER: builtins.int
     attempt_id: builtins.str
     job_id: builtins.str
     epoch: builtins.int
@@ -388,6 +401,10 @@ class AttemptStatus(message.Message):
     def results(self) -> containers.RepeatedCompositeFieldContainer[jobs_pb2.ResultFile]:
         """uploaded files; with a terminal state"""
 
+    @builtins.property
+    def checkpoint(self) -> Saved:
+        """the last one that it uploaded"""
+
     def __init__(
         self,
         *,
@@ -403,14 +420,46 @@ class AttemptStatus(message.Message):
         log_bytes: builtins.int = ...,
         sandbox: builtins.str = ...,
         ran_ms: builtins.int = ...,
+        checkpoint: Saved | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["_exit_code", b"_exit_code", "exit_code", b"exit_code"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["_exit_code", b"_exit_code", "checkpoint", b"checkpoint", "exit_code", b"exit_code"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_exit_code", b"_exit_code", "attempt_id", b"attempt_id", "epoch", b"epoch", "exit_code", b"exit_code", "job_id", b"job_id", "log_bytes", b"log_bytes", "message", b"message", "outcome", b"outcome", "ran_ms", b"ran_ms", "results", b"results", "sandbox", b"sandbox", "seq", b"seq", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_exit_code", b"_exit_code", "attempt_id", b"attempt_id", "checkpoint", b"checkpoint", "epoch", b"epoch", "exit_code", b"exit_code", "job_id", b"job_id", "log_bytes", b"log_bytes", "message", b"message", "outcome", b"outcome", "ran_ms", b"ran_ms", "results", b"results", "sandbox", b"sandbox", "seq", b"seq", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exit_code: _TypeAlias = typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__exit_code) -> _WhichOneofReturnType__exit_code | None: ...
+
+@typing.final
+class Saved(message.Message):
+    """A checkpoint that has been uploaded: one tar.gz of what lay at the job's checkpoint path."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    SHA256_FIELD_NUMBER: builtins.int
+    SIZE_BYTES_FIELD_NUMBER: builtins.int
+    SLOT_FIELD_NUMBER: builtins.int
+    NUMBER_FIELD_NUMBER: builtins.int
+    sha256: builtins.str
+    """hex, of the archive; empty = there was nothing at the path"""
+    size_bytes: builtins.int
+    slot: builtins.int
+    """0 | 1, as the platform said: an upload never touches the checkpoint that counts"""
+    number: builtins.int
+    """1, 2, ...: of the uploads of this attempt"""
+    def __init__(
+        self,
+        *,
+        sha256: builtins.str = ...,
+        size_bytes: builtins.int = ...,
+        slot: builtins.int = ...,
+        number: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["number", b"number", "sha256", b"sha256", "size_bytes", b"size_bytes", "slot", b"slot"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 @typing.final
 class Report(message.Message):
@@ -505,6 +554,7 @@ class DesiredAttempt(message.Message):
     NODE_RANK_FIELD_NUMBER: builtins.int
     NODE_ADDRESSES_FIELD_NUMBER: builtins.int
     RENDEZVOUS_PORT_FIELD_NUMBER: builtins.int
+    RESUME_FIELD_NUMBER: builtins.int
     attempt_id: builtins.str
     job_id: builtins.str
     team_id: builtins.str
@@ -531,6 +581,10 @@ class DesiredAttempt(message.Message):
     def node_addresses(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
         """of all nodes of a gang, by rank; empty = the job has one node"""
 
+    @builtins.property
+    def resume(self) -> Resume:
+        """unset: it begins anew"""
+
     def __init__(
         self,
         *,
@@ -550,10 +604,37 @@ class DesiredAttempt(message.Message):
         node_rank: builtins.int = ...,
         node_addresses: abc.Iterable[builtins.str] | None = ...,
         rendezvous_port: builtins.int = ...,
+        resume: Resume | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["resume", b"resume", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt_id", b"attempt_id", "devices", b"devices", "epoch", b"epoch", "job_id", b"job_id", "lease_ms", b"lease_ms", "log_limit_bytes", b"log_limit_bytes", "node_addresses", b"node_addresses", "node_rank", b"node_rank", "rendezvous_port", b"rendezvous_port", "results_limit_bytes", b"results_limit_bytes", "spec", b"spec", "stop", b"stop", "stop_grace_ms", b"stop_grace_ms", "stop_reason", b"stop_reason", "team_id", b"team_id", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt_id", b"attempt_id", "devices", b"devices", "epoch", b"epoch", "job_id", b"job_id", "lease_ms", b"lease_ms", "log_limit_bytes", b"log_limit_bytes", "node_addresses", b"node_addresses", "node_rank", b"node_rank", "rendezvous_port", b"rendezvous_port", "results_limit_bytes", b"results_limit_bytes", "resume", b"resume", "spec", b"spec", "stop", b"stop", "stop_grace_ms", b"stop_grace_ms", "stop_reason", b"stop_reason", "team_id", b"team_id", "traceparent", b"traceparent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Resume(message.Message):
+    """The checkpoint of an earlier attempt, to be put in place before the start."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: builtins.int
+    SHA256_FIELD_NUMBER: builtins.int
+    SIZE_BYTES_FIELD_NUMBER: builtins.int
+    epoch: builtins.int
+    """of the attempt that saved it"""
+    sha256: builtins.str
+    size_bytes: builtins.int
+    def __init__(
+        self,
+        *,
+        epoch: builtins.int = ...,
+        sha256: builtins.str = ...,
+        size_bytes: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["epoch", b"epoch", "sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -809,13 +890,21 @@ class UrlsRequest(message.Message):
     EPOCH_FIELD_NUMBER: builtins.int
     INPUT_FIELD_NUMBER: builtins.int
     RESULTS_FIELD_NUMBER: builtins.int
+    RESUME_FIELD_NUMBER: builtins.int
+    CHECKPOINT_FIELD_NUMBER: builtins.int
     attempt_id: builtins.str
     epoch: builtins.int
     input: builtins.bool
     """a GET URL of the job's input blob"""
+    resume: builtins.bool
+    """a GET URL of the checkpoint that it begins with"""
     @builtins.property
     def results(self) -> containers.RepeatedCompositeFieldContainer[jobs_pb2.ResultFile]:
         """PUT URLs for these results"""
+
+    @builtins.property
+    def checkpoint(self) -> Saved:
+        """a PUT URL for this checkpoint"""
 
     def __init__(
         self,
@@ -824,10 +913,12 @@ class UrlsRequest(message.Message):
         epoch: builtins.int = ...,
         input: builtins.bool = ...,
         results: abc.Iterable[jobs_pb2.ResultFile] | None = ...,
+        resume: builtins.bool = ...,
+        checkpoint: Saved | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["checkpoint", b"checkpoint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt_id", b"attempt_id", "epoch", b"epoch", "input", b"input", "results", b"results"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt_id", b"attempt_id", "checkpoint", b"checkpoint", "epoch", b"epoch", "input", b"input", "results", b"results", "resume", b"resume"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -838,9 +929,16 @@ class UrlsReply(message.Message):
     INPUT_URL_FIELD_NUMBER: builtins.int
     RESULT_URLS_FIELD_NUMBER: builtins.int
     ERROR_FIELD_NUMBER: builtins.int
+    RESUME_URL_FIELD_NUMBER: builtins.int
+    CHECKPOINT_URL_FIELD_NUMBER: builtins.int
+    CHECKPOINT_SLOT_FIELD_NUMBER: builtins.int
     input_url: builtins.str
     error: builtins.str
     """"stale": the epoch is over; "refused: ..."; "unavailable" """
+    resume_url: builtins.str
+    checkpoint_url: builtins.str
+    checkpoint_slot: builtins.int
+    """where that URL puts it"""
     @builtins.property
     def result_urls(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
         """in the order asked for"""
@@ -851,9 +949,12 @@ class UrlsReply(message.Message):
         input_url: builtins.str = ...,
         result_urls: abc.Iterable[builtins.str] | None = ...,
         error: builtins.str = ...,
+        resume_url: builtins.str = ...,
+        checkpoint_url: builtins.str = ...,
+        checkpoint_slot: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["error", b"error", "input_url", b"input_url", "result_urls", b"result_urls"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["checkpoint_slot", b"checkpoint_slot", "checkpoint_url", b"checkpoint_url", "error", b"error", "input_url", b"input_url", "result_urls", b"result_urls", "resume_url", b"resume_url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
