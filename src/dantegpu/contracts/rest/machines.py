@@ -115,6 +115,8 @@ class Benchmark(Response):
     memory_gbps: float
     disk_write_mbps: float
     disk_read_mbps: float
+    network_up_mbps: float = Field(description="MB/s to the platform's storage; 0: not measured")
+    network_down_mbps: float
     problem: str = Field(default="", description="What it computed wrongly")
     score: float = Field(description="Of the CPU; 100: 1000 GFLOPS and 50 GB/s")
 

@@ -242,6 +242,8 @@ def _benchmark(proto: machine_pb2.Benchmark) -> machines.Benchmark:
         memory_gbps=proto.memory_gbps,
         disk_write_mbps=proto.disk_write_mbps,
         disk_read_mbps=proto.disk_read_mbps,
+        network_up_mbps=proto.network_up_mbps,
+        network_down_mbps=proto.network_down_mbps,
         problem=proto.problem,
         score=proto.score,
     )

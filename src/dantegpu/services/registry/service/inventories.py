@@ -109,7 +109,10 @@ def clamped_count(value: int, maximum: int) -> int:
 def _check_benchmark(inventory: machine_pb2.Inventory) -> None:
     benchmark = inventory.benchmark
     _check_text("benchmark.problem", benchmark.problem)
-    for field in ("measured_at_unix_s", "cpu_gflops", "memory_gbps", "disk_write_mbps", "disk_read_mbps"):
+    for field in (
+        "measured_at_unix_s", "cpu_gflops", "memory_gbps", "disk_write_mbps", "disk_read_mbps", "network_up_mbps",
+        "network_down_mbps",
+    ):  # fmt: skip
         _check_amount(f"benchmark.{field}", getattr(benchmark, field), MAX_FIGURE)
     if inventory.HasField("benchmark"):
         benchmark.score = cpu_score(benchmark.cpu_gflops, benchmark.memory_gbps)

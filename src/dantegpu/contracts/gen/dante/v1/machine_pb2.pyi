@@ -144,6 +144,8 @@ class Benchmark(message.Message):
     MEMORY_GBPS_FIELD_NUMBER: builtins.int
     DISK_WRITE_MBPS_FIELD_NUMBER: builtins.int
     DISK_READ_MBPS_FIELD_NUMBER: builtins.int
+    NETWORK_UP_MBPS_FIELD_NUMBER: builtins.int
+    NETWORK_DOWN_MBPS_FIELD_NUMBER: builtins.int
     PROBLEM_FIELD_NUMBER: builtins.int
     SCORE_FIELD_NUMBER: builtins.int
     measured_at_unix_s: builtins.int
@@ -152,6 +154,9 @@ class Benchmark(message.Message):
     memory_gbps: builtins.float
     disk_write_mbps: builtins.float
     disk_read_mbps: builtins.float
+    network_up_mbps: builtins.float
+    """MB/s, to the platform's storage"""
+    network_down_mbps: builtins.float
     problem: builtins.str
     score: builtins.float
     """of the CPU, by the registry"""
@@ -163,12 +168,14 @@ class Benchmark(message.Message):
         memory_gbps: builtins.float = ...,
         disk_write_mbps: builtins.float = ...,
         disk_read_mbps: builtins.float = ...,
+        network_up_mbps: builtins.float = ...,
+        network_down_mbps: builtins.float = ...,
         problem: builtins.str = ...,
         score: builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["cpu_gflops", b"cpu_gflops", "disk_read_mbps", b"disk_read_mbps", "disk_write_mbps", b"disk_write_mbps", "measured_at_unix_s", b"measured_at_unix_s", "memory_gbps", b"memory_gbps", "problem", b"problem", "score", b"score"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["cpu_gflops", b"cpu_gflops", "disk_read_mbps", b"disk_read_mbps", "disk_write_mbps", b"disk_write_mbps", "measured_at_unix_s", b"measured_at_unix_s", "memory_gbps", b"memory_gbps", "network_down_mbps", b"network_down_mbps", "network_up_mbps", b"network_up_mbps", "problem", b"problem", "score", b"score"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -821,6 +828,7 @@ class UrlsRequest(message.Message):
     EPOCH_FIELD_NUMBER: builtins.int
     INPUT_FIELD_NUMBER: builtins.int
     RESULTS_FIELD_NUMBER: builtins.int
+    BENCHMARK_FIELD_NUMBER: builtins.int
     attempt_id: builtins.str
     epoch: builtins.int
     input: builtins.bool
@@ -829,6 +837,10 @@ class UrlsRequest(message.Message):
     def results(self) -> containers.RepeatedCompositeFieldContainer[jobs_pb2.ResultFile]:
         """PUT URLs for these results"""
 
+    @builtins.property
+    def benchmark(self) -> jobs_pb2.ResultFile:
+        """without an attempt: GET and PUT URLs of an object of this machine's own, to measure"""
+
     def __init__(
         self,
         *,
@@ -836,10 +848,11 @@ class UrlsRequest(message.Message):
         epoch: builtins.int = ...,
         input: builtins.bool = ...,
         results: abc.Iterable[jobs_pb2.ResultFile] | None = ...,
+        benchmark: jobs_pb2.ResultFile | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["benchmark", b"benchmark"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt_id", b"attempt_id", "epoch", b"epoch", "input", b"input", "results", b"results"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt_id", b"attempt_id", "benchmark", b"benchmark", "epoch", b"epoch", "input", b"input", "results", b"results"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -166,7 +166,7 @@ class Presign(message.Message):
     DOWNLOAD_NAME_FIELD_NUMBER: builtins.int
     method: Presign.Method.ValueType
     key: builtins.str
-    """blobs/<team>/<sha256> | results/<job>/<epoch>/<path> | logs/<job>/<epoch>"""
+    """blobs/<team>/<sha256> | results/<job>/<epoch>/<path> | logs/<job>/<epoch> | benchmarks/<machine>"""
     size_bytes: builtins.int
     """PUT: the exact length"""
     sha256: builtins.str
