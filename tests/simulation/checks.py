@@ -140,6 +140,8 @@ class Checks:
                 self._violate("I2", f"{after['id']} had ended and changed its {', '.join(changed)}")
         elif after["ended_at"] is not None:
             self._attempt_ended(after)
+        if after["stop_reason"] == "preempted" and not after["spot"]:
+            self._violate("spot", f"{after['id']} was preempted and is no spot work")
         if before["lease_expires_at"] <= after["lease_renewed_at"] != before["lease_renewed_at"]:
             self._violate("I6", f"the lease of {after['id']} was renewed after it had run out")
         if after["windows_closed"] < before["windows_closed"] or after["cost_udgpu"] < before["cost_udgpu"]:

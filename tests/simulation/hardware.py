@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from signal import Signals
 from typing import Any, override
 
 from dantegpu.contracts.gen.dante.v1 import machine_pb2
@@ -240,7 +241,9 @@ class SimExecutor(Executor):
         return ExitStatus(process.exit_code, stop_reason=process.stop_reason)
 
     @override
-    async def stop(self, handle: Handle, *, grace_seconds: float, reason: StopReason) -> None:
+    async def stop(
+        self, handle: Handle, *, grace_seconds: float, reason: StopReason, notice: Signals | None = None
+    ) -> None:
         _step()
         process = self._machine.processes.get(handle.attempt_id)
         if process is None or not process.alive:

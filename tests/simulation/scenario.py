@@ -1,10 +1,12 @@
 """What a seed stands for: how many machines and jobs, what the jobs do, which faults happen and how often."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from random import Random
 
 GANG_SHARE = 0.25
+SPOT_SHARE = 0.4
+SAVES_SHARE = 0.5
 
 
 class Fault(StrEnum):
@@ -49,6 +51,9 @@ class JobPlan:
     """Ignores SIGTERM."""
     max_duration_seconds: int
     retries_errors: bool
+    spot: bool = False
+    saves: bool = False
+    """A checkpoint, when it has to stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +82,7 @@ def scenario_of(seed: int) -> Scenario:
     chaos_seconds = random.uniform(15, 32)
     machines = tuple(random.randint(1, 2) for _ in range(random.randint(1, 3)))
     jobs = [_job(random, teams, machines, chaos_seconds) for _ in range(random.randint(3, 5))]
+    jobs = _some_of_them_spot(seed, jobs)
     return Scenario(
         seed=seed,
         machines=machines,
@@ -87,6 +93,12 @@ def scenario_of(seed: int) -> Scenario:
         chaos_seconds=chaos_seconds,
         clock_skew_seconds=(random.uniform(-0.05, 0.05), random.uniform(-0.05, 0.05)),
     )
+
+
+def _some_of_them_spot(seed: int, jobs: list[JobPlan]) -> list[JobPlan]:
+    """Chance of its own: everything else is what it was for this seed."""
+    random = Random(f"spot {seed}")
+    return [replace(job, spot=random.random() < SPOT_SHARE, saves=random.random() < SAVES_SHARE) for job in jobs]
 
 
 def _job(random: Random, teams: int, machines: tuple[int, ...], chaos_seconds: float) -> JobPlan:

@@ -488,6 +488,11 @@ def spec_of(plan: JobPlan) -> jobs_pb2.JobSpec:
         max_duration_seconds=plan.max_duration_seconds,
         nodes=plan.nodes,
     )
+    if plan.spot:
+        spec.spot_policy = "spot"
+    if plan.saves:
+        spec.checkpoint.path = "ckpt"
+        spec.checkpoint.grace_seconds = 3
     if plan.retries_errors:
         spec.retry.on_events.append("error")
     return spec

@@ -127,12 +127,35 @@ def test_an_unknown_field_is_named_with_its_path_and_the_nearest_known_one():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("volumes", []), ("budget", 25), ("spot_policy", "auto"), ("checkpoint", {}), ("regions", ["eu"]),
+        ("volumes", []), ("budget", 25), ("regions", ["eu"]), ("ports", [80]),
         ("files", ["data:/data"]), ("type", "service"), ("type", "dev-environment"),
     ],
 )  # fmt: skip
 def test_a_field_of_the_peers_that_does_not_work_yet_is_refused_by_name(field: str, value: Any):
     assert "not supported yet" in problems_of(a_document(**{field: value}))[field].message
+
+
+@pytest.mark.parametrize(
+    ("field", "checkpoint"),
+    [
+        ("checkpoint.path", {"path": "/work"}), ("checkpoint.path", {"path": "/etc/x"}),
+        ("checkpoint.path", {"path": "a/../../b"}), ("checkpoint.signal", {"path": "c", "signal": "SIGKILL"}),
+        ("checkpoint.grace", {"path": "c", "grace": "6m"}), ("checkpoint.interval", {"path": "c", "interval": "1s"}),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_lies_below_work_and_its_times_are_bounded(field: str, checkpoint: dict[str, str]):
+    assert "expected" in problems_of(a_document(checkpoint=checkpoint))[field].message
+
+
+def test_a_spot_job_and_its_checkpoint_come_back_as_they_were_sent_in_one_spelling():
+    checkpoint = {"path": "ckpt//best.pt", "signal": "usr1", "interval": "90s"}
+    spec = JobSpec.model_validate(a_document(spot_policy="auto", checkpoint=checkpoint))
+    again = spec_from_proto(spec_to_proto(spec))
+    assert again == spec
+    assert again.checkpoint is not None
+    assert (again.checkpoint.path, again.checkpoint.signal) == ("/work/ckpt/best.pt", "SIGUSR1")
+    assert (again.checkpoint.grace, again.checkpoint.interval) == ("30s", "1m30s")
+    assert spec_from_proto(spec_to_proto(JobSpec.model_validate(a_document()))).spot_policy == "on-demand"
 
 
 def test_an_image_alone_runs_its_own_program_and_what_belongs_to_it_needs_it():

@@ -10,6 +10,7 @@ from dantegpu.cli.session import Cli, command
 
 if TYPE_CHECKING:
     from dantegpu.contracts.rest.jobs import ArrayProgress, Attempt, Explanation, Job, JobPage
+    from dantegpu.contracts.rest.spec import Checkpoint
 
 JOB = click.argument("job", metavar="JOB")
 _LIMIT = click.option("-n", "--limit", type=click.IntRange(1, 500), default=20, show_default=True, help="How many.")
@@ -156,6 +157,8 @@ def _print_job(job: "Job") -> None:
         ("nodes", spec.nodes if spec.nodes > 1 else ""),
         ("max price", f"{spec.max_price} $dGPU per GPU-hour" if spec.max_price else ""),
         ("max duration", spec.max_duration),
+        ("spot policy", spec.spot_policy if spec.spot_policy != "on-demand" else ""),
+        ("checkpoint", _checkpoint(spec.checkpoint) if spec.checkpoint else ""),
         ("network", "yes" if spec.network else "no"),
         ("submitted", output.local_time(job.created_at)),
         ("started", output.local_time(job.started_at)),
@@ -170,6 +173,11 @@ def _print_job(job: "Job") -> None:
         output.print_table(headers, rows, right=[0, 4, 5, 6])
 
 
+def _checkpoint(saved: "Checkpoint") -> str:
+    often = f", every {saved.interval}" if saved.interval else ""
+    return f"{saved.path}, {saved.grace} after {saved.signal}{often}"
+
+
 def _sweep(axes: "dict[str, str | list[str]]") -> str:
     return "\n".join(
         f"{name}: {', '.join(values) if isinstance(values, list) else values}" for name, values in axes.items()
@@ -178,7 +186,8 @@ def _sweep(axes: "dict[str, str | list[str]]") -> str:
 
 def _attempt_row(attempt: "Attempt", nodes: int) -> list[str]:
     number = f"{attempt.epoch} node {attempt.node_rank}" if nodes > 1 else str(attempt.epoch)
-    marks = [attempt.message, "simulated" if attempt.simulated else ""]
+    resumed = f"went on from attempt {attempt.resumed_epoch}" if attempt.resumed_epoch else ""
+    marks = [attempt.message, resumed, "spot" if attempt.spot else "", "simulated" if attempt.simulated else ""]
     return [
         number, attempt.machine_id, attempt.state, attempt.outcome or "",
         output.money(attempt.rate_udgpu_per_hour), f"{attempt.billed_seconds}s", output.money(attempt.cost_udgpu),

@@ -45,9 +45,9 @@ def note(text: str) -> None:
     sys.stderr.flush()
 
 
-def counted(number: float, noun: str) -> str:
+def counted(number: float | str, noun: str) -> str:
     """`1 file`, `2 files`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    return f"{number} {noun}{'' if str(number) == '1' else 's'}"
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:

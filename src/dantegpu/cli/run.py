@@ -28,6 +28,8 @@ if TYPE_CHECKING:
               help="Environment; a bare NAME takes your shell's value.")  # fmt: skip
 @click.option("--max-price", metavar="P", help="At most so many $dGPU per GPU-hour.")
 @click.option("--max-duration", metavar="D", help="Stop the job after this time, such as 90s or 8h.")
+@click.option("--spot", is_flag=True, help="Cheaper, but stopped when others need the machine; it goes on later.")
+@click.option("--checkpoint", metavar="PATH", help="Below /work: kept when the job is stopped, there when it goes on.")
 @click.option("-n", "--name", metavar="NAME", help="A name to know it by.")
 @click.option("--array", multiple=True, metavar="N|NAME=V,V|NAME=A..B",
               help="Many tasks: N of them, or one for each combination of the values given.")  # fmt: skip
@@ -89,6 +91,10 @@ def _document(words: tuple[str, ...], fields: dict[str, Any]) -> dict[str, Any]:
     env = [_env_item(item) for item in fields["env"]]
     if env:
         document["env"] = env
+    if fields["spot"]:
+        document["spot_policy"] = "spot"
+    if fields["checkpoint"]:
+        document["checkpoint"] = {"path": fields["checkpoint"]}
     if fields["network"]:
         document["network"] = True
     if fields["array"]:

@@ -1,19 +1,19 @@
 """One attempt on this machine, from the intent to the moment when nothing of it is left."""
 
 import asyncio
-import os
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import structlog
 
 from dantegpu.contracts.gen.dante.v1 import jobs_pb2, machine_pb2
 from dantegpu.daemon.archive import ArchiveRefused, unpack
+from dantegpu.daemon.checkpoints import CheckpointFailed, Checkpoints
 from dantegpu.daemon.devices import DeviceWatch
 from dantegpu.daemon.disk import DiskWatch
+from dantegpu.daemon.endings import Ended, judge, notice_of, saves, stopped
 from dantegpu.daemon.environment import job_environment
 from dantegpu.daemon.executors.base import (
     Adoption,
@@ -26,7 +26,6 @@ from dantegpu.daemon.executors.base import (
     ExitStatus,
     Handle,
     ImageRequest,
-    InterruptedBy,
     JobAtFault,
     NoRoom,
     Stats,
@@ -34,21 +33,17 @@ from dantegpu.daemon.executors.base import (
 )
 from dantegpu.daemon.journal import AttemptRow, Journal, JournalError
 from dantegpu.daemon.logs import LogShipper, Tail
-from dantegpu.daemon.transfer import HashedFile, TransferFailed, Transfers, hash_files
-from dantegpu.daemon.workspace import AttemptFolder, ResultsTooLarge, Workspace, output_files
+from dantegpu.daemon.results import Platform, ask_urls, upload
+from dantegpu.daemon.transfer import HashedFile, TransferFailed, Transfers
+from dantegpu.daemon.workspace import AttemptFolder, Workspace
 from dantegpu.domain.images import ImageReference, InvalidImage
-from dantegpu.domain.units import format_bytes
-from dantegpu.kit.errors import ServiceError
 from dantegpu.kit.lifecycle import Wakeup
 from dantegpu.kit.telemetry import span
 
 log = structlog.get_logger(__name__)
 
 MAX_INPUT_UNPACKED_BYTES = 64 << 30
-MAX_RESULT_FILES = 10_000
 DEFAULT_RESULTS_BYTES = 10 << 30
-URLS_PER_REQUEST = 500
-URL_TRIES = 10
 LOG_COMPLETE_SECONDS = 10.0
 """How long the end of an attempt waits for the last of its log to be stored."""
 LOG_GIVE_UP_SECONDS = 600.0
@@ -62,12 +57,6 @@ ADOPTED_SEQ_STEP = 1000
 def boottime() -> float:
     """Seconds since boot, time asleep included: a suspended laptop must not think that its leases still run."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
-class Platform(Protocol):
-    """What an attempt asks of the platform while it runs."""
-
-    async def urls(self, request: machine_pb2.UrlsRequest) -> machine_pb2.UrlsReply: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +79,6 @@ class Tools:
     """Called after each change of `row.status`."""
 
 
-class _Ended(Exception):
-    """Ends the attempt before or instead of a normal exit: state, outcome, and what to tell people."""
-
-    def __init__(self, outcome: "jobs_pb2.Outcome.ValueType", message: str) -> None:
-        super().__init__(message)
-        self.outcome: jobs_pb2.Outcome.ValueType = outcome
-        self.message = message
-
-
 class Attempt:
     """The task `run` drives it; `desire`, `stop` and `fence` are called from outside at any moment."""
 
@@ -115,10 +95,11 @@ class Attempt:
         self._stopping = Wakeup()
         self._ending: asyncio.Task[None] | None = None
         """Ends the running attempt; `_reason` is why."""
-        self._reason: _Ended | None = None
+        self._reason: Ended | None = None
         self._watching = False
         self._started_at: float | None = None
         self._tail = Tail(row.attempt_id, self._folder.log, row.log_limit, row.log_acked)
+        self._checkpoints = Checkpoints(self._folder, tools.transfers, self._urls)
         self._disk = DiskWatch(
             (self._folder.work, self._folder.output),
             lambda: self.desired.spec.resources.disk_bytes if self.desired is not None else 0,
@@ -204,24 +185,24 @@ class Attempt:
                 if adoption is Adoption.NOT_STARTED:
                     await self._start()
                 ending, exit_status = await self._watch()
-            except _Ended as error:
+            except Ended as error:
                 ending, exit_status = error, None
             except JobAtFault as error:
-                ending, exit_status = _Ended(jobs_pb2.OUTCOME_FAILED, str(error)), None
+                ending, exit_status = Ended(jobs_pb2.OUTCOME_FAILED, str(error)), None
             except NoRoom as error:
-                ending, exit_status = _Ended(jobs_pb2.OUTCOME_PREEMPTED, str(error)), None
+                ending, exit_status = Ended(jobs_pb2.OUTCOME_PREEMPTED, str(error)), None
             except (ExecutorError, JournalError, OSError, TimeoutError) as error:
                 log.exception("attempt_failed_here", attempt_id=str(self.row.attempt_id))
-                ending, exit_status = _Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, f"the machine failed: {error}"), None
+                ending, exit_status = Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, f"the machine failed: {error}"), None
             await self._finish(ending, exit_status)
 
     async def _start(self) -> None:
         desired = self.desired
         if desired is None:
-            raise _Ended(jobs_pb2.OUTCOME_LOST, "the daemon was restarted before the attempt had started")
+            raise Ended(jobs_pb2.OUTCOME_LOST, "the daemon was restarted before the attempt had started")
         spec = self._spec(desired)
         if refusal := self._tools.watch.refusal(desired.devices, desired.team_id):
-            raise _Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, refusal)
+            raise Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, refusal)
         self._tools.watch.held(desired.attempt_id, desired.team_id, self.devices)
         with span("attempt.prepare"):
             await self._prepare(desired, spec)
@@ -229,6 +210,8 @@ class Attempt:
         # The intent is on its way to the disk since the attempt was accepted; nothing runs before it is there.
         await self._tools.journal.committed()
         self._raise_if_stopped()
+        if self._folder.resumed.exists():
+            spec = replace(spec, env={**spec.env, "DANTE_RESUMED_FROM": self._folder.resumed.read_text()})
         with span("attempt.start"):
             try:
                 await self._start_executor(spec)
@@ -242,7 +225,7 @@ class Attempt:
             return await executor.start(self._started, spec)
         try:
             await self._or_stopped(executor.start(self._started, spec))
-        except _Ended:
+        except Ended:
             # It may have got its turn in this very moment.
             await executor.stop(self._started, grace_seconds=0, reason=StopReason.REQUESTED)
             raise
@@ -252,9 +235,9 @@ class Attempt:
         command = tuple(job.argv) or ("/bin/sh", "-e", "-c", "\n".join(job.commands))
         by_index = {device.index: device for device in self._tools.devices}
         if missing := [lease.index for lease in desired.devices if lease.index not in by_index]:
-            raise _Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, f"this machine has no device {missing[0]}")
+            raise Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, f"this machine has no device {missing[0]}")
         if job.image and not self._tools.engine:
-            raise _Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, "this machine runs no container images")
+            raise Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, "this machine runs no container images")
         if job.image and not (job.argv or job.commands):
             command = ()
         try:
@@ -270,10 +253,11 @@ class Attempt:
                 entrypoint=tuple(job.entrypoint),
                 working_dir=job.working_dir,
                 shm_bytes=job.resources.shm_bytes,
+                checkpoint=job.checkpoint.path,
                 max_seconds=job.max_duration_seconds,
             )
         except (AttemptRefused, InvalidImage) as error:
-            raise _Ended(jobs_pb2.OUTCOME_FAILED, str(error)) from error
+            raise Ended(jobs_pb2.OUTCOME_FAILED, str(error)) from error
 
     async def _prepare(self, desired: machine_pb2.DesiredAttempt, spec: AttemptSpec) -> None:
         await self._make_folder(desired)
@@ -294,6 +278,16 @@ class Attempt:
             self._folder.create()
         if desired.spec.input_sha256:
             await self._or_stopped(self._fetch(desired))
+        if desired.HasField("resume"):
+            await self._or_stopped(self._restore(desired))
+
+    async def _restore(self, desired: machine_pb2.DesiredAttempt) -> None:
+        try:
+            await self._checkpoints.restore(desired.resume, desired.spec.checkpoint.path, MAX_INPUT_UNPACKED_BYTES)
+        except TransferFailed as error:
+            raise Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, str(error)) from error
+        except ArchiveRefused as error:
+            raise Ended(jobs_pb2.OUTCOME_FAILED, f"the job's checkpoint cannot be unpacked: {error}") from error
 
     async def _fetch(self, desired: machine_pb2.DesiredAttempt) -> None:
         archive = self._folder.root / "input.tar.gz"
@@ -307,12 +301,12 @@ class Attempt:
             )
             await asyncio.to_thread(unpack, archive, self._folder.work, max_bytes=MAX_INPUT_UNPACKED_BYTES)
         except TransferFailed as error:
-            raise _Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, str(error)) from error
+            raise Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, str(error)) from error
         except ArchiveRefused as error:
-            raise _Ended(jobs_pb2.OUTCOME_FAILED, f"the job's input cannot be unpacked: {error}") from error
+            raise Ended(jobs_pb2.OUTCOME_FAILED, f"the job's input cannot be unpacked: {error}") from error
         archive.unlink()
 
-    async def _watch(self) -> tuple[_Ended | None, ExitStatus]:
+    async def _watch(self) -> tuple[Ended | None, ExitStatus]:
         """Until it has ended, by itself or because it was stopped."""
         handle = self._started
         self._tools.shipper.add(self._tail)
@@ -323,6 +317,7 @@ class Attempt:
             self._change(jobs_pb2.RUNNING, save=False)
         self._watching = True
         watching = asyncio.create_task(self._disk.run())
+        saving = asyncio.create_task(self._save_now_and_then())
         try:
             self.check()
             status = await self._tools.executor.wait(handle)
@@ -332,23 +327,24 @@ class Attempt:
             raise
         finally:
             watching.cancel()
+            saving.cancel()
             self._watching = False
         if self._ending is not None:
             await self._ending
         # It may have ended by itself in the very moment in which it was stopped: then its own end counts.
         return (self._reason if status.stop_reason is not None or status.lost else None), status
 
-    def _reason_to_stop(self) -> _Ended | None:
+    def _reason_to_stop(self) -> Ended | None:
         if self._fenced:
-            return _Ended(jobs_pb2.OUTCOME_LOST, "the lease could not be renewed in time, so the machine ended it")
+            return Ended(jobs_pb2.OUTCOME_LOST, "the lease could not be renewed in time, so the machine ended it")
         if self._stop is not None:
             return self._stopped()
         limit = self.desired.spec.max_duration_seconds if self.desired is not None else 0
         if limit and self._ran_seconds() > limit:
-            return _Ended(jobs_pb2.OUTCOME_TIMED_OUT, f"ended after its maximum duration of {limit} s")
-        return _Ended(jobs_pb2.OUTCOME_FAILED, self._disk.full) if self._disk.full else None
+            return Ended(jobs_pb2.OUTCOME_TIMED_OUT, f"ended after its maximum duration of {limit} s")
+        return Ended(jobs_pb2.OUTCOME_FAILED, self._disk.full) if self._disk.full else None
 
-    async def _end(self, reason: _Ended) -> None:
+    async def _end(self, reason: Ended) -> None:
         if reason.outcome == jobs_pb2.OUTCOME_LOST:
             grace_seconds, why = 0.0, StopReason.LEASE_LOST
         else:
@@ -360,8 +356,9 @@ class Attempt:
             if self._disk.full:
                 # It would go on filling it all the while.
                 grace_seconds, why = 0.0, StopReason.DISK_LIMIT
+        notice = notice_of(self.desired.spec) if self._saves and self.desired is not None else None
         stopping = asyncio.create_task(
-            self._tools.executor.stop(self._started, grace_seconds=grace_seconds, reason=why)
+            self._tools.executor.stop(self._started, grace_seconds=grace_seconds, reason=why, notice=notice)
         )
         try:
             # A lease that runs out during the grace ends the grace.
@@ -372,26 +369,54 @@ class Attempt:
         finally:
             await stopping
 
-    async def _finish(self, ending: _Ended | None, exit_status: ExitStatus | None) -> None:
+    async def _finish(self, ending: Ended | None, exit_status: ExitStatus | None) -> None:
         """Results and log first, then the report that makes them count."""
         self._tools.shipper.ended(self._tail)
         results: list[HashedFile] = []
         ran_ms = int(self._ran_seconds() * 1000) if exit_status is not None else 0
         if exit_status is not None and not self._fenced and not exit_status.lost:
+            if self._saves and ending is not None and (problem := await self._save()):
+                ending = Ended(ending.outcome, f"{ending.message}; its checkpoint was not kept: {problem}")
             try:
                 with span("attempt.upload"):
-                    results = await self._upload()
-            except _Ended as error:
+                    output, limit = self._folder.output, self._max_kept_bytes
+                    results = await upload(output, limit, self._urls, self._tools.transfers)
+            except Ended as error:
                 ending = ending or error
         if not self._fenced and self._handle is not None and not self._tail.complete.is_set() and self._tail.size:
             await _within(self._tail.complete.wait(), LOG_COMPLETE_SECONDS)
         await self._tools.watch.released(str(self.row.attempt_id))
         self._report_end(ending, exit_status, results, ran_ms)
 
+    @property
+    def _saves(self) -> bool:
+        return self._stop is not None and self.desired is not None and saves(self.desired.spec, self._stop[1])
+
+    async def _save(self) -> str:
+        """Upload its checkpoint, to be told with the next report. Returns what went wrong."""
+        if self.desired is None:
+            return "the daemon has just been restarted"
+        status, limit = self.row.status, self._max_kept_bytes
+        try:
+            with span("attempt.checkpoint"):
+                saved = await self._checkpoints.save(self.desired.spec.checkpoint.path, status.checkpoint.number, limit)
+        except (CheckpointFailed, TransferFailed, OSError, Ended) as error:
+            log.warning("checkpoint_not_kept", attempt_id=str(self.row.attempt_id), error=str(error))
+            return str(error)
+        status.checkpoint.CopyFrom(saved)
+        return ""
+
+    async def _save_now_and_then(self) -> None:
+        seconds = self.desired.spec.checkpoint.interval_seconds if self.desired is not None else 0
+        while seconds:
+            await asyncio.sleep(seconds)
+            if not await self._save() and self._ending is None:
+                self._change(self.row.status.state)
+
     def _report_end(
-        self, ending: _Ended | None, exit_status: ExitStatus | None, results: list[HashedFile], ran_ms: int
+        self, ending: Ended | None, exit_status: ExitStatus | None, results: list[HashedFile], ran_ms: int
     ) -> None:
-        outcome, message = _judge(ending, exit_status, self.desired)
+        outcome, message = judge(ending, exit_status, self.desired)
         status = self.row.status
         status.outcome = outcome
         status.message = message
@@ -474,19 +499,12 @@ class Attempt:
         self.row.status.message = what
         self._change(jobs_pb2.STARTING)
 
-    def _stopped(self) -> _Ended:
-        reason = self._stop[1] if self._stop is not None else ""
-        if reason in ("max_duration", "timed_out", "budget"):
-            return _Ended(jobs_pb2.OUTCOME_TIMED_OUT, f"stopped: {reason}")
-        if reason == "hours_over":
-            return _Ended(jobs_pb2.OUTCOME_PREEMPTED, "the hours are over in which the machine's owner rents it out")
-        if reason == "daemon_stopped":
-            return _Ended(jobs_pb2.OUTCOME_PREEMPTED, "the machine's owner stopped the daemon")
-        return _Ended(jobs_pb2.OUTCOME_CANCELLED, f"stopped: {reason}" if reason else "stopped")
+    def _stopped(self) -> Ended:
+        return stopped(self._stop[1] if self._stop is not None else "")
 
     def _raise_if_stopped(self) -> None:
         if self._fenced:
-            raise _Ended(jobs_pb2.OUTCOME_LOST, "the lease ran out before the start")
+            raise Ended(jobs_pb2.OUTCOME_LOST, "the lease ran out before the start")
         if self._stop is not None:
             raise self._stopped()
 
@@ -504,46 +522,13 @@ class Attempt:
             task.cancel()
 
     async def _urls(self, request: machine_pb2.UrlsRequest) -> machine_pb2.UrlsReply:
-        """Presigned URLs; a platform that does not answer is asked again for as long as the lease holds."""
         request.attempt_id = str(self.row.attempt_id)
         request.epoch = self.row.epoch
-        pause_seconds = 0.1
-        for _ in range(URL_TRIES):
-            try:
-                reply = await self._tools.platform.urls(request)
-            except ServiceError as error:
-                log.info("no_urls_yet", attempt_id=str(self.row.attempt_id), error=str(error))
-            else:
-                if reply.error == "stale":
-                    raise _Ended(jobs_pb2.OUTCOME_LOST, "the platform says that this attempt is over")
-                if reply.error.startswith("refused"):
-                    raise _Ended(jobs_pb2.OUTCOME_FAILED, reply.error)
-                if not reply.error:
-                    return reply
-            await asyncio.sleep(pause_seconds)
-            pause_seconds = min(5.0, pause_seconds * 2)
-        raise _Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, "the platform gave no URLs for the transfer")
+        return await ask_urls(self._tools.platform, request)
 
-    async def _upload(self) -> list[HashedFile]:
-        limit = self.desired.results_limit_bytes if self.desired is not None else 0
-        output: Path = self._folder.output
-        if not any(os.scandir(output)):
-            return []
-        try:
-            found = await asyncio.to_thread(
-                output_files, output, max_files=MAX_RESULT_FILES, max_bytes=limit or DEFAULT_RESULTS_BYTES
-            )
-        except ResultsTooLarge as error:
-            raise _Ended(jobs_pb2.OUTCOME_FAILED, f"the results were not kept: {error}") from error
-        hashed = await asyncio.to_thread(hash_files, output, found)
-        for first in range(0, len(hashed), URLS_PER_REQUEST):
-            part = hashed[first : first + URLS_PER_REQUEST]
-            reply = await self._urls(machine_pb2.UrlsRequest(results=[result.to_proto() for result in part]))
-            try:
-                await self._tools.transfers.send(output, part, reply.result_urls)
-            except TransferFailed as error:
-                raise _Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, str(error)) from error
-        return hashed
+    @property
+    def _max_kept_bytes(self) -> int:
+        return (self.desired.results_limit_bytes if self.desired is not None else 0) or DEFAULT_RESULTS_BYTES
 
 
 def sandbox_of(tools: Tools, desired: machine_pb2.DesiredAttempt) -> str:
@@ -557,33 +542,6 @@ def image_request(job: jobs_pb2.JobSpec) -> ImageRequest | None:
         return None
     auth = job.registry_auth
     return ImageRequest(ImageReference.parse(job.image), auth.username, auth.password)
-
-
-_INTERRUPTED: "Mapping[InterruptedBy, jobs_pb2.Outcome.ValueType]" = {
-    InterruptedBy.OWNER: jobs_pb2.OUTCOME_PREEMPTED,
-    InterruptedBy.FAULT: jobs_pb2.OUTCOME_PROVIDER_FAULT,
-    InterruptedBy.TIME_LIMIT: jobs_pb2.OUTCOME_TIMED_OUT,
-}
-
-
-def _judge(
-    ending: _Ended | None, exit_status: ExitStatus | None, desired: machine_pb2.DesiredAttempt | None
-) -> "tuple[jobs_pb2.Outcome.ValueType, str]":
-    """Outcome and text of an attempt's end."""
-    if ending is not None:
-        return ending.outcome, ending.message
-    if exit_status is not None and exit_status.interruption is not None:
-        return _INTERRUPTED[exit_status.interruption.by], exit_status.interruption.message
-    if exit_status is None or exit_status.exit_code is None:
-        return jobs_pb2.OUTCOME_PROVIDER_FAULT, "the machine lost sight of the job (killed from outside, or a reboot)"
-    if exit_status.oom_killed:
-        limit = format_bytes(desired.spec.resources.memory_bytes) if desired is not None else "its limit"
-        return jobs_pb2.OUTCOME_FAILED, f"killed: it needed more memory than the {limit} that it asked for"
-    if exit_status.exit_code == 0:
-        return jobs_pb2.OUTCOME_SUCCEEDED, ""
-    if exit_status.signal is not None:
-        return jobs_pb2.OUTCOME_FAILED, f"ended by signal {exit_status.signal} (exit code {exit_status.exit_code})"
-    return jobs_pb2.OUTCOME_FAILED, f"exit code {exit_status.exit_code}"
 
 
 async def _within(work: Awaitable[object], seconds: float) -> None:

@@ -59,7 +59,7 @@ class Transfers:
         while self._clients:
             await self._clients.popitem()[1].aclose()
 
-    async def fetch(self, url: str, target: Path, *, sha256: str, size_bytes: int) -> None:
+    async def fetch(self, url: str, target: Path, *, sha256: str, size_bytes: int, what: str = "input") -> None:
         """Download to `target`. Raises TransferFailed when the content is not what `sha256` says."""
         for number in range(TRIES):
             try:
@@ -68,7 +68,7 @@ class Transfers:
                 raise
             except (httpx.HTTPError, TransferFailed) as error:
                 if number == TRIES - 1:
-                    raise TransferFailed(f"the job's input could not be fetched: {_said(error)}") from error
+                    raise TransferFailed(f"the job's {what} could not be fetched: {_said(error)}") from error
                 await asyncio.sleep(FIRST_PAUSE_SECONDS * 2**number)
             else:
                 return
@@ -86,7 +86,7 @@ class Transfers:
                     digest.update(chunk)
                     file.write(chunk)
         if digest.hexdigest() != sha256:
-            raise TransferFailed(f"the input's content has the hash {digest.hexdigest()}, expected {sha256}")
+            raise TransferFailed(f"the content has the hash {digest.hexdigest()}, expected {sha256}")
 
     async def send(self, output: Path, files: Sequence[HashedFile], urls: Sequence[str]) -> None:
         """Upload all `files`, a few at a time, each to its URL. Raises TransferFailed."""

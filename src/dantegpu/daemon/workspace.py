@@ -48,6 +48,16 @@ class AttemptFolder:
         return self.root / "stop"
 
     @property
+    def resumed(self) -> Path:
+        """Made once an earlier attempt's checkpoint is in place: that attempt's epoch."""
+        return self.root / "resumed"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The archive of a checkpoint while it comes or goes."""
+        return self.root / "checkpoint.tar.gz"
+
+    @property
     def handle(self) -> Path:
         return self.root / "handle.json"
 
@@ -129,7 +139,7 @@ class AttemptFolder:
         try:
             os.rmdir(f"{root}/work")
             os.rmdir(f"{root}/output")
-            for name in ("output.log", "started", "exit", "stop", "handle.new"):
+            for name in ("output.log", "started", "exit", "stop", "handle.new", "resumed"):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(f"{root}/{name}")
             os.rmdir(root)

@@ -13,6 +13,7 @@ WINDOW_SECONDS = 300
 SECONDS_PER_HOUR = 3600
 DEFAULT_PLATFORM_FEE_BASIS_POINTS = 500
 BASIS_POINTS = 10_000
+FULL_PRICE_PERCENT = 100
 _SECOND = timedelta(seconds=1)
 
 
@@ -24,17 +25,22 @@ class WindowUse(NamedTuple):
 
 
 def rate_udgpu_per_hour(
-    *, gpu_milli: int, cpu_milli: int, price_udgpu_per_gpu_hour: int, price_udgpu_per_cpu_hour: int
+    *,
+    gpu_milli: int,
+    cpu_milli: int,
+    price_udgpu_per_gpu_hour: int,
+    price_udgpu_per_cpu_hour: int,
+    price_percent: int = FULL_PRICE_PERCENT,
 ) -> MicroDgpu:
     """What an hour of a placement costs, rounded up.
 
-    A job with GPUs pays for its milli-GPUs alone; a job without pays for its milli-CPUs.
+    A job with GPUs pays for its milli-GPUs alone; a job without pays for its milli-CPUs. Spot work pays only
+    `price_percent` of the price.
     """
-    if min(gpu_milli, cpu_milli, price_udgpu_per_gpu_hour, price_udgpu_per_cpu_hour) < 0:
+    if min(gpu_milli, cpu_milli, price_udgpu_per_gpu_hour, price_udgpu_per_cpu_hour, price_percent) < 0:
         raise ValueError("amounts and prices are not negative")
-    if gpu_milli:
-        return MicroDgpu(ceil_div(gpu_milli * price_udgpu_per_gpu_hour, MILLI_PER_UNIT))
-    return MicroDgpu(ceil_div(cpu_milli * price_udgpu_per_cpu_hour, MILLI_PER_UNIT))
+    milli, price = (gpu_milli, price_udgpu_per_gpu_hour) if gpu_milli else (cpu_milli, price_udgpu_per_cpu_hour)
+    return MicroDgpu(ceil_div(milli * price * price_percent, MILLI_PER_UNIT * FULL_PRICE_PERCENT))
 
 
 def charge_udgpu(rate_udgpu_per_hour: int, seconds: int) -> MicroDgpu:

@@ -13,6 +13,7 @@ from tests.simulation.memory.columns import columns_of, defaults_of, records, ty
 from tests.simulation.memory.engine import Handler, MemoryTx, Row, Schema, Table
 from tests.simulation.memory.kit import KIT_STATEMENTS, kit_tables
 from tests.simulation.memory.lifetimes import LIFETIME_STATEMENTS
+from tests.simulation.memory.preemptions import PREEMPTION_STATEMENTS
 from tests.simulation.memory.quarantines import QUARANTINE_STATEMENTS
 
 LIVE = frozenset({"PLACED", "STARTING", "RUNNING", "STOPPING"})
@@ -51,6 +52,9 @@ def scheduler_schema() -> Schema:
             "cost_udgpu": lambda row: row["cost_udgpu"] >= 0,
             "settled": lambda row: not row["settled"] or row["ended_at"] is not None,
             "node_rank": lambda row: 0 <= row["node_rank"] < row["nodes"],
+            "checkpoint_slot": lambda row: row["checkpoint_slot"] in (0, 1),
+            "checkpointed_at": lambda row: (row["checkpoint_number"] == 0) == (row["checkpointed_at"] is None),
+            "checkpoint": lambda row: row["checkpoint_sha256"] is None or row["checkpoint_number"] > 0,
         },
         uniques={
             "attempts_job_id_epoch_node_rank_key": lambda row: (row["job_id"], row["epoch"], row["node_rank"]),
@@ -72,6 +76,7 @@ def scheduler_schema() -> Schema:
     machines = Table("machines", ("machine_id",), defaults_of(_COLUMNS["machines"]))
     events = Table("job_events", ("job_id", "seq"))
     after = Table("job_after", ("job_id", "after_id"))
+    claims = Table("claims", ("job_id", "node_rank"), checks={"node_rank": lambda row: row["node_rank"] >= 0})
     quarantines = Table(
         "quarantines",
         ("machine_id",),
@@ -80,8 +85,8 @@ def scheduler_schema() -> Schema:
     )
     return Schema(
         "scheduler",
-        [*kit_tables(), jobs, attempts, usage, leases, machines, events, after, quarantines],
-        {**KIT_STATEMENTS, **LIFETIME_STATEMENTS, **QUARANTINE_STATEMENTS, **_STATEMENTS},
+        [*kit_tables(), jobs, attempts, usage, leases, machines, events, after, quarantines, claims],
+        {**KIT_STATEMENTS, **LIFETIME_STATEMENTS, **QUARANTINE_STATEMENTS, **PREEMPTION_STATEMENTS, **_STATEMENTS},
     )
 
 
@@ -431,7 +436,8 @@ async def _live_leases(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
         if row["ended_at"] is None:
             held = sorted(devices.get(row["id"], []), key=lambda it: it["device_index"])
             ids = {"device_ids": [it["device_id"] for it in held], "millis": [it["milli"] for it in held]}
-            found.append({name: row[name] for name in names} | ids | {"attempt_id": row["id"]})
+            of_attempt = {"attempt_id": row["id"], "stopping": row["stop_requested_at"] is not None}
+            found.append({name: row[name] for name in names} | ids | of_attempt)
     return found
 
 

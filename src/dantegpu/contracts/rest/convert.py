@@ -1,9 +1,11 @@
 """JobSpec between its REST form (what people write) and its protobuf form (what the platform computes with)."""
 
 from datetime import UTC, datetime
+from typing import Literal
 
 from dantegpu.contracts.gen.dante.v1 import jobs_pb2
 from dantegpu.contracts.rest.spec import (
+    Checkpoint,
     JobInput,
     JobSpec,
     RegistryAuth,
@@ -41,12 +43,19 @@ def spec_to_proto(spec: JobSpec) -> jobs_pb2.JobSpec:
         network=spec.network,
         labels=spec.labels,
         nodes=spec.nodes,
+        spot_policy="" if spec.spot_policy == "on-demand" else spec.spot_policy,
     )
     if spec.max_price is not None:
         proto.max_price_udgpu_per_gpu_hour = parse_dgpu(spec.max_price)
     if spec.retry is not None:
         seconds = parse_duration(spec.retry.duration) if spec.retry.duration else 0
         proto.retry.CopyFrom(jobs_pb2.RetryPolicy(on_events=spec.retry.on_events, duration_seconds=seconds))
+    if spec.checkpoint is not None:
+        saved = spec.checkpoint
+        proto.checkpoint.path = saved.path.removeprefix("/work/")
+        proto.checkpoint.signal = saved.signal
+        proto.checkpoint.grace_seconds = parse_duration(saved.grace)
+        proto.checkpoint.interval_seconds = parse_duration(saved.interval) if saved.interval else 0
     if spec.registry_auth is not None:
         auth = spec.registry_auth
         proto.registry_auth.CopyFrom(jobs_pb2.RegistryAuth(username=auth.username, password=auth.password))
@@ -116,6 +125,28 @@ def spec_from_proto(proto: jobs_pb2.JobSpec) -> JobSpec:
         network=proto.network,
         labels=dict(proto.labels),
         nodes=max(proto.nodes, 1),
+        spot_policy=_spot_policy_from_proto(proto),
+        checkpoint=_checkpoint_from_proto(proto),
+    )
+
+
+def _spot_policy_from_proto(proto: jobs_pb2.JobSpec) -> Literal["spot", "on-demand", "auto"]:
+    match proto.spot_policy:
+        case "spot" | "auto" as asked:
+            return asked
+        case _:
+            return "on-demand"
+
+
+def _checkpoint_from_proto(proto: jobs_pb2.JobSpec) -> Checkpoint | None:
+    if not proto.HasField("checkpoint"):
+        return None
+    saved = proto.checkpoint
+    return Checkpoint.model_construct(
+        path=f"/work/{saved.path}",
+        signal=saved.signal or "SIGTERM",
+        grace=format_duration(saved.grace_seconds),
+        interval=format_duration(saved.interval_seconds) if saved.interval_seconds else None,
     )
 
 

@@ -33,6 +33,9 @@ class Attempt(Response):
     device_ids: list[str] = Field(default_factory=list)
     simulated: bool = Field(default=False, description="Ran on simulated devices")
     sandbox: str = Field(default="", description="What it really ran in: bubblewrap, none")
+    spot: bool = Field(default=False, description="Could be preempted, at the price of spot work")
+    checkpointed_at: Timestamp | None = Field(default=None, description="When its last checkpoint was kept")
+    resumed_epoch: int | None = Field(default=None, description="Whose checkpoint it began with; null: it began anew")
     created_at: Timestamp
     started_at: Timestamp | None = None
     ended_at: Timestamp | None = None

@@ -50,6 +50,10 @@ MAX_NODES = 64
 MAX_JOBS_PER_CALL = 10_000
 DEFAULT_PRIORITY = 50
 MAX_AFTER = 100
+CHECKPOINT_GRACE_MAX_SECONDS = 300
+CHECKPOINT_INTERVAL_MIN_SECONDS = 10
+CHECKPOINT_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
+MAX_CHECKPOINT_PATH_BYTES = 1024
 _CRON_FIELDS = 5
 WORK_FILES = (".:/work", ".")
 
@@ -183,7 +187,7 @@ class Resources(Request):
     not_supported_yet: ClassVar[Mapping[str, str]] = {
         "gpu_count": "write the count into gpu: 'RTX4090:2'",
         "disk_tier": "kinds of disk",
-        "use_spot": "interruptible machines",
+        "use_spot": "write 'spot_policy: spot' beside resources",
         "any_of": "several alternatives",
     }
 
@@ -232,6 +236,57 @@ class RegistryAuth(Request):
     password: str = Field(default="", max_length=MAX_PASSWORD_LENGTH, repr=False)
 
 
+class Checkpoint(Request):
+    """Where the job saves its progress, and how it is told that it has to stop."""
+
+    path: str = Field(
+        description="File or folder below /work: kept when the job is stopped, there again when it goes on elsewhere",
+        examples=["/work/ckpt"],
+    )
+    interval: Annotated[str | None, BeforeValidator(_duration)] = Field(
+        default=None, description="Also kept so often while it runs; null: only when it is stopped", examples=["10m"]
+    )
+    signal: str = Field(default="SIGTERM", description=f"The notice: {', '.join(CHECKPOINT_SIGNALS)}")
+    grace: Annotated[str, BeforeValidator(_duration)] = Field(
+        default="30s", description="From the notice to the end, at most 5m; less when the job ends by itself"
+    )
+
+    @field_validator("path")
+    @classmethod
+    def _path(cls, value: str) -> str:
+        parts = [part for part in value.removeprefix("/work/").split("/") if part not in ("", ".")]
+        outside = (value.startswith("/") and not value.startswith("/work/")) or ".." in parts or not parts
+        if outside or not value.isprintable() or len(value.encode()) > MAX_CHECKPOINT_PATH_BYTES:
+            expected = "a file or folder below /work such as /work/ckpt, without '..'"
+            raise field_error("checkpoint_path", f"expected {expected}", expected=expected)
+        return f"/work/{'/'.join(parts)}"
+
+    @field_validator("signal")
+    @classmethod
+    def _signal(cls, value: str) -> str:
+        name = value.upper() if value.upper().startswith("SIG") else f"SIG{value.upper()}"
+        if name not in CHECKPOINT_SIGNALS:
+            expected = ", ".join(CHECKPOINT_SIGNALS)
+            raise field_error("checkpoint_signal", f"expected one of {expected}", expected=expected)
+        return name
+
+    @field_validator("grace")
+    @classmethod
+    def _grace(cls, value: str) -> str:
+        if parse_duration(value) > CHECKPOINT_GRACE_MAX_SECONDS:
+            expected = f"at most {format_duration(CHECKPOINT_GRACE_MAX_SECONDS)}"
+            raise field_error("checkpoint_grace", f"expected {expected}", expected=expected)
+        return value
+
+    @field_validator("interval")
+    @classmethod
+    def _interval(cls, value: str | None) -> str | None:
+        if value is not None and parse_duration(value) < CHECKPOINT_INTERVAL_MIN_SECONDS:
+            expected = f"at least {format_duration(CHECKPOINT_INTERVAL_MIN_SECONDS)}"
+            raise field_error("checkpoint_interval", f"expected {expected}", expected=expected)
+        return value
+
+
 class Schedule(Request):
     """When a job is submitted again and again: five cron fields, in a time zone."""
 
@@ -273,8 +328,6 @@ class JobSpec(Request):
 
     not_supported_yet: ClassVar[Mapping[str, str]] = {
         "budget": "a bound on the whole cost; use max_price and max_duration",
-        "spot_policy": "interruptible machines",
-        "checkpoint": "checkpoints and resuming",
         "regions": "choice of the region",
         "setup": "a set-up step; put it into commands",
         "file_mounts": "mounts; the working directory is sent as input",
@@ -316,6 +369,11 @@ class JobSpec(Request):
         default=None, description="The job is stopped after it; null: the platform's bound", examples=["8h"]
     )
     retry: Retry | None = Field(default=None, description="Also `true`: all events; null: the platform's default")
+    spot_policy: Literal["spot", "on-demand", "auto"] = Field(
+        default="on-demand",
+        description="`spot`: cheaper, and stopped when others need the machine; `auto`: `spot` with a checkpoint",
+    )
+    checkpoint: Checkpoint | None = Field(default=None, description="What is kept when the job has to stop")
     priority: int = Field(default=DEFAULT_PRIORITY, ge=0, le=100, description="Within your team; 100 is first")
     array: Annotated[int | dict[str, str | list[str]] | None, BeforeValidator(_array)] = Field(
         default=None, description="Many tasks: how many, or variables with their values (every combination is a task)",

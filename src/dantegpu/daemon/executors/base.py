@@ -9,6 +9,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from signal import Signals
 
 from dantegpu.domain.ids import AttemptId
 from dantegpu.domain.images import ImageReference
@@ -105,6 +106,8 @@ class AttemptSpec:
     entrypoint: tuple[str, ...] = ()
     working_dir: str = ""
     shm_bytes: int = 0
+    checkpoint: str = ""
+    """Below the work folder: where the job saves its progress."""
     max_seconds: int = 0
     """The daemon ends it then. A cluster is told too, for the time in which no daemon runs."""
 
@@ -251,8 +254,14 @@ class Executor(ABC):
         """Wait for the end. Afterwards nothing of the attempt runs any more."""
 
     @abstractmethod
-    async def stop(self, handle: Handle, *, grace_seconds: float, reason: StopReason) -> None:
-        """SIGTERM to the job, SIGKILL to all of it after the grace. Returns when nothing of it runs any more."""
+    async def stop(
+        self, handle: Handle, *, grace_seconds: float, reason: StopReason, notice: Signals | None = None
+    ) -> None:
+        """SIGTERM to the job, SIGKILL to all of it after the grace. Returns when nothing of it runs any more.
+
+        `notice`: this signal instead, and only to processes that handle it, if there are any: a shell that waits for a
+        program which saves its work must not end before it.
+        """
 
     @abstractmethod
     async def destroy(self, handle: Handle) -> None:

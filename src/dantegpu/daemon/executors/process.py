@@ -37,6 +37,7 @@ from dantegpu.daemon.executors.processes import (
     boot_id,
     descendants,
     disk_bytes,
+    handlers,
     open_process,
     process_ended,
     process_info,
@@ -363,7 +364,9 @@ class ProcessExecutor(Executor):
             run.slot.oom_kills = counted
         return counted > run.place.oom_kills
 
-    async def stop(self, handle: Handle, *, grace_seconds: float, reason: StopReason) -> None:
+    async def stop(
+        self, handle: Handle, *, grace_seconds: float, reason: StopReason, notice: signal.Signals | None = None
+    ) -> None:
         place, folder = self._open(handle)
         if folder.exit.exists() or not folder.root.is_dir():
             return
@@ -374,7 +377,8 @@ class ProcessExecutor(Executor):
             return
         if (run.cell is not None or run.pidfd >= 0) and grace_seconds > 0:
             job = self._job_processes(handle, run)
-            signal_processes(job, self._job_processes(handle, run), signal.SIGTERM)
+            told = handlers(job, notice) or job if notice is not None else job
+            signal_processes(told, self._job_processes(handle, run), notice or signal.SIGTERM)
             try:
                 async with asyncio.timeout(grace_seconds):
                     await self._gone(run)

@@ -130,6 +130,21 @@ def signal_processes(pids: set[int], still: "set[int]", number: int) -> None:
             os.close(descriptor)
 
 
+def handlers(pids: set[int], number: int) -> set[int]:
+    """Those of `pids` that have a handler of their own for the signal."""
+    return {pid for pid in pids if _caught(pid) >> (number - 1) & 1}
+
+
+def _caught(pid: int) -> int:
+    """The kernel's bit mask of the signals that the process handles; 0 once it is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    line = next((line for line in status.splitlines() if line.startswith("SigCgt:")), "SigCgt: 0")
+    return int(line.split()[1], 16)
+
+
 async def process_ended(pidfd: int) -> None:
     """Wait, without polling, until the process behind `pidfd` has ended."""
     loop = asyncio.get_running_loop()

@@ -1,6 +1,7 @@
 """Several executors behind one: a job that names an image runs in a container, any other in the machine's sandbox."""
 
 from collections.abc import Callable, Mapping
+from signal import Signals
 
 from dantegpu.daemon.executors.base import (
     Adoption,
@@ -61,8 +62,10 @@ class RoutedExecutor(Executor):
     async def wait(self, handle: Handle) -> ExitStatus:
         return await self._of(handle).wait(handle)
 
-    async def stop(self, handle: Handle, *, grace_seconds: float, reason: StopReason) -> None:
-        await self._of(handle).stop(handle, grace_seconds=grace_seconds, reason=reason)
+    async def stop(
+        self, handle: Handle, *, grace_seconds: float, reason: StopReason, notice: Signals | None = None
+    ) -> None:
+        await self._of(handle).stop(handle, grace_seconds=grace_seconds, reason=reason, notice=notice)
 
     async def destroy(self, handle: Handle) -> None:
         await self._of(handle).destroy(handle)

@@ -179,6 +179,8 @@ def environment(spec: AttemptSpec, *, work: str, output: str, search_path: str) 
         variables["OMP_NUM_THREADS"] = str(max(1, -(-spec.cpu_milli // 1000)))
     variables |= spec.env
     variables["DANTE_OUTPUT"] = output
+    if spec.checkpoint:
+        variables["DANTE_CHECKPOINT"] = f"{work}/{spec.checkpoint}"
     variables[ATTEMPT_VARIABLE] = str(spec.attempt_id)
     real = [device for device in spec.devices if not device.simulated]
     # Set also when empty: a job without a lease must find no device, whatever its own environment says.

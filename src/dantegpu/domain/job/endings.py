@@ -85,6 +85,9 @@ def what_follows(
     if outcome is Outcome.PREEMPTED and job.stop_reason is StopReason.NO_FUNDS:
         # No timer: the next round asks billing again.
         return back_to_queue(freed, QueueReason.NO_FUNDS, ""), effects
+    if outcome is Outcome.PREEMPTED and job.stop_reason is StopReason.PREEMPTED:
+        # Whatever its retries say, and without a pause: it was there before those that came meanwhile.
+        return back_to_queue(freed, QueueReason.PREEMPTED, f"Preempted {job.stop_by}."), effects
     if _may_retry(freed, outcome, now):
         freed = replace(freed, avoided_machines=avoid(job, *at_fault))
         return _retry_later(freed, outcome, now, effects)

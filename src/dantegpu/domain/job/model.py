@@ -76,6 +76,7 @@ class QueueReason(StrEnum):
     PLACEMENT_REVOKED = "placement_revoked"
     PAUSED = "paused"
     WAITING_FOR_JOBS = "waiting_for_jobs"
+    PREEMPTED = "preempted"
 
     @property
     def text(self) -> str:
@@ -99,6 +100,7 @@ _QUEUE_REASON_TEXTS: Mapping[QueueReason, str] = MappingProxyType({
     QueueReason.PLACEMENT_REVOKED: "The chosen machine could not take the job; another is being looked for.",
     QueueReason.PAUSED: "It is paused and waits to be resumed.",
     QueueReason.WAITING_FOR_JOBS: "It begins when the jobs that it comes after have succeeded.",
+    QueueReason.PREEMPTED: "It gave way and waits at its old place in the queue.",
 })  # fmt: skip
 
 

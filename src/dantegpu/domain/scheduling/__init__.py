@@ -8,6 +8,17 @@ from dantegpu.domain.scheduling.constraints import Constraint, ConstraintCount, 
 from dantegpu.domain.scheduling.explain import Relaxation, Why, explain
 from dantegpu.domain.scheduling.plan import Blocked, DeviceShare, Placement, Plan, SchedulerState, Unplaced, schedule
 from dantegpu.domain.scheduling.policy import DEFAULT_POLICY, Objective, Policy, Quota, borrowed
+from dantegpu.domain.scheduling.preemption import (
+    Cause,
+    Claim,
+    ClaimsView,
+    Ground,
+    Preemption,
+    SpotWork,
+    claimed_rate,
+    look_at_claims,
+    preempt,
+)
 from dantegpu.domain.scheduling.queue import JobGroup, JobQueue, QueuedJob
 from dantegpu.domain.scheduling.ranking import Refusal
 from dantegpu.domain.scheduling.shares import PastShares
@@ -17,10 +28,14 @@ __all__ = [
     "DEFAULT_POLICY",
     "MARGIN_SECONDS",
     "Blocked",
+    "Cause",
+    "Claim",
+    "ClaimsView",
     "Constraint",
     "ConstraintCount",
     "Decision",
     "DeviceShare",
+    "Ground",
     "JobGroup",
     "JobQueue",
     "Lease",
@@ -30,6 +45,7 @@ __all__ = [
     "Placement",
     "Plan",
     "Policy",
+    "Preemption",
     "QueuedJob",
     "Quota",
     "Refusal",
@@ -39,12 +55,16 @@ __all__ = [
     "SchedulerState",
     "Snapshot",
     "SnapshotBuilder",
+    "SpotWork",
     "TeamUse",
     "Unplaced",
     "Why",
     "borrowed",
+    "claimed_rate",
     "explain",
     "is_large",
+    "look_at_claims",
     "plan_round",
+    "preempt",
     "schedule",
 ]

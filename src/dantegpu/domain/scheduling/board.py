@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dantegpu.domain.ids import DeviceId, JobId, MachineId, TeamId
-from dantegpu.domain.pricing import rate_udgpu_per_hour
+from dantegpu.domain.pricing import FULL_PRICE_PERCENT, rate_udgpu_per_hour
 from dantegpu.domain.resources import ResourceRequest
 from dantegpu.domain.scheduling.constraints import Capacity
 from dantegpu.domain.scheduling.snapshot import NOBODY, Ints, Lease, Snapshot
@@ -79,7 +79,13 @@ class Board:
         return self._teams.setdefault(team_id, len(self._teams))
 
     def take(
-        self, job_id: JobId, team_id: TeamId, request: ResourceRequest, row: int, columns: Sequence[int]
+        self,
+        job_id: JobId,
+        team_id: TeamId,
+        request: ResourceRequest,
+        row: int,
+        columns: Sequence[int],
+        price_percent: int = FULL_PRICE_PERCENT,
     ) -> Placement:
         """Give the job these devices of machine `row`; the caller has seen that they are free."""
         capacity, machine, gpu = self.capacity, self.snapshot.machines[row], request.gpu
@@ -113,6 +119,7 @@ class Board:
                 cpu_milli=request.cpu_milli,
                 price_udgpu_per_gpu_hour=machine.price_udgpu_per_gpu_hour,
                 price_udgpu_per_cpu_hour=machine.price_udgpu_per_cpu_hour,
+                price_percent=price_percent,
             ),
         )
 

@@ -10,6 +10,7 @@ import numpy as np
 from dantegpu.domain.ids import JobId, MachineId, TeamId
 from dantegpu.domain.images import ImageReference, InvalidImage
 from dantegpu.domain.job import QueueReason
+from dantegpu.domain.pricing import FULL_PRICE_PERCENT
 from dantegpu.domain.resources import VRAM_TOLERANCE_MILLI, GpuRequest, ResourceRequest
 from dantegpu.domain.scheduling.snapshot import NOBODY, Bools, Ints, Snapshot
 from dantegpu.domain.units import MILLI_PER_UNIT
@@ -23,6 +24,7 @@ class PendingJob:
     `requires_sandbox`: never on a machine that cannot isolate it, not even an own one. `image`: its whole name, if any.
     A job with several `nodes` is a gang: each takes the whole request on a machine of its own, all or none.
     `excluded_machines` are never taken, `avoided_machines` only when nothing else fits. `regions` empty: anywhere.
+    `spot` work may be preempted, and pays only `price_percent` of what machines ask.
     """
 
     id: JobId
@@ -40,6 +42,13 @@ class PendingJob:
     not_before: datetime | None = None
     nodes: int = 1
     max_duration_seconds: int | None = None
+    spot: bool = False
+    price_percent: int = FULL_PRICE_PERCENT
+
+    @property
+    def standing(self) -> int:
+        """The higher goes first: by priority, then on-demand before spot, which would only be preempted again."""
+        return 2 * self.priority + (not self.spot)
 
     @property
     def shape(self) -> tuple[object, ...]:
@@ -54,6 +63,8 @@ class PendingJob:
             self.network,
             self.excluded_machines,
             self.nodes,
+            self.spot,
+            self.price_percent,
         )
 
 
@@ -215,8 +226,9 @@ def constraint_masks(snapshot: Snapshot, job: PendingJob) -> dict[Constraint, Bo
 
 
 def prices(snapshot: Snapshot, job: PendingJob) -> Ints:
-    """(M,): what the machine asks per GPU-hour, or per core-hour for a job without GPUs."""
-    return snapshot.price_cpu if job.request.gpu is None else snapshot.price_gpu
+    """(M,): what the job would pay per GPU-hour, or per core-hour for a job without GPUs."""
+    asked = snapshot.price_cpu if job.request.gpu is None else snapshot.price_gpu
+    return asked if job.price_percent == FULL_PRICE_PERCENT else -(-asked * job.price_percent // FULL_PRICE_PERCENT)
 
 
 def all_of(snapshot: Snapshot, masks: Mapping[Constraint, Bools], but: Constraint | None = None) -> Bools:

@@ -48,7 +48,7 @@ def place_gang(snapshot: Snapshot, job: PendingJob) -> tuple[Placement, ...] | W
     best = _cheapest(snapshot, job, rooms)
     if best is not None:
         rows, model = best
-        return tuple(_placement(snapshot, job, row, rooms.devices(row, model)) for row in rows)
+        return tuple(placement_at(snapshot, job, row, rooms.devices(row, model)) for row in rows)
     count = int(fitting.sum())
     if 0 < count < job.nodes:
         return Waits(job.id, QueueReason.TOO_FEW_MACHINES, f"{count} fit, {job.nodes} are needed at once.")
@@ -131,7 +131,8 @@ def _cheapest(snapshot: Snapshot, job: PendingJob, rooms: Rooms) -> tuple[list[i
     return rows, model
 
 
-def _placement(snapshot: Snapshot, job: PendingJob, row: int, columns: Sequence[int]) -> Placement:
+def placement_at(snapshot: Snapshot, job: PendingJob, row: int, columns: Sequence[int]) -> Placement:
+    """One node's place on machine `row` with the devices of these columns."""
     machine, request = snapshot.machines[row], job.request
     milli = request.gpu.milli if request.gpu is not None else 0
     devices = [machine.devices[column] for column in columns]
@@ -149,6 +150,7 @@ def _placement(snapshot: Snapshot, job: PendingJob, row: int, columns: Sequence[
             cpu_milli=request.cpu_milli,
             price_udgpu_per_gpu_hour=machine.price_udgpu_per_gpu_hour,
             price_udgpu_per_cpu_hour=machine.price_udgpu_per_cpu_hour,
+            price_percent=job.price_percent,
         ),
     )
 

@@ -227,7 +227,8 @@ class _Round:
                 order.put_back(draws[number:])
                 return
             row, columns = found
-            placements.append(board.take(draw.job.id, shape.team_id, shape.request, row, columns))
+            price_percent = shape.job.price_percent
+            placements.append(board.take(draw.job.id, shape.team_id, shape.request, row, columns, price_percent))
             table.hide(row)
             gpu = shape.request.gpu
             if gpu is not None and gpu.milli < MILLI_PER_UNIT:

@@ -76,6 +76,7 @@ class JobGroup:
     """Waiting jobs of one priority, team and shape, the oldest first. `jobs` may hold some that have left."""
 
     priority: int
+    standing: int
     shape: Shape
     jobs: list[QueuedJob] = field(default_factory=list[QueuedJob])
     start: int = 0
@@ -166,12 +167,12 @@ class JobQueue:
             self.discard(job.id)
         else:
             self._arrivals[shape] = self._arrivals.get(shape, 0) + 1
-        level = self._levels.get(job.priority)
+        level = self._levels.get(job.standing)
         if level is None:
-            level = self._levels[job.priority] = {}
+            level = self._levels[job.standing] = {}
         group = level.get(shape)
         if group is None:
-            group = level[shape] = JobGroup(job.priority, shape)
+            group = level[shape] = JobGroup(job.priority, job.standing, shape)
         queued = self._jobs[number] = QueuedJob(job.id, job.submitted_at.timestamp(), group)
         if job.not_before is None:
             group.insert(queued)
@@ -241,16 +242,16 @@ class JobQueue:
         )
 
     def levels(self) -> list[tuple[int, list[JobGroup]]]:
-        """Groups with somebody to place, by priority, the highest first."""
+        """Groups with somebody to place, by standing, the highest first."""
         found: list[tuple[int, list[JobGroup]]] = []
-        for priority in sorted(self._levels, reverse=True):
+        for standing in sorted(self._levels, reverse=True):
             groups = [
                 group
-                for group in self._levels[priority].values()
+                for group in self._levels[standing].values()
                 if group.waiting and (not self._paused or group.team_id not in self._paused)
             ]
             if groups:
-                found.append((priority, groups))
+                found.append((standing, groups))
         return found
 
     def groups(self) -> Iterator[JobGroup]:
@@ -268,7 +269,7 @@ class JobQueue:
 
     def _awake(self, job: QueuedJob) -> None:
         assert job.group is not None
-        group = self._levels.setdefault(job.group.priority, {}).setdefault(job.group.shape, job.group)
+        group = self._levels.setdefault(job.group.standing, {}).setdefault(job.group.shape, job.group)
         # A new record: the old one may still be in the list, at a place that is looked at no more.
         awake = self._jobs[job.id.uuid.int] = QueuedJob(job.id, job.at, group)
         job.group = None
@@ -277,8 +278,8 @@ class JobQueue:
     def _drop_if_empty(self, group: JobGroup) -> None:
         if group.waiting:
             return
-        level = self._levels.get(group.priority)
+        level = self._levels.get(group.standing)
         if level is not None and level.get(group.shape) is group:
             del level[group.shape]
             if not level:
-                del self._levels[group.priority]
+                del self._levels[group.standing]

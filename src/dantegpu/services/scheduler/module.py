@@ -91,6 +91,7 @@ def build(deps: Deps, settings: SchedulerSettings) -> Service:
 
     leadership = Leadership(db, "placement", lead)
     placement.leadership = leadership
+    placement.room.leadership = leadership
     arrays.leadership = leadership
     lifetimes.leadership = leadership
     schedules.leadership = leadership

@@ -356,14 +356,16 @@ def _job_message(row: JobRow) -> jobs_pb2.Job:
 
 def _detailed(details: JobDetails, node_rank: int) -> jobs_pb2.Job:
     message = job_message(details.job, details.progress)
+    resumed = _resumed_epochs(details.attempts)
     for attempt in details.attempts:
-        message.attempts.append(_attempt_message(attempt, details.leases.get(attempt.id, [])))
+        leases = details.leases.get(attempt.id, [])
+        message.attempts.append(_attempt_message(attempt, leases, resumed[attempt.epoch]))
         if attempt.epoch == details.job.results_epoch and attempt.node_rank == node_rank:
             message.results.extend(machine_pb2.AttemptStatus.FromString(attempt.results).results)
     return message
 
 
-def _attempt_message(row: AttemptRow, leases: Sequence[LeaseRow]) -> jobs_pb2.Attempt:
+def _attempt_message(row: AttemptRow, leases: Sequence[LeaseRow], resumed_epoch: int) -> jobs_pb2.Attempt:
     return jobs_pb2.Attempt(
         id=str(AttemptId(row.id)),
         job_id=str(JobId(row.job_id)),
@@ -383,7 +385,24 @@ def _attempt_message(row: AttemptRow, leases: Sequence[LeaseRow]) -> jobs_pb2.At
         simulated=row.simulated,
         sandbox=row.sandbox,
         node_rank=row.node_rank,
+        spot=row.spot,
+        checkpointed_at=_timestamp(row.checkpointed_at if row.checkpoint_sha256 else None),
+        resumed_epoch=resumed_epoch,
     )
+
+
+def _resumed_epochs(attempts: Sequence[AttemptRow]) -> dict[int, int]:
+    """Epoch -> the one whose checkpoint it began with: the last before it of which every node told what it saved."""
+    by_epoch: dict[int, list[AttemptRow]] = {}
+    for attempt in attempts:
+        by_epoch.setdefault(attempt.epoch, []).append(attempt)
+    found: dict[int, int] = {}
+    last = 0
+    for epoch, nodes in sorted(by_epoch.items()):
+        found[epoch] = last
+        if all(node.checkpoint_number for node in nodes) and any(node.checkpoint_sha256 for node in nodes):
+            last = epoch
+    return found
 
 
 def _explanation(found: JobExplanation) -> jobs_pb2.Explanation:

@@ -53,6 +53,12 @@ class SchedulerSettings(ServiceSettings):
         default={},
         description='GPUs that a team has for certain, by team id: `{"team_...": 16}`; others borrow what is idle',
     )
+    spot_price_percent: int = Field(
+        default=70,
+        ge=1,
+        le=100,
+        description="what spot work pays of a machine's price; its provider earns as much less",
+    )
     inventory_refresh_seconds: float = Field(default=10.0, ge=0.1, description="full read of machines and prices")
     max_duration_seconds: int = Field(default=7 * 24 * 3600, ge=1, description="of jobs that name none; and the most")
     log_limit_bytes: int = Field(default=64 << 20, ge=1024)

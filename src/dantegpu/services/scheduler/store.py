@@ -94,6 +94,13 @@ class AttemptRow:
     nodes: int
     report_seq: int
     array_id: UUID | None
+    spot: bool
+    saves: bool
+    checkpoint_number: int
+    checkpoint_sha256: str | None
+    checkpoint_size_bytes: int | None
+    checkpoint_slot: int
+    checkpointed_at: datetime | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +149,7 @@ class LiveLeaseRow:
     disk_bytes: int
     running_at: datetime | None
     max_duration_seconds: int
+    stopping: bool
     device_ids: list[UUID]
     millis: list[int]
 
@@ -187,7 +195,8 @@ type Record = Mapping[str, Any]
 """A row for jsonb_to_recordset: column -> value."""
 
 
-def _json(rows: Iterable[Record]) -> Jsonb:
+def json_rows(rows: Iterable[Record]) -> Jsonb:
+    """Rows as the parameter of a query that takes a list of them."""
     return Jsonb([{key: _plain(value) for key, value in row.items()} for row in rows])
 
 
@@ -247,11 +256,11 @@ async def queued_ids(tx: Tx, *, after: UUID | None, limit: int) -> list[UUID]:
 
 
 async def save_jobs(tx: Tx, rows: Sequence[Record]) -> None:
-    await tx.run(QUERIES["save_jobs"], rows=_json(rows))
+    await tx.run(QUERIES["save_jobs"], rows=json_rows(rows))
 
 
 async def insert_events(tx: Tx, rows: Sequence[Record]) -> None:
-    await tx.run(QUERIES["insert_events"], rows=_json(rows))
+    await tx.run(QUERIES["insert_events"], rows=json_rows(rows))
 
 
 async def events_after(tx: Tx, job_id: UUID, after: int, limit: int) -> list[EventRow]:
@@ -264,7 +273,7 @@ async def events_after(tx: Tx, job_id: UUID, after: int, limit: int) -> list[Eve
 async def insert_attempts(tx: Tx, rows: Sequence[Record], *, now: datetime, lease_seconds: float) -> None:
     """Raises PlanConflict when a job would get a second live attempt, or a gang would be placed in part."""
     try:
-        await tx.run(QUERIES["insert_attempts"], rows=_json(rows), now=now, lease_seconds=lease_seconds)
+        await tx.run(QUERIES["insert_attempts"], rows=json_rows(rows), now=now, lease_seconds=lease_seconds)
     except UniqueViolation as error:
         raise PlanConflict("a job has a live attempt already") from error
     except CheckViolation as error:
@@ -275,7 +284,7 @@ async def lease_devices(tx: Tx, rows: Sequence[Record]) -> None:
     """Raises PlanConflict when a device would be leased twice."""
     if rows:
         try:
-            await tx.run(QUERIES["lease_devices"], rows=_json(rows))
+            await tx.run(QUERIES["lease_devices"], rows=json_rows(rows))
         except CheckViolation as error:
             raise PlanConflict("a device is leased already") from error
 
@@ -285,7 +294,7 @@ async def release_devices(tx: Tx, attempt_ids: Sequence[UUID]) -> None:
 
 
 async def save_attempts(tx: Tx, rows: Sequence[Record]) -> None:
-    await tx.run(QUERIES["save_attempts"], rows=_json(rows))
+    await tx.run(QUERIES["save_attempts"], rows=json_rows(rows))
 
 
 async def attempts_by_id(tx: Tx, ids: Iterable[UUID]) -> dict[UUID, AttemptRow]:
@@ -410,7 +419,7 @@ async def open_windows(tx: Tx, windows_opened: Mapping[UUID, int]) -> None:
 
 
 async def close_windows(tx: Tx, rows: Sequence[Record]) -> None:
-    await tx.run(QUERIES["close_windows"], rows=_json(rows))
+    await tx.run(QUERIES["close_windows"], rows=json_rows(rows))
 
 
 async def jobs_to_mark_settled(tx: Tx, limit: int, *, among: Iterable[UUID] | None = None) -> list[JobRow]:

@@ -55,6 +55,7 @@ from dantegpu.daemon.executors.container.plan import (
 from dantegpu.daemon.executors.container.profile import write_hardened
 from dantegpu.daemon.executors.processes import (
     descendants,
+    handlers,
     open_process,
     process_ended,
     process_info,
@@ -375,7 +376,9 @@ class ContainerExecutor(Executor):
         out_of_memory = state.oom_killed or os.path.lexists(folder.once / "oom")
         return ExitStatus(state.exit_code, out_of_memory and state.exit_code != 0, reason)
 
-    async def stop(self, handle: Handle, *, grace_seconds: float, reason: StopReason) -> None:
+    async def stop(
+        self, handle: Handle, *, grace_seconds: float, reason: StopReason, notice: signal.Signals | None = None
+    ) -> None:
         place, folder = self._open(handle)
         state = await self._state(place)
         if state is None or not state.running:
@@ -383,7 +386,7 @@ class ContainerExecutor(Executor):
         if not folder.stop.exists():
             folder.stop.write_text(reason.value)
         if grace_seconds > 0:
-            await self._terminate(place, state)
+            await self._terminate(place, state, notice)
             try:
                 async with asyncio.timeout(grace_seconds):
                     await self._until_ended(place)
@@ -405,13 +408,15 @@ class ContainerExecutor(Executor):
                     os.close(pidfd)
         await self._engine.wait(place.container)
 
-    async def _terminate(self, place: _Place, state: _State) -> None:
+    async def _terminate(self, place: _Place, state: _State, notice: signal.Signals | None) -> None:
         """SIGTERM to all of the job's processes, as in every executor; the engine would tell only the first one."""
+        number = notice or signal.SIGTERM
         if self._is_here(state):
             job = descendants(state.pid)
-            signal_processes(job, descendants(state.pid), signal.SIGTERM)
+            told = handlers(job, notice) or job if notice is not None else job
+            signal_processes(told, descendants(state.pid), number)
         else:
-            await self._engine.kill(place.container, "SIGTERM")
+            await self._engine.kill(place.container, number.name)
 
     @staticmethod
     def _is_here(state: _State) -> bool:

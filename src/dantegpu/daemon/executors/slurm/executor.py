@@ -40,7 +40,7 @@ from dantegpu.daemon.executors.base import (
 from dantegpu.daemon.executors.process import FIRST_UID, UID_BLOCKS
 from dantegpu.daemon.executors.slots import SLOTS_MAX
 from dantegpu.daemon.executors.slurm.client import Batch, JobRow, SlurmUnreachable, gres_of
-from dantegpu.daemon.executors.slurm.node import Order, write_whole
+from dantegpu.daemon.executors.slurm.node import NOTICE, Order, write_whole
 from dantegpu.daemon.executors.slurm.site import SlurmSite
 from dantegpu.daemon.workspace import AttemptFolder, Workspace
 from dantegpu.domain.ids import AttemptId
@@ -307,7 +307,9 @@ class SlurmExecutor(Executor):
             await asyncio.sleep(pause_seconds)
             pause_seconds = min(FILE_SECONDS, pause_seconds * 1.5)
 
-    async def stop(self, handle: Handle, *, grace_seconds: float, reason: StopReason) -> None:
+    async def stop(
+        self, handle: Handle, *, grace_seconds: float, reason: StopReason, notice: signal.Signals | None = None
+    ) -> None:
         _, folder = self._open(handle)
         if folder.exit.exists() or not folder.root.is_dir():
             return
@@ -317,6 +319,8 @@ class SlurmExecutor(Executor):
         if not folder.stop.exists():
             folder.stop.write_text(reason.value)
         if row.live and grace_seconds > 0:
+            if notice is not None:
+                write_whole(folder.root / NOTICE, notice.name)
             await self._site.slurm.signal(row.id, "TERM")
             try:
                 async with asyncio.timeout(grace_seconds):

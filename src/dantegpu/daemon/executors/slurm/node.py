@@ -5,8 +5,8 @@ file system that the cluster's machines share. The sandbox is built here and not
 (bubblewrap, /etc, device nodes) are the node's. The attempt's folder then holds, as it would on the daemon's machine,
 `started`, `output.log` and `exit`; besides, `running` or `failed`, `oom` and `stats.json`.
 
-SIGTERM goes on to the job; SIGUSR2 kills it. Slurm's own signals reach all processes, so the sandbox ends with the
-first of them.
+SIGTERM goes on to the job (as the signal that the file `notice` names, if there is one); SIGUSR2 kills it. Slurm's own
+signals reach all processes, so the sandbox ends with the first of them.
 """
 
 import asyncio
@@ -28,11 +28,12 @@ from dantegpu.daemon.executors import cgroup, seccomp
 from dantegpu.daemon.executors.base import AttemptRefused, AttemptSpec, DeviceGrant, SandboxKind
 from dantegpu.daemon.executors.cells import Launch
 from dantegpu.daemon.executors.keeper import CellProcess, prepare_process
-from dantegpu.daemon.executors.processes import descendants, disk_bytes, process_info, signal_processes
+from dantegpu.daemon.executors.processes import descendants, disk_bytes, handlers, process_info, signal_processes
 from dantegpu.daemon.executors.sandbox import Bubblewrap, Layout, PythonRuntime, sandboxed, unsandboxed, write_etc
 from dantegpu.daemon.workspace import AttemptFolder
 from dantegpu.domain.ids import AttemptId
 
+NOTICE = "notice"
 SANDBOX_PIDS = 8
 CELL_MEMORY_BYTES = 16 << 20
 FIRST_SAMPLES_SECONDS = 0.5
@@ -64,7 +65,8 @@ class Order:
             "attempt_id": str(spec.attempt_id), "command": spec.command, "env": dict(spec.env),
             "cpu_milli": spec.cpu_milli, "memory_bytes": spec.memory_bytes, "pids_max": spec.pids_max,
             "tmp_bytes": spec.tmp_bytes, "network": spec.network, "working_dir": spec.working_dir,
-            "shm_bytes": spec.shm_bytes, "max_seconds": spec.max_seconds, "sandbox": self.sandbox.value,
+            "shm_bytes": spec.shm_bytes, "max_seconds": spec.max_seconds,
+            "checkpoint": spec.checkpoint, "sandbox": self.sandbox.value,
             "uid": self.uid, "gpus": self.gpus, "leased": self.leased, "simulated": simulated, "trial": self.trial,
         })  # fmt: skip
 
@@ -76,7 +78,7 @@ class Order:
             AttemptId.parse(raw["attempt_id"]), tuple(raw["command"]), raw["env"], cpu_milli=raw["cpu_milli"],
             memory_bytes=raw["memory_bytes"], pids_max=raw["pids_max"], tmp_bytes=raw["tmp_bytes"],
             network=raw["network"], devices=simulated, working_dir=raw["working_dir"], shm_bytes=raw["shm_bytes"],
-            max_seconds=raw["max_seconds"],
+            max_seconds=raw["max_seconds"], checkpoint=raw["checkpoint"],
         )  # fmt: skip
         return cls(spec, SandboxKind(raw["sandbox"]), raw["uid"], raw["gpus"], tuple(raw["leased"]), raw["trial"])
 
@@ -113,7 +115,12 @@ class NodeCell(CellProcess):
 
     def _terminate(self, *_: object) -> None:
         """As in every executor: the job's processes, not those of the sandbox around it."""
-        signal_processes(self._jobs(), self._jobs(), signal.SIGTERM)
+        jobs, notice = self._jobs(), self._folder.root / NOTICE
+        if notice.exists():
+            number = signal.Signals[notice.read_text()]
+            signal_processes(handlers(jobs, number) or jobs, self._jobs(), number)
+        else:
+            signal_processes(jobs, self._jobs(), signal.SIGTERM)
 
     def _kill(self, *_: object) -> None:
         self._killed = True

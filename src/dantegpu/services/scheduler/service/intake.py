@@ -12,6 +12,11 @@ from google.protobuf.message import Message
 
 from dantegpu.contracts.gen.dante.v1 import common_pb2, jobs_pb2, storage_pb2, storage_pb2_grpc
 from dantegpu.contracts.rest.convert import array_of
+from dantegpu.contracts.rest.spec import (
+    CHECKPOINT_GRACE_MAX_SECONDS,
+    CHECKPOINT_INTERVAL_MIN_SECONDS,
+    CHECKPOINT_SIGNALS,
+)
 from dantegpu.domain import job as lifecycle
 from dantegpu.domain.arrays import InvalidArray
 from dantegpu.domain.clock import Clock
@@ -31,6 +36,7 @@ from dantegpu.services.scheduler.errors import InputNotUploaded, InvalidJob, Job
 from dantegpu.services.scheduler.service.arrays import split, stop_array
 from dantegpu.services.scheduler.service.fleet import live_leases
 from dantegpu.services.scheduler.service.inventory import Inventory
+from dantegpu.services.scheduler.service.machines import is_safe_path
 from dantegpu.services.scheduler.service.placement import pending_of, pending_of_spec, plan_of, request_of
 from dantegpu.services.scheduler.service.transitions import (
     JobBatch,
@@ -54,6 +60,7 @@ MAX_ARRAY_BYTES = 256 << 20
 MAX_CURSOR_DIGITS = 9
 MAX_AFTER = 100
 MAX_SHOWN_AFTER = 3
+SPOT_POLICIES = ("", "spot", "on-demand", "auto")
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -150,6 +157,7 @@ class Intake:
         try:
             self._check_array(spec)
             self._check_lifetime(spec)
+            _check_preemptible(spec)
             request_of(spec)
             for event in spec.retry.on_events:
                 lifecycle.RetryOn(event)
@@ -218,7 +226,8 @@ class Intake:
     async def _check_fits_now(self, team_id: TeamId, specs: Sequence[jobs_pb2.JobSpec]) -> None:
         await self._inventory.ready()
         now = self._clock.now()
-        pending = [pending_of_spec(JobId.new(), team_id, now, spec) for spec in specs]
+        percent = self._settings.spot_price_percent
+        pending = [pending_of_spec(JobId.new(), team_id, now, spec, percent) for spec in specs]
         async with self._db.transaction() as tx:
             live = await store.live_leases(tx)
         _, plan = plan_of(self._inventory.machines(), live, pending, self._settings.policy, now)
@@ -366,7 +375,7 @@ class Intake:
         found: list[JobExplanation] = []
         for row in rows:
             waiting = await _waiting_part(tx, row)
-            why = explain(snapshot, pending_of(waiting), now) if waiting else None
+            why = explain(snapshot, pending_of(waiting, self._settings.spot_price_percent), now) if waiting else None
             found.append(JobExplanation(waiting or row, why, JobId(row.id)))
         return found
 
@@ -393,6 +402,23 @@ async def _waiting_part(tx: Tx, row: JobRow) -> JobRow | None:
     if row.array_size is not None:
         return await store_arrays.first_waiting_task(tx, row.id)
     return row if row.state == JobState.QUEUED.value else None
+
+
+def _check_preemptible(spec: jobs_pb2.JobSpec) -> None:
+    """Raises ValueError."""
+    if spec.spot_policy not in SPOT_POLICIES:
+        raise ValueError(f"spot_policy {spec.spot_policy[:40]!r}: expected {', '.join(filter(None, SPOT_POLICIES))}")
+    if not spec.HasField("checkpoint"):
+        return
+    saved = spec.checkpoint
+    if not is_safe_path(saved.path):
+        raise ValueError("checkpoint.path: expected a file or folder below the work folder, without '..'")
+    if saved.signal and saved.signal not in CHECKPOINT_SIGNALS:
+        raise ValueError(f"checkpoint.signal: expected one of {', '.join(CHECKPOINT_SIGNALS)}")
+    if not 0 <= saved.grace_seconds <= CHECKPOINT_GRACE_MAX_SECONDS:
+        raise ValueError(f"checkpoint.grace: at most {CHECKPOINT_GRACE_MAX_SECONDS} seconds")
+    if saved.interval_seconds and saved.interval_seconds < CHECKPOINT_INTERVAL_MIN_SECONDS:
+        raise ValueError(f"checkpoint.interval: at least {CHECKPOINT_INTERVAL_MIN_SECONDS} seconds")
 
 
 def _deadline_of(spec: jobs_pb2.JobSpec, now: datetime) -> datetime | None:

@@ -1,6 +1,7 @@
 """What machines say (sync, reports, URLs) and what they are told (their desired attempts)."""
 
 import asyncio
+import re
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import PurePosixPath
@@ -21,6 +22,7 @@ from dantegpu.contracts.gen.dante.v1 import (
 )
 from dantegpu.domain.clock import Clock
 from dantegpu.domain.ids import AttemptId, DeviceId, InvalidId, JobId, MachineId, TeamId
+from dantegpu.domain.job import StopReason
 from dantegpu.kit import rpc
 from dantegpu.kit.actor import SERVICE
 from dantegpu.kit.bus import Bus
@@ -28,10 +30,11 @@ from dantegpu.kit.db import Database, Tx
 from dantegpu.kit.errors import ErrorStatus, ServiceError, status_of
 from dantegpu.kit.lifecycle import Tasks, Wakeup
 from dantegpu.kit.outbox import Outbox
-from dantegpu.services.scheduler import store
+from dantegpu.services.scheduler import store, store_preemptions
 from dantegpu.services.scheduler.service.inventory import Inventory
 from dantegpu.services.scheduler.service.transitions import JobBatch, Wakeups
 from dantegpu.services.scheduler.settings import SchedulerSettings
+from dantegpu.services.scheduler.store_preemptions import CheckpointRow
 
 log = structlog.get_logger(__name__)
 
@@ -44,6 +47,10 @@ PUSH_PAUSE_SECONDS = 0.01
 FIRST_RENDEZVOUS_PORT = 20_000
 RENDEZVOUS_PORTS = 10_000
 """Below the range that kernels give to outgoing connections."""
+MAX_CHECKPOINTS = 1_000_000
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_GOES_ON = frozenset({StopReason.PREEMPTED.value, StopReason.NO_FUNDS.value, StopReason.MACHINE_DRAINED.value})
+"""A job that is stopped for one of these comes back to the queue."""
 _ENDED = frozenset({jobs_pb2.SUCCEEDED, jobs_pb2.FAILED, jobs_pb2.CANCELLED})
 
 
@@ -88,6 +95,9 @@ class Machines:
         if problem := self._results_problem(status.results):
             log.warning("reported_results_refused", machine_id=str(machine_id), problem=problem)
             del status.results[:]
+        if problem := self._checkpoint_problem(status.checkpoint):
+            log.warning("reported_checkpoint_refused", machine_id=str(machine_id), problem=problem)
+            status.ClearField("checkpoint")
         return True
 
     async def _fold(
@@ -160,6 +170,8 @@ class Machines:
         revisions = await store.machine_revisions(tx, machine_ids)
         rows = await store.desired_attempts(tx, machine_ids, now)
         leases = await store.leases_of_attempts(tx, [row.id for row in rows]) if rows else {}
+        again = [row.id for row in rows if row.epoch > 1]
+        checkpoints = await store_preemptions.checkpoints_before(tx, again) if again else {}
         server_time_us = int(now.timestamp() * 1_000_000)
         states = {
             machine_id: machine_pb2.DesiredState(
@@ -170,7 +182,13 @@ class Machines:
             for machine_id in machine_ids
         }
         for row in rows:
-            states[row.machine_id].desired.append(self._desired_attempt(row, leases.get(row.id, []), now))
+            desired = self._desired_attempt(row, leases.get(row.id, []), now)
+            saved = checkpoints.get(row.id)
+            if saved is not None and desired.spec.HasField("checkpoint"):
+                desired.resume.CopyFrom(
+                    machine_pb2.Resume(epoch=saved.epoch, sha256=saved.sha256, size_bytes=saved.size_bytes)
+                )
+            states[row.machine_id].desired.append(desired)
         return states
 
     def _desired_attempt(
@@ -193,7 +211,7 @@ class Machines:
             ],
             lease_ms=int((row.lease_expires_at - now).total_seconds() * 1000),
             stop=row.stop_reason is not None,
-            stop_grace_ms=int(self._settings.stop_grace_seconds * 1000),
+            stop_grace_ms=self._stop_grace_ms(row, spec),
             stop_reason=row.stop_reason or "",
             traceparent=row.traceparent,
             log_limit_bytes=self._settings.log_limit_bytes,
@@ -202,6 +220,13 @@ class Machines:
             node_addresses=[self._address(MachineId(machine)) for machine in row.node_machines],
             rendezvous_port=_rendezvous_port(row.first_attempt_id),
         )
+
+    def _stop_grace_ms(self, row: store.DesiredRow, spec: jobs_pb2.JobSpec) -> int:
+        """A job that will go on elsewhere has the time that it asked for to save its progress."""
+        seconds = self._settings.stop_grace_seconds
+        if row.stop_reason in _GOES_ON and spec.HasField("checkpoint"):
+            seconds = float(spec.checkpoint.grace_seconds or seconds)
+        return int(seconds * 1000)
 
     def _address(self, machine_id: MachineId) -> str:
         """Where others reach the machine; empty when it has just left."""
@@ -225,17 +250,57 @@ class Machines:
             ):
                 return machine_pb2.UrlsReply(error="stale")
             job = (await store.jobs_by_id(tx, [attempt.job_id]))[attempt.job_id]
+            before = await store_preemptions.checkpoints_before(tx, [attempt.id]) if request.resume else {}
+            saved = before.get(attempt.id)
         if problem := self._results_problem(request.results):
             return machine_pb2.UrlsReply(error=f"refused: {problem}")
         if request.input and not jobs_pb2.JobSpec.FromString(job.spec).input_sha256:
             return machine_pb2.UrlsReply(error="refused: the job has no input")
+        if request.HasField("checkpoint") and (problem := self._checkpoint_problem(request.checkpoint)):
+            return machine_pb2.UrlsReply(error=f"refused: {problem}")
+        if request.resume or request.HasField("checkpoint"):
+            return await self._checkpoint_urls(request, attempt, saved)
         items = [_presign_input(job)] if request.input else []
         prefix = objects.results_prefix(str(JobId(job.id)), attempt.epoch, attempt.node_rank)
         items += [_presign_result(prefix, result) for result in request.results]
-        answer = await rpc.call(self._storage.PresignUrls, storage_pb2.PresignRequest(items=items), actor=SERVICE)
-        urls = list(answer.urls)
+        urls = await self._presign(items)
         input_url = urls.pop(0) if request.input else ""
         return machine_pb2.UrlsReply(input_url=input_url, result_urls=urls)
+
+    async def _presign(self, items: Sequence[storage_pb2.Presign]) -> list[str]:
+        answer = await rpc.call(self._storage.PresignUrls, storage_pb2.PresignRequest(items=items), actor=SERVICE)
+        return list(answer.urls)
+
+    async def _checkpoint_urls(
+        self, request: machine_pb2.UrlsRequest, attempt: store.AttemptRow, saved: CheckpointRow | None
+    ) -> machine_pb2.UrlsReply:
+        reply = machine_pb2.UrlsReply()
+        if request.resume and saved is not None:
+            key = _checkpoint_key(saved.job_id, saved.epoch, saved.node_rank, saved.slot)
+            found = await rpc.call(self._storage.StatObjects, storage_pb2.StatObjectsRequest(keys=[key]), actor=SERVICE)
+            # A machine may say that it has saved what it has not; whoever goes on begins anew then.
+            if found.sizes_bytes[0] == saved.size_bytes:
+                (reply.resume_url,) = await self._presign(
+                    [storage_pb2.Presign(method=storage_pb2.Presign.GET, key=key)]
+                )
+        if request.HasField("checkpoint"):
+            reply.checkpoint_slot = 1 - attempt.checkpoint_slot if attempt.checkpoint_number else 0
+            key = _checkpoint_key(attempt.job_id, attempt.epoch, attempt.node_rank, reply.checkpoint_slot)
+            wanted = request.checkpoint
+            put = storage_pb2.Presign(
+                method=storage_pb2.Presign.PUT, key=key, size_bytes=wanted.size_bytes, sha256=wanted.sha256
+            )
+            (reply.checkpoint_url,) = await self._presign([put])
+        return reply
+
+    def _checkpoint_problem(self, saved: machine_pb2.Saved) -> str:
+        if saved.sha256 and not _SHA256.fullmatch(saved.sha256):
+            return "a checkpoint's SHA-256 is 64 hex digits"
+        if saved.slot not in (0, 1) or not 0 <= saved.number <= MAX_CHECKPOINTS:
+            return f"checkpoint {saved.number} in slot {saved.slot}"
+        if not 0 <= saved.size_bytes <= self._settings.results_limit_bytes:
+            return f"a checkpoint of {saved.size_bytes} bytes, at most {self._settings.results_limit_bytes} are kept"
+        return ""
 
     async def _benchmark_urls(self, machine_id: MachineId, file: jobs_pb2.ResultFile) -> machine_pb2.UrlsReply:
         if not 0 < file.size_bytes <= MAX_BENCHMARK_BYTES:
@@ -247,8 +312,8 @@ class Machines:
                 method=storage_pb2.Presign.PUT, key=key, size_bytes=file.size_bytes, sha256=file.sha256
             ),
         ]
-        answer = await rpc.call(self._storage.PresignUrls, storage_pb2.PresignRequest(items=items), actor=SERVICE)
-        return machine_pb2.UrlsReply(input_url=answer.urls[0], result_urls=[answer.urls[1]])
+        get, put = await self._presign(items)
+        return machine_pb2.UrlsReply(input_url=get, result_urls=[put])
 
     def _results_problem(self, results: Sequence[jobs_pb2.ResultFile]) -> str:
         if len(results) > MAX_RESULT_FILES:
@@ -272,6 +337,10 @@ def is_safe_path(path: str) -> bool:
         and "/".join(parts) == path
         and path.isprintable()
     )
+
+
+def _checkpoint_key(job_id: UUID, epoch: int, node_rank: int, slot: int) -> str:
+    return f"{objects.checkpoint_prefix(str(JobId(job_id)), epoch, node_rank)}/{slot}"
 
 
 def _presign_input(job: store.JobRow) -> storage_pb2.Presign:

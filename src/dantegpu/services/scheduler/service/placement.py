@@ -20,7 +20,7 @@ from dantegpu.domain import job as lifecycle
 from dantegpu.domain.clock import Clock
 from dantegpu.domain.ids import AttemptId, InvalidId, JobId, MachineId, TeamId
 from dantegpu.domain.job import JobState, QueueReason
-from dantegpu.domain.pricing import WINDOW_SECONDS
+from dantegpu.domain.pricing import FULL_PRICE_PERCENT, WINDOW_SECONDS
 from dantegpu.domain.resources import MachineInfo, ResourceRequest, parse_gpu_spec
 from dantegpu.domain.scheduling import (
     MARGIN_SECONDS,
@@ -31,6 +31,7 @@ from dantegpu.domain.scheduling import (
     Policy,
     RoundPlan,
     Running,
+    SchedulerState,
     Snapshot,
     is_large,
     plan_round,
@@ -50,6 +51,7 @@ from dantegpu.services.scheduler import store
 from dantegpu.services.scheduler.errors import PlanConflict
 from dantegpu.services.scheduler.service.fleet import Fleet, lease_of
 from dantegpu.services.scheduler.service.inventory import Inventory
+from dantegpu.services.scheduler.service.preemption import Room
 from dantegpu.services.scheduler.service.transitions import JobBatch, Opening, Wakeups
 from dantegpu.services.scheduler.service.waiting import Note, WaitingJobs
 from dantegpu.services.scheduler.settings import SchedulerSettings
@@ -72,16 +74,24 @@ SWEEP_SECONDS = 15.0
 """How often the queue in memory is compared with PostgreSQL."""
 
 
-def pending_of(row: JobRow) -> PendingJob:
+def pending_of(row: JobRow, spot_price_percent: int) -> PendingJob:
     """A waiting job as placement sees it."""
     spec = jobs_pb2.JobSpec.FromString(row.spec)
-    pending = pending_of_spec(JobId(row.id), TeamId(row.team_id), row.submitted_at, spec)
+    pending = pending_of_spec(JobId(row.id), TeamId(row.team_id), row.submitted_at, spec, spot_price_percent)
     avoided = frozenset(MachineId(machine) for machine in row.avoided_machines)
     return replace(pending, avoided_machines=avoided, not_before=row.not_before)
 
 
-def pending_of_spec(job_id: JobId, team_id: TeamId, submitted_at: datetime, spec: jobs_pb2.JobSpec) -> PendingJob:
+def is_spot(spec: jobs_pb2.JobSpec) -> bool:
+    """May it be preempted? With `auto` it may when it can go on from a checkpoint."""
+    return spec.spot_policy == "spot" or (spec.spot_policy == "auto" and spec.HasField("checkpoint"))
+
+
+def pending_of_spec(
+    job_id: JobId, team_id: TeamId, submitted_at: datetime, spec: jobs_pb2.JobSpec, spot_price_percent: int
+) -> PendingJob:
     """A job that was just submitted as placement sees it."""
+    spot = is_spot(spec)
     has_limit = spec.HasField("max_price_udgpu_per_gpu_hour")
     return PendingJob(
         id=job_id,
@@ -93,6 +103,8 @@ def pending_of_spec(job_id: JobId, team_id: TeamId, submitted_at: datetime, spec
         image=spec.image,
         network=spec.network,
         nodes=max(spec.nodes, 1),
+        spot=spot,
+        price_percent=spot_price_percent if spot else FULL_PRICE_PERCENT,
     )
 
 
@@ -115,12 +127,16 @@ def plan_of(
     policy: Policy,
     now: datetime,
     past: PastShares | None = None,
+    kept: Snapshot | None = None,
 ) -> tuple[Snapshot, Plan | RoundPlan]:
-    """What is there, and who gets it. Only where something large waits does a round cost what reservations cost."""
+    """What is there, and who gets it. Only where something large waits does a round cost what reservations cost.
+
+    `kept`: what is there without what is kept for others; None: nothing is.
+    """
     leases = [lease_of(row) for row in live]
-    snapshot = Snapshot.from_machines(machines, leases)
+    snapshot = kept or Snapshot.from_machines(machines, leases)
     if not any(map(is_large, pending)):
-        return snapshot, schedule(snapshot, pending, policy, now=now)
+        return snapshot, schedule(snapshot, pending, policy, now=now, state=SchedulerState(past))
     running = [
         Running(lease, (row.running_at or now) + timedelta(seconds=row.max_duration_seconds + MARGIN_SECONDS))
         for lease, row in zip(leases, live, strict=True)
@@ -173,6 +189,7 @@ class PlacementLeader:
         self._clock = clock
         self._settings = settings
         self._queue = WaitingJobs(clock)
+        self.room = Room(db, inventory, billing, outbox, wakeups, clock, settings, self._queue)
         self._taken: set[UUID] = set()
         """Queued by submitted(); the message about them is still to come."""
         self._leading = False
@@ -220,6 +237,7 @@ class PlacementLeader:
     async def _lead(self) -> None:
         self._queue.clear()
         self._taken.clear()
+        self.room.forget()
         self._fleet.watch(True)
         async with AsyncExitStack() as stack:
             stack.callback(self._fleet.watch, False)
@@ -259,13 +277,15 @@ class PlacementLeader:
                 spec = jobs_pb2.JobSpec.FromString(row.spec)
                 duration = spec.max_duration_seconds or self._settings.max_duration_seconds
                 try:
-                    pending = pending_of(row)
+                    pending = pending_of(row, self._settings.spot_price_percent)
                 except ValueError as error:
                     # It passed the intake's check once; it must not keep the others from being placed now.
                     log.error("job_unreadable", job_id=str(JobId(row.id)), error=str(error))
                     continue
                 told = (row.reason or "", row.reason_detail)
-                self._queue.add(pending, Note(duration, told, row.traceparent, row.array_id, row.deadline_at))
+                note = Note(duration, told, row.traceparent, row.array_id, row.deadline_at, pending.spot)
+                note.saves = spec.HasField("checkpoint")
+                self._queue.add(pending, note)
         self._again.notify()
 
     async def _load(self) -> None:
@@ -315,7 +335,11 @@ class PlacementLeader:
             if not again:
                 # The first job is placed at once; those that come until the pause is over share a round.
                 await asyncio.sleep(ROUND_PAUSE_SECONDS)
-                await self._again.wait(self._queue.pause_seconds(IDLE_ROUND_SECONDS))
+                await self._again.wait(self._pause_seconds())
+
+    def _pause_seconds(self) -> float | None:
+        pause, room = self._queue.pause_seconds(IDLE_ROUND_SECONDS), self.room.pause_seconds()
+        return room if pause is None else pause if room is None else min(pause, room)
 
     async def _round(self) -> bool:
         """One plan, applied. True when the next round should follow at once."""
@@ -331,13 +355,17 @@ class PlacementLeader:
                 # What of the plan is true now is not known: the next round reads it.
                 self._fleet.forget()
                 self._queue.forget_told()
+                self.room.forget()
                 raise
+            if len(plan.placements) < MAX_PLACEMENTS_PER_ROUND:
+                await self.room.make(now, plan)
         return len(plan.placements) >= MAX_PLACEMENTS_PER_ROUND or bool(refused and self._queue.ready)
 
     async def _plan(self, now: datetime) -> tuple[Snapshot, Plan | RoundPlan]:
         """Where nothing large waits, a round goes on from the one before; a reservation looks at everything anew."""
         large = self._queue.first(MAX_LARGE_JOBS, is_large)
-        if not large:
+        claims = await self.room.claims()
+        if not large and not claims:
             snapshot, limit = await self._fleet.look(), MAX_PLACEMENTS_PER_ROUND
             queue, state = self._queue.queue, self._fleet.state
             return snapshot, schedule(snapshot, queue, self._policy, now=now, state=state, limit=limit)
@@ -346,7 +374,15 @@ class PlacementLeader:
             live = await store.live_leases(tx)
         small = self._queue.first(MAX_BACKFILL_JOBS, lambda job: not is_large(job))
         past = self._fleet.state.past
-        return plan_of(self._inventory.machines(), live, [*small, *large], self._policy, now, past)
+        machines, pending = self._inventory.machines(), [*small, *large]
+        if not claims:
+            return plan_of(machines, live, pending, self._policy, now, past)
+        view = self.room.look(Snapshot.from_machines(machines, map(lease_of, live)), live, claims)
+        own = view.waiting | {placement.job_id for placement in view.placements}
+        others = [job for job in pending if job.id not in own]
+        snapshot, plan = plan_of(machines, live, others, self._policy, now, past, view.kept)
+        reservation = plan.reservation if isinstance(plan, RoundPlan) else None
+        return snapshot, RoundPlan((*view.placements, *plan.placements), plan.unplaced, reservation)
 
     async def _carry_out(
         self, chosen: Sequence[_Chosen], plan: Plan | RoundPlan, snapshot: Snapshot, now: datetime
@@ -363,6 +399,7 @@ class PlacementLeader:
         idle = refused.keys() | unused
         for job in chosen:
             leases = [placement.lease for placement in job.placements]
+            self.room.began()
             if job.job_id in idle:
                 self._fleet.came_to_nothing(leases)
             else:
@@ -441,6 +478,7 @@ class PlacementLeader:
                     gone.append(job_id)
                 else:
                     batch.apply(job_id, lifecycle.StillWaiting(QueueReason(reason[0]), reason[1]))
+            await self.room.placed(tx, done)
             await batch.save(tx, self._outbox, self._wakeups, lease_seconds=self._settings.lease_seconds)
         for job_id in (*done, *gone):
             self._queue.discard(job_id)
@@ -511,6 +549,8 @@ class PlacementLeader:
             "disk_bytes": placement.disk_bytes,
             "rate_udgpu_per_hour": placement.rate_udgpu_per_hour,
             "max_duration_seconds": waiting.max_duration_seconds if waiting else self._settings.max_duration_seconds,
+            "spot": waiting.spot if waiting else False,
+            "saves": waiting.saves if waiting else False,
         }
 
     async def _void(self, attempts: Iterable[AttemptId]) -> None:

@@ -18,7 +18,7 @@ from dantegpu.domain.job import JobSnapshot, JobState, Outcome, QueueReason, Ret
 from dantegpu.domain.pricing import billable_seconds
 from dantegpu.kit.db import Tx
 from dantegpu.kit.outbox import Outbox
-from dantegpu.services.scheduler import store
+from dantegpu.services.scheduler import store, store_preemptions
 from dantegpu.services.scheduler.store import AttemptRow, JobRow
 
 JOBS_PER_MESSAGE_MAX = 200
@@ -133,6 +133,7 @@ class JobBatch:
         self._machines: set[UUID] = set()
         self._requeued: set[UUID] = set()
         self._out_of_lease: frozenset[AttemptId] = frozenset()
+        self._checkpoints: dict[UUID, dict[str, Any]] = {}
 
     @staticmethod
     async def lock(tx: Tx, job_ids: Iterable[UUID], now: datetime) -> "JobBatch":
@@ -190,6 +191,8 @@ class JobBatch:
         )
         folded = lifecycle.fold_report(before, report, self._now)
         if isinstance(folded, lifecycle.Folded):
+            if status.checkpoint.number:
+                self._checkpoints[report.attempt_id.uuid] = _checkpoint(report.attempt_id, status.checkpoint)
             self._take(before, folded.job, folded.effects, None, status)
 
     def _start_unseen(self, job_id: UUID, machine_id: MachineId, status: machine_pb2.AttemptStatus) -> None:
@@ -330,6 +333,8 @@ class JobBatch:
         """Write every change of this batch, and what has to be published, into `tx`."""
         if not self._changed:
             return
+        if self._checkpoints:
+            await store_preemptions.save_checkpoints(tx, list(self._checkpoints.values()), self._now)
         if self._attempts:
             await store.save_attempts(tx, [_complete(record) for record in self._attempts.values()])
         if self._closed:
@@ -388,6 +393,16 @@ class JobBatch:
             "results_epoch": self._results_epoch[job_id],
             "event_seq": self._event_seq[job_id],
         }
+
+
+def _checkpoint(attempt_id: AttemptId, saved: machine_pb2.Saved) -> dict[str, Any]:
+    return {
+        "id": attempt_id.uuid,
+        "checkpoint_number": saved.number,
+        "checkpoint_sha256": saved.sha256 or None,
+        "checkpoint_size_bytes": saved.size_bytes,
+        "checkpoint_slot": saved.slot,
+    }
 
 
 _ATTEMPT_COLUMNS = (
@@ -455,6 +470,8 @@ def _event_text(before: JobSnapshot, after: JobSnapshot, opening: Opening | None
             return "running", "the command runs; billing began"
         case JobState.STOPPING:
             why = after.stop_reason.value if after.stop_reason else ""
+            if after.stop_reason is StopReason.PREEMPTED:
+                return "stop_requested", f"{why} {after.stop_by}"
             return "stop_requested", f"{why} (by {after.stop_by})" if after.stop_by else why
         case _:
             code = f", exit code {after.exit_code}" if after.exit_code is not None else ""

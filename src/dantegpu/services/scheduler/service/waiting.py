@@ -31,6 +31,9 @@ class Note:
     """A task's array, under whose id its attempts are paid for."""
     deadline_at: datetime | None = None
     """Not placed from then on."""
+    spot: bool = False
+    saves: bool = False
+    """It saves a checkpoint when it has to stop."""
 
 
 @dataclass(slots=True)
@@ -135,7 +138,7 @@ class WaitingJobs:
             note = self._notes.get(decision.job_id.uuid)
             reason = (decision.reason.value, decision.detail)
             # A retry's reason says what happened to the last attempt; a round has nothing to add to that.
-            if note is not None and decision.reason is not QueueReason.WAITING_FOR_RETRY and note.told != reason:
+            if note is not None and decision.reason is not QueueReason.WAITING_FOR_RETRY and _is_news(note, reason):
                 news[decision.job_id.uuid] = reason
             if len(news) >= limit:
                 break
@@ -171,8 +174,14 @@ class WaitingJobs:
         reason = (mark.refusal.reason.value, mark.refusal.detail)
         for job in mark.rest:
             note = self._notes.get(job.id.uuid)
-            if note is not None and note.told != reason:
+            if note is not None and _is_news(note, reason):
                 news[job.id.uuid] = reason
                 if len(news) >= limit:
                     return
         mark.rest = None
+
+
+def _is_news(note: Note, reason: Reason) -> bool:
+    """That machines are busy says less than that one was taken from the job, and why."""
+    known = (QueueReason.PREEMPTED.value, QueueReason.NO_CAPACITY.value)
+    return note.told != reason and (note.told[0], reason[0]) != known

@@ -59,15 +59,15 @@ WHERE job_id = %(job_id)s AND seq > %(after)s ORDER BY seq LIMIT %(limit)s;
 
 -- name: insert_attempts
 INSERT INTO attempts (id, job_id, team_id, epoch, machine_id, provider_team_id, simulated, sandbox, cpu_milli,
-    memory_bytes, disk_bytes, rate_udgpu_per_hour, max_duration_seconds, array_id, node_rank, nodes, state, created_at,
-    lease_renewed_at, lease_expires_at)
+    memory_bytes, disk_bytes, rate_udgpu_per_hour, max_duration_seconds, array_id, node_rank, nodes, spot, saves, state,
+    created_at, lease_renewed_at, lease_expires_at)
 SELECT id, job_id, team_id, epoch, machine_id, provider_team_id, simulated, sandbox, cpu_milli, memory_bytes,
-    disk_bytes, rate_udgpu_per_hour, max_duration_seconds, array_id, node_rank, nodes, 'PLACED', %(now)s, %(now)s,
-    %(now)s + make_interval(secs => %(lease_seconds)s)
+    disk_bytes, rate_udgpu_per_hour, max_duration_seconds, array_id, node_rank, nodes, coalesce(spot, false),
+    coalesce(saves, false), 'PLACED', %(now)s, %(now)s, %(now)s + make_interval(secs => %(lease_seconds)s)
 FROM jsonb_to_recordset(%(rows)s) AS new (
     id uuid, job_id uuid, team_id uuid, epoch bigint, machine_id uuid, provider_team_id uuid, simulated boolean,
     sandbox text, cpu_milli bigint, memory_bytes bigint, disk_bytes bigint, rate_udgpu_per_hour bigint,
-    max_duration_seconds bigint, array_id uuid, node_rank integer, nodes integer);
+    max_duration_seconds bigint, array_id uuid, node_rank integer, nodes integer, spot boolean, saves boolean);
 
 -- name: lease_devices
 WITH leased AS (
@@ -169,7 +169,7 @@ SELECT machine_id, desired_revision FROM machines WHERE machine_id = ANY(%(machi
 
 -- name: live_leases
 SELECT a.id AS attempt_id, a.machine_id, a.team_id, a.cpu_milli, a.memory_bytes, a.disk_bytes, a.running_at,
-    a.max_duration_seconds,
+    a.max_duration_seconds, a.stop_requested_at IS NOT NULL AS stopping,
     coalesce(array_agg(l.device_id ORDER BY l.device_index) FILTER (WHERE l.device_id IS NOT NULL), '{}') AS device_ids,
     coalesce(array_agg(l.milli ORDER BY l.device_index) FILTER (WHERE l.device_id IS NOT NULL), '{}') AS millis
 FROM attempts a LEFT JOIN device_leases l ON l.attempt_id = a.id

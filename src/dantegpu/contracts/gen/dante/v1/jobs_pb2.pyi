@@ -257,7 +257,7 @@ class Checkpoint(message.Message):
     SIGNAL_FIELD_NUMBER: builtins.int
     GRACE_SECONDS_FIELD_NUMBER: builtins.int
     path: builtins.str
-    """relative to the work folder; uploaded at notice, restored for the next attempt"""
+    """below the work folder, relative to it; uploaded at notice, restored for the next attempt"""
     interval_seconds: builtins.int
     """also uploaded so often while the job runs; 0 = only at notice"""
     signal: builtins.str
@@ -490,6 +490,9 @@ class Attempt(message.Message):
     SIMULATED_FIELD_NUMBER: builtins.int
     SANDBOX_FIELD_NUMBER: builtins.int
     NODE_RANK_FIELD_NUMBER: builtins.int
+    SPOT_FIELD_NUMBER: builtins.int
+    CHECKPOINTED_AT_FIELD_NUMBER: builtins.int
+    RESUMED_EPOCH_FIELD_NUMBER: builtins.int
     id: builtins.str
     job_id: builtins.str
     epoch: builtins.int
@@ -509,6 +512,10 @@ class Attempt(message.Message):
     """bubblewrap | docker | podman | none"""
     node_rank: builtins.int
     """0, 1, ...: which of the job's nodes; all nodes of a gang share an epoch"""
+    spot: builtins.bool
+    """could be preempted, at the price of spot work"""
+    resumed_epoch: builtins.int
+    """of the attempt whose checkpoint it began with; 0 = it began anew"""
     @builtins.property
     def device_ids(self) -> containers.RepeatedScalarFieldContainer[builtins.str]: ...
     @builtins.property
@@ -517,6 +524,10 @@ class Attempt(message.Message):
     def started_at(self) -> timestamp_pb2.Timestamp: ...
     @builtins.property
     def ended_at(self) -> timestamp_pb2.Timestamp: ...
+    @builtins.property
+    def checkpointed_at(self) -> timestamp_pb2.Timestamp:
+        """when it saved its last checkpoint; unset = never"""
+
     def __init__(
         self,
         *,
@@ -538,10 +549,13 @@ class Attempt(message.Message):
         simulated: builtins.bool = ...,
         sandbox: builtins.str = ...,
         node_rank: builtins.int = ...,
+        spot: builtins.bool = ...,
+        checkpointed_at: timestamp_pb2.Timestamp | None = ...,
+        resumed_epoch: builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["_exit_code", b"_exit_code", "created_at", b"created_at", "ended_at", b"ended_at", "exit_code", b"exit_code", "started_at", b"started_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["_exit_code", b"_exit_code", "checkpointed_at", b"checkpointed_at", "created_at", b"created_at", "ended_at", b"ended_at", "exit_code", b"exit_code", "started_at", b"started_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_exit_code", b"_exit_code", "billed_seconds", b"billed_seconds", "cost_udgpu", b"cost_udgpu", "created_at", b"created_at", "device_ids", b"device_ids", "ended_at", b"ended_at", "epoch", b"epoch", "exit_code", b"exit_code", "id", b"id", "job_id", b"job_id", "machine_id", b"machine_id", "message", b"message", "node_rank", b"node_rank", "outcome", b"outcome", "rate_udgpu_per_hour", b"rate_udgpu_per_hour", "sandbox", b"sandbox", "simulated", b"simulated", "started_at", b"started_at", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_exit_code", b"_exit_code", "billed_seconds", b"billed_seconds", "checkpointed_at", b"checkpointed_at", "cost_udgpu", b"cost_udgpu", "created_at", b"created_at", "device_ids", b"device_ids", "ended_at", b"ended_at", "epoch", b"epoch", "exit_code", b"exit_code", "id", b"id", "job_id", b"job_id", "machine_id", b"machine_id", "message", b"message", "node_rank", b"node_rank", "outcome", b"outcome", "rate_udgpu_per_hour", b"rate_udgpu_per_hour", "resumed_epoch", b"resumed_epoch", "sandbox", b"sandbox", "simulated", b"simulated", "spot", b"spot", "started_at", b"started_at", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exit_code: _TypeAlias = typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015

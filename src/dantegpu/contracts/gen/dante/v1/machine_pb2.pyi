@@ -385,6 +385,7 @@ class AttemptStatus(message.Message):
     LOG_BYTES_FIELD_NUMBER: builtins.int
     SANDBOX_FIELD_NUMBER: builtins.int
     RAN_MS_FIELD_NUMBER: builtins.int
+    CHECKPOINT_FIELD_NUMBER: builtins.int
     attempt_id: builtins.str
     job_id: builtins.str
     epoch: builtins.int
@@ -407,6 +408,10 @@ class AttemptStatus(message.Message):
     def results(self) -> containers.RepeatedCompositeFieldContainer[jobs_pb2.ResultFile]:
         """uploaded files; with a terminal state"""
 
+    @builtins.property
+    def checkpoint(self) -> Saved:
+        """the last one that it uploaded"""
+
     def __init__(
         self,
         *,
@@ -422,14 +427,46 @@ class AttemptStatus(message.Message):
         log_bytes: builtins.int = ...,
         sandbox: builtins.str = ...,
         ran_ms: builtins.int = ...,
+        checkpoint: Saved | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["_exit_code", b"_exit_code", "exit_code", b"exit_code"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["_exit_code", b"_exit_code", "checkpoint", b"checkpoint", "exit_code", b"exit_code"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_exit_code", b"_exit_code", "attempt_id", b"attempt_id", "epoch", b"epoch", "exit_code", b"exit_code", "job_id", b"job_id", "log_bytes", b"log_bytes", "message", b"message", "outcome", b"outcome", "ran_ms", b"ran_ms", "results", b"results", "sandbox", b"sandbox", "seq", b"seq", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_exit_code", b"_exit_code", "attempt_id", b"attempt_id", "checkpoint", b"checkpoint", "epoch", b"epoch", "exit_code", b"exit_code", "job_id", b"job_id", "log_bytes", b"log_bytes", "message", b"message", "outcome", b"outcome", "ran_ms", b"ran_ms", "results", b"results", "sandbox", b"sandbox", "seq", b"seq", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exit_code: _TypeAlias = typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__exit_code) -> _WhichOneofReturnType__exit_code | None: ...
+
+@typing.final
+class Saved(message.Message):
+    """A checkpoint that has been uploaded: one tar.gz of what lay at the job's checkpoint path."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    SHA256_FIELD_NUMBER: builtins.int
+    SIZE_BYTES_FIELD_NUMBER: builtins.int
+    SLOT_FIELD_NUMBER: builtins.int
+    NUMBER_FIELD_NUMBER: builtins.int
+    sha256: builtins.str
+    """hex, of the archive; empty = there was nothing at the path"""
+    size_bytes: builtins.int
+    slot: builtins.int
+    """0 | 1, as the platform said: an upload never touches the checkpoint that counts"""
+    number: builtins.int
+    """1, 2, ...: of the uploads of this attempt"""
+    def __init__(
+        self,
+        *,
+        sha256: builtins.str = ...,
+        size_bytes: builtins.int = ...,
+        slot: builtins.int = ...,
+        number: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["number", b"number", "sha256", b"sha256", "size_bytes", b"size_bytes", "slot", b"slot"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 @typing.final
 class Report(message.Message):
@@ -524,6 +561,7 @@ class DesiredAttempt(message.Message):
     NODE_RANK_FIELD_NUMBER: builtins.int
     NODE_ADDRESSES_FIELD_NUMBER: builtins.int
     RENDEZVOUS_PORT_FIELD_NUMBER: builtins.int
+    RESUME_FIELD_NUMBER: builtins.int
     attempt_id: builtins.str
     job_id: builtins.str
     team_id: builtins.str
@@ -550,6 +588,10 @@ class DesiredAttempt(message.Message):
     def node_addresses(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
         """of all nodes of a gang, by rank; empty = the job has one node"""
 
+    @builtins.property
+    def resume(self) -> Resume:
+        """unset: it begins anew"""
+
     def __init__(
         self,
         *,
@@ -569,10 +611,37 @@ class DesiredAttempt(message.Message):
         node_rank: builtins.int = ...,
         node_addresses: abc.Iterable[builtins.str] | None = ...,
         rendezvous_port: builtins.int = ...,
+        resume: Resume | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["resume", b"resume", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt_id", b"attempt_id", "devices", b"devices", "epoch", b"epoch", "job_id", b"job_id", "lease_ms", b"lease_ms", "log_limit_bytes", b"log_limit_bytes", "node_addresses", b"node_addresses", "node_rank", b"node_rank", "rendezvous_port", b"rendezvous_port", "results_limit_bytes", b"results_limit_bytes", "spec", b"spec", "stop", b"stop", "stop_grace_ms", b"stop_grace_ms", "stop_reason", b"stop_reason", "team_id", b"team_id", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt_id", b"attempt_id", "devices", b"devices", "epoch", b"epoch", "job_id", b"job_id", "lease_ms", b"lease_ms", "log_limit_bytes", b"log_limit_bytes", "node_addresses", b"node_addresses", "node_rank", b"node_rank", "rendezvous_port", b"rendezvous_port", "results_limit_bytes", b"results_limit_bytes", "resume", b"resume", "spec", b"spec", "stop", b"stop", "stop_grace_ms", b"stop_grace_ms", "stop_reason", b"stop_reason", "team_id", b"team_id", "traceparent", b"traceparent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Resume(message.Message):
+    """The checkpoint of an earlier attempt, to be put in place before the start."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: builtins.int
+    SHA256_FIELD_NUMBER: builtins.int
+    SIZE_BYTES_FIELD_NUMBER: builtins.int
+    epoch: builtins.int
+    """of the attempt that saved it"""
+    sha256: builtins.str
+    size_bytes: builtins.int
+    def __init__(
+        self,
+        *,
+        epoch: builtins.int = ...,
+        sha256: builtins.str = ...,
+        size_bytes: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["epoch", b"epoch", "sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -829,10 +898,14 @@ class UrlsRequest(message.Message):
     INPUT_FIELD_NUMBER: builtins.int
     RESULTS_FIELD_NUMBER: builtins.int
     BENCHMARK_FIELD_NUMBER: builtins.int
+    RESUME_FIELD_NUMBER: builtins.int
+    CHECKPOINT_FIELD_NUMBER: builtins.int
     attempt_id: builtins.str
     epoch: builtins.int
     input: builtins.bool
     """a GET URL of the job's input blob"""
+    resume: builtins.bool
+    """a GET URL of the checkpoint that it begins with"""
     @builtins.property
     def results(self) -> containers.RepeatedCompositeFieldContainer[jobs_pb2.ResultFile]:
         """PUT URLs for these results"""
@@ -840,6 +913,10 @@ class UrlsRequest(message.Message):
     @builtins.property
     def benchmark(self) -> jobs_pb2.ResultFile:
         """without an attempt: GET and PUT URLs of an object of this machine's own, to measure"""
+
+    @builtins.property
+    def checkpoint(self) -> Saved:
+        """a PUT URL for this checkpoint"""
 
     def __init__(
         self,
@@ -849,10 +926,12 @@ class UrlsRequest(message.Message):
         input: builtins.bool = ...,
         results: abc.Iterable[jobs_pb2.ResultFile] | None = ...,
         benchmark: jobs_pb2.ResultFile | None = ...,
+        resume: builtins.bool = ...,
+        checkpoint: Saved | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["benchmark", b"benchmark"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["benchmark", b"benchmark", "checkpoint", b"checkpoint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt_id", b"attempt_id", "benchmark", b"benchmark", "epoch", b"epoch", "input", b"input", "results", b"results"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt_id", b"attempt_id", "benchmark", b"benchmark", "checkpoint", b"checkpoint", "epoch", b"epoch", "input", b"input", "results", b"results", "resume", b"resume"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -863,9 +942,16 @@ class UrlsReply(message.Message):
     INPUT_URL_FIELD_NUMBER: builtins.int
     RESULT_URLS_FIELD_NUMBER: builtins.int
     ERROR_FIELD_NUMBER: builtins.int
+    RESUME_URL_FIELD_NUMBER: builtins.int
+    CHECKPOINT_URL_FIELD_NUMBER: builtins.int
+    CHECKPOINT_SLOT_FIELD_NUMBER: builtins.int
     input_url: builtins.str
     error: builtins.str
     """"stale": the epoch is over; "refused: ..."; "unavailable" """
+    resume_url: builtins.str
+    checkpoint_url: builtins.str
+    checkpoint_slot: builtins.int
+    """where that URL puts it"""
     @builtins.property
     def result_urls(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
         """in the order asked for"""
@@ -876,9 +962,12 @@ class UrlsReply(message.Message):
         input_url: builtins.str = ...,
         result_urls: abc.Iterable[builtins.str] | None = ...,
         error: builtins.str = ...,
+        resume_url: builtins.str = ...,
+        checkpoint_url: builtins.str = ...,
+        checkpoint_slot: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["error", b"error", "input_url", b"input_url", "result_urls", b"result_urls"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["checkpoint_slot", b"checkpoint_slot", "checkpoint_url", b"checkpoint_url", "error", b"error", "input_url", b"input_url", "result_urls", b"result_urls", "resume_url", b"resume_url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...

@@ -166,9 +166,11 @@ class Presign(message.Message):
     DOWNLOAD_NAME_FIELD_NUMBER: builtins.int
     method: Presign.Method.ValueType
     key: builtins.str
-    """blobs/<team>/<sha256> | results/<job>/<epoch>/<path> | logs/<job>/<epoch> | benchmarks/<machine>"""
+    """blobs/<team>/<sha256> | results/<job>/<epoch>/<path> | logs/<job>/<epoch> |"""
     size_bytes: builtins.int
-    """PUT: the exact length"""
+    """checkpoints/<job>/<epoch>/<slot> | benchmarks/<machine>
+    PUT: the exact length
+    """
     sha256: builtins.str
     """PUT: the content's digest, checked on arrival"""
     download_name: builtins.str
