@@ -193,6 +193,7 @@ def _print_machine(machine: "Machine") -> None:
         ("region", machine.region),
         ("sandbox", machine.sandbox),
         ("images", (", ".join(machine.allowed_images) or "yes") if "container" in machine.executors else "no"),
+        ("container engine", machine.container_engine),
         ("network", ", ".join(machine.networks) or "no"),
         ("not limited", ", ".join(machine.limits_missing)),
         ("measured", _measured(machine)),

@@ -58,6 +58,7 @@ class InventoryReport(Request):
     sandbox: str = Field(default="none", max_length=50, description="bubblewrap, none")
     executors: list[str] = Field(default_factory=list, max_length=16)
     limits_missing: list[str] = Field(default_factory=list, max_length=64)
+    container_engine: str = Field(default="", max_length=255)
     allowed_images: list[str] = Field(default_factory=list, max_length=64)
     networks: list[str] = Field(default_factory=list, max_length=16)
     daemon_version: str = Field(default="", max_length=50)
@@ -182,6 +183,7 @@ class Machine(Response):
     sandbox: str
     executors: list[str]
     limits_missing: list[str]
+    container_engine: str = Field(default="", description="Its version, its runtime, and whose users its jobs are")
     allowed_images: list[str] = Field(
         default_factory=list, description="Patterns of the images that its owner lets run; none: all"
     )

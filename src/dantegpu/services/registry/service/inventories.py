@@ -22,7 +22,10 @@ MAX_RUNNING_ATTEMPTS = 1_000_000
 MAX_TEMPERATURE_CELSIUS = 1000.0
 MAX_POWER_WATTS = 100_000.0
 
-_TEXTS = ("hostname", "os", "kernel", "driver_version", "cuda_version", "sandbox", "daemon_version", "region", "closed")
+_TEXTS = (
+    "hostname", "os", "kernel", "driver_version", "cuda_version", "sandbox", "daemon_version", "region", "closed",
+    "container_engine",
+)  # fmt: skip
 _AMOUNTS = {"cpu_milli": MAX_CPU_MILLI, "memory_bytes": MAX_BYTES, "disk_bytes": MAX_BYTES}
 _DEVICE_TEXTS = (
     "model", "uuid", "compute_capability", "pcie_bus_id", "problem", "vendor", "mig_profile", "parent_uuid",

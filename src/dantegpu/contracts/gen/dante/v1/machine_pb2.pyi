@@ -203,6 +203,7 @@ class Inventory(message.Message):
     SHARES_DEVICES_FIELD_NUMBER: builtins.int
     ALLOWED_IMAGES_FIELD_NUMBER: builtins.int
     NETWORKS_FIELD_NUMBER: builtins.int
+    CONTAINER_ENGINE_FIELD_NUMBER: builtins.int
     ADDRESS_FIELD_NUMBER: builtins.int
     hostname: builtins.str
     cpu_milli: builtins.int
@@ -223,6 +224,8 @@ class Inventory(message.Message):
     """why its owner takes no jobs now ("outside of its hours 22:00-06:00"); empty: it is open"""
     shares_devices: builtins.bool
     """its owner lets one team's jobs share a GPU by time-slicing"""
+    container_engine: builtins.str
+    """"podman 4.3.1, runc 1.1.5, a user namespace per job, GPUs by CDI"; for people"""
     address: builtins.str
     """where the other nodes of a gang reach this machine"""
     @builtins.property
@@ -268,11 +271,12 @@ class Inventory(message.Message):
         shares_devices: builtins.bool = ...,
         allowed_images: abc.Iterable[builtins.str] | None = ...,
         networks: abc.Iterable[builtins.str] | None = ...,
+        container_engine: builtins.str = ...,
         address: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["benchmark", b"benchmark"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "allowed_images", b"allowed_images", "benchmark", b"benchmark", "closed", b"closed", "cpu_milli", b"cpu_milli", "cuda_version", b"cuda_version", "daemon_version", b"daemon_version", "devices", b"devices", "disk_bytes", b"disk_bytes", "driver_version", b"driver_version", "executors", b"executors", "hostname", b"hostname", "kernel", b"kernel", "limits_missing", b"limits_missing", "memory_bytes", b"memory_bytes", "networks", b"networks", "os", b"os", "region", b"region", "sandbox", b"sandbox", "shares_devices", b"shares_devices", "simulated", b"simulated"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "allowed_images", b"allowed_images", "benchmark", b"benchmark", "closed", b"closed", "container_engine", b"container_engine", "cpu_milli", b"cpu_milli", "cuda_version", b"cuda_version", "daemon_version", b"daemon_version", "devices", b"devices", "disk_bytes", b"disk_bytes", "driver_version", b"driver_version", "executors", b"executors", "hostname", b"hostname", "kernel", b"kernel", "limits_missing", b"limits_missing", "memory_bytes", b"memory_bytes", "networks", b"networks", "os", b"os", "region", b"region", "sandbox", b"sandbox", "shares_devices", b"shares_devices", "simulated", b"simulated"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
