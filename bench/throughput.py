@@ -36,7 +36,10 @@ NOT_IN_JSON = ("cpu_ms_per_job", "rss_mb")
 
 @dataclass(frozen=True, slots=True)
 class Throughput:
-    """`seconds`: first POST until all jobs have ended; `ack_per_s`: until all are answered; `lost`: not SUCCEEDED."""
+    """`seconds`: first POST until all jobs have ended; `ack_per_s`: until all are answered; `lost`: not SUCCEEDED.
+
+    `client_cpu_ms_per_job` is what this process, which only submits and counts, took of the same cores.
+    """
 
     jobs: int
     seconds: float
@@ -44,6 +47,7 @@ class Throughput:
     ack_per_s: float
     lost: int
     sandbox: str
+    client_cpu_ms_per_job: float
     cpu_ms_per_job: dict[str, float]
     """CPU milliseconds per job by group of processes, the bill and its settlement included."""
     rss_mb: float
@@ -61,8 +65,13 @@ class Intake:
     rss_mb: float
 
 
-async def measure(running: Running, login: Login, *, jobs: int, submitters: int, queued: int = 0) -> Throughput:
-    """Submit `jobs` jobs over `submitters` connections, behind `queued` jobs that wait for a GPU that is taken."""
+async def measure(
+    running: Running, login: Login, *, jobs: int, submitters: int, queued: int = 0, array: int = 0
+) -> Throughput:
+    """Submit `jobs` jobs over `submitters` connections, or one array of `array` tasks in one POST.
+
+    Behind `queued` jobs that wait for a GPU that is taken.
+    """
     key = login.api_key.get_secret_value()
     connections = [await Connection.open(running.url, key) for _ in range(submitters)]
     async with await psycopg.AsyncConnection.connect(running.database, autocommit=True) as database:
@@ -74,7 +83,7 @@ async def measure(running: Running, login: Login, *, jobs: int, submitters: int,
             await _fill_queue(connections[0], database, queued)
         before = cpu_seconds(running)
         began = time.monotonic()
-        ids = await _submit(connections, jobs)
+        ids = await _submit_array(connections[0], array) if array else await _submit(connections, jobs)
         answered = time.monotonic()
         first = JobId.parse(min(ids)).uuid
         await _until(database, _NONE_LIVE, first)
@@ -83,17 +92,20 @@ async def measure(running: Running, login: Login, *, jobs: int, submitters: int,
         # What a job costs includes its bill.
         await _until(database, _NONE_UNSETTLED, first)
         after = cpu_seconds(running)
-        succeeded = await _succeeded(connections[0], min(ids))
+        done = await _tasks_done(connections[0], ids[0]) if array else await _done(connections[0], ids)
     for connection in connections:
         connection.close()
+    jobs = array or jobs
+    per_job = {group: round(1000 * (after[group] - before[group]) / jobs, 3) for group in after}
     return Throughput(
         jobs=jobs,
         seconds=round(ended - began, 3),
         jobs_per_s=round(jobs / (ended - began), 1),
         ack_per_s=round(jobs / (answered - began), 1),
-        lost=jobs - len(succeeded & set(ids)),
+        lost=jobs - done,
         sandbox=sandbox,
-        cpu_ms_per_job={group: round(1000 * (after[group] - before[group]) / jobs, 3) for group in after},
+        client_cpu_ms_per_job=per_job["client"],
+        cpu_ms_per_job=per_job,
         rss_mb=memory,
     )
 
@@ -146,6 +158,21 @@ async def _submit(connections: Sequence[Connection], jobs: int) -> list[str]:
         for connection in connections:
             tasks.create_task(send(connection))
     return ids
+
+
+async def _submit_array(connection: Connection, tasks: int) -> list[str]:
+    """The array's id, alone in a list."""
+    answer = await connection.call("POST", "/v1/jobs", json.dumps({**JOB, "array": tasks}).encode())
+    return [answer["id"]]
+
+
+async def _tasks_done(connection: Connection, array_id: str) -> int:
+    shown = await connection.call("GET", f"/v1/jobs/{array_id}")
+    return shown["array"]["succeeded"]
+
+
+async def _done(connection: Connection, ids: Sequence[str]) -> int:
+    return len(await _succeeded(connection, min(ids)) & set(ids))
 
 
 async def _fill_queue(connection: Connection, database: psycopg.AsyncConnection, queued: int) -> None:

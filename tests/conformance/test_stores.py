@@ -146,7 +146,7 @@ async def test_after_an_error_a_transaction_does_nothing_more(db: Database):
         with pytest.raises(PlanConflict):
             await open_attempts(tx, an_attempt(job, epoch=0))
         with pytest.raises(InFailedSqlTransaction):
-            await a_job(tx)
+            await store.jobs_by_id(tx, [job.id])
 
 
 # --- jobs -------------------------------------------------------------------------------------------------------------

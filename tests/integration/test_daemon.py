@@ -78,6 +78,29 @@ async def test_a_push_that_was_under_way_for_longer_than_its_lease_starts_nothin
     assert late not in {folder.name for folder in attempts_left(running_daemon)}
 
 
+async def test_a_push_of_what_is_new_leaves_the_other_attempts_as_they_are(
+    machine_platform: MachinePlatform, running_daemon: RunningDaemon
+):
+    first = await machine_platform.place("sh", "-c", "until [ -e go ]; do sleep 0.01; done")
+    await machine_platform.reached(first, jobs_pb2.RUNNING)
+    second = await machine_platform.place("true", partial=True)
+    assert (await machine_platform.ended(second)).state == jobs_pb2.SUCCEEDED
+    work = running_daemon.settings.state / "work" / "attempts" / first / "work"
+    (work / "go").touch()
+    assert (await machine_platform.ended(first)).state == jobs_pb2.SUCCEEDED
+
+
+async def test_an_end_that_was_acknowledged_by_a_push_is_forgotten_without_a_sync(
+    machine_platform: MachinePlatform, running_daemon: RunningDaemon
+):
+    await machine_platform.ended(await machine_platform.place("true"))
+    machine_platform.answers_syncs = False
+    attempt_id = await machine_platform.place("true")
+    await machine_platform.reached(attempt_id, jobs_pb2.SUCCEEDED)
+    await machine_platform.acknowledge(attempt_id)
+    await until(lambda: attempt_id not in {folder.name for folder in attempts_left(running_daemon)})
+
+
 async def test_an_old_push_changes_nothing(machine_platform: MachinePlatform, running_daemon: RunningDaemon):
     attempt_id = await machine_platform.place("sh", "-c", "until [ -e go ]; do sleep 0.01; done")
     await machine_platform.reached(attempt_id, jobs_pb2.RUNNING)

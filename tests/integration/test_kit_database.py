@@ -89,6 +89,46 @@ async def test_a_pooled_connection_that_was_cut_while_it_idled_is_not_handed_out
     assert await until(works)
 
 
+async def test_what_was_sent_and_failed_rolls_everything_back_and_the_connection_goes_on(
+    postgres_dsn: str, db: Database
+):
+    one = Database(postgres_dsn, "kit", max_size=1)
+    await one.start()
+    called: list[str] = []
+
+    async def twice() -> None:
+        async with one.transaction() as tx:
+            tx.after_commit.append(lambda: called.append("committed"))
+            for _ in range(2):
+                await tx.send("INSERT INTO leader VALUES ('a', gen_random_uuid(), 1, now())")
+
+    with pytest.raises(psycopg.errors.UniqueViolation):
+        await twice()
+    assert called == []
+    assert await count(one, "leader") == 0
+    await one.stop()
+
+
+async def test_a_cancelled_transaction_is_rolled_back_and_its_connection_goes_on(postgres_dsn: str, db: Database):
+    one = Database(postgres_dsn, "kit", max_size=1)
+    await one.start()
+    sent = asyncio.Event()
+
+    async def work() -> None:
+        async with one.transaction() as tx:
+            await tx.send("INSERT INTO outbox (subject, message_id, payload) VALUES ('a', 'b', '')")
+            sent.set()
+            await tx.value("SELECT pg_sleep(60)")
+
+    working = asyncio.create_task(work())
+    await sent.wait()
+    working.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await working
+    assert await count(one, "outbox") == 0
+    await one.stop()
+
+
 # --- idempotency ------------------------------------------------------------------------------------------------------
 
 

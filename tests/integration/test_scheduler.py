@@ -162,7 +162,7 @@ async def test_a_machine_measures_its_network_by_one_small_object_of_its_own(wor
         async with httpx.AsyncClient() as client:
             (await client.put(reply.result_urls[0], content=content)).raise_for_status()
             assert (await client.get(reply.input_url)).content == content
-    request = storage_pb2.StatObjectsRequest(keys=[f"benchmarks/{machine.id}"])
+    request = storage_pb2.StatObjectsRequest(keys=[f"benchmarks/{machine.id}/network"])
     assert list((await call(world.storage.StatObjects, request, actor=SERVICE)).sizes_bytes) == [6]
     assert (await machine.measures(jobs_pb2.ResultFile(size_bytes=1 << 30))).error.startswith("refused")
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dantegpu.contracts.rest.base import FieldProblem, field_problems
-from dantegpu.contracts.rest.convert import spec_from_proto, spec_to_proto
+from dantegpu.contracts.rest.convert import SpecReader, spec_from_proto, spec_to_proto
 from dantegpu.contracts.rest.spec import JobList, JobSpec, fill_env
 from dantegpu.domain.ids import JobId
 
@@ -251,3 +251,61 @@ def test_problems_of_many_jobs_carry_the_place_in_the_list():
         JobList.model_validate({"jobs": [a_document(), a_document(nam="x")]})
     [problem] = field_problems(caught.value.errors())
     assert (problem.field, problem.nearest) == ("jobs.1.nam", "name")
+
+
+# --- many at once -----------------------------------------------------------------------------------------------------
+
+MANY: list[dict[str, Any]] = [
+    {"command": ["echo", "1"], "resources": {"cpu": 0.5, "memory": "64MB"}},
+    {"command": ["echo", "2"], "resources": {"cpu": 0.5, "memory": "64MB"}, "name": "second"},
+    {"command": ["echo", "2"], "resources": {"cpu": "0.5", "memory": "64MB"}, "env": {"A": "ü"}},
+    {"commands": ["echo 3"], "resources": {"cpu": 0.5, "memory": "64MB"}},
+    {"commands": "echo 4"},
+    {"run": ["echo 5"], "envs": ["A=1"]},
+    {"command": ["sleep", 1], "env": {"N": 1}},
+    {"command": ["x"], "image": "busybox", "registry_auth": {"username": "a", "password": "b"}},
+    {"image": "busybox", "commands": ["a"], "labels": {"x": "y"}, "array": {"lr": ["1", "2"]}},
+]
+WRONG: list[dict[str, Any]] = [
+    {"command": []},
+    {"command": ["a\0b"]},
+    {"command": ["a"], "commands": ["b"]},
+    {"command": ["a"], "name": "-"},
+    {"command": ["a"], "env": {"1": "2"}},
+    {"command": ["a"], "priority": 101},
+    {"command": ["a"], "entrypoint": ["b"]},
+    {"command": ["a"], "comand": "b"},
+    {"command": ["a" * 200_000]},
+    {"command": [["a"]]},
+]
+
+
+def test_many_specs_are_read_as_each_would_be_alone():
+    reader = SpecReader()
+    alone = [spec_to_proto(JobSpec.model_validate(document)) for document in MANY]
+    assert reader.read_many({"jobs": MANY}) == alone
+    assert [reader.read(document) for document in reversed(MANY)] == alone[::-1]
+
+
+@pytest.mark.parametrize("document", WRONG)
+def test_one_wrong_spec_among_many_is_refused_at_its_place(document: dict[str, Any]):
+    reader = SpecReader()
+    reader.read_many({"jobs": MANY})
+    with pytest.raises(ValidationError) as alone:
+        JobSpec.model_validate(document)
+    with pytest.raises(ValidationError) as caught:
+        reader.read_many({"jobs": [*MANY, document]})
+    expected = [(("jobs", len(MANY), *line["loc"]), line["msg"]) for line in alone.value.errors()]
+    assert [(line["loc"], line["msg"]) for line in caught.value.errors()] == expected
+
+
+def test_a_list_of_no_or_too_many_jobs_is_refused():
+    documents: list[dict[str, Any]] = [
+        {"jobs": []},
+        {"jobs": MANY[:1] * 10_001},
+        {"jobs": {}},
+        {"jobs": MANY, "more": 1},
+    ]
+    for document in documents:
+        with pytest.raises(ValidationError):
+            SpecReader().read_many(document)

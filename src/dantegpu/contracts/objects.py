@@ -13,7 +13,7 @@ def checkpoint_prefix(job_id: str, epoch: int, node_rank: int) -> str:
 
 def benchmark_key(machine_id: str) -> str:
     """What a machine sends and fetches to measure its network; each time the same object."""
-    return f"benchmarks/{machine_id}"
+    return f"benchmarks/{machine_id}/network"
 
 
 def epoch_folder(epoch: int, node_rank: int) -> str:

@@ -29,8 +29,8 @@ from dantegpu.kit.lifecycle import Tasks, Wakeup
 log = structlog.get_logger(__name__)
 
 FENCE_CHECK_SECONDS = 1.0
-UNACKNOWLEDGED_SYNC_SECONDS = 0.5
-"""The next sync comes this soon while the platform has not acknowledged something."""
+UNACKNOWLEDGED_SYNC_SECONDS = 2.0
+"""The next sync comes this soon while the platform has not acknowledged something: usually a push does before."""
 MIN_SYNC_PAUSE_SECONDS = 0.05
 REPORT_PAUSE_SECONDS = 0.01
 """Between two reports: what changes meanwhile is told in one message."""
@@ -79,8 +79,6 @@ class Agent:
         self._beat_now = Wakeup()
         self._report_now = Wakeup()
         self._dirty: dict[AttemptId, None] = {}
-        self._synced_at = 0.0
-        self._acknowledge_due: asyncio.TimerHandle | None = None
         self._beats_since_inventory = INVENTORY_EVERY_HEARTBEATS
         self._stopping = False
         self._server_clock = ServerClock()
@@ -218,7 +216,7 @@ class Agent:
             boot_id=self._boot_id,
             attempts=[attempt.status() for attempt in self._attempts.values()],
         )
-        sent_at = self._synced_at = boottime()
+        sent_at = boottime()
         try:
             state = await self._up.sync(request)
         except ServiceError as error:
@@ -254,20 +252,7 @@ class Agent:
                 self._dirty.pop(attempt_id, None)
         if self._dirty:
             self._report_now.notify()
-        if any(self._attempts[i].ended for i in changed if i in self._attempts):
-            self._ask_for_acknowledgement()
         await asyncio.sleep(REPORT_PAUSE_SECONDS)
-
-    def _ask_for_acknowledgement(self) -> None:
-        """By a sync, at once if the last one was a while ago: under load one of them asks for hundreds of attempts."""
-        if self._acknowledge_due is not None:
-            return
-        wait_seconds = self._synced_at + UNACKNOWLEDGED_SYNC_SECONDS - boottime()
-        self._acknowledge_due = asyncio.get_running_loop().call_later(max(0.0, wait_seconds), self._acknowledge)
-
-    def _acknowledge(self) -> None:
-        self._acknowledge_due = None
-        self._sync_now.notify()
 
     async def _beat(self) -> None:
         await self._beat_now.wait(self._settings.heartbeat_interval_seconds)
@@ -372,6 +357,8 @@ class Agent:
             log.warning("sync_refused", error=state.error)
             return
         self._acknowledged(state.acknowledged)
+        if state.partial and state.after_revision > self._revision:
+            self._sync_now.notify()  # a push got lost
         if state.revision < self._revision:
             return
         self._revision = state.revision
@@ -380,7 +367,7 @@ class Agent:
             attempt_id = AttemptId.parse(desired.attempt_id)
             wanted.add(attempt_id)
             self._want(attempt_id, desired, sent_at, renews)
-        for attempt_id, attempt in self._attempts.items():
+        for attempt_id, attempt in self._attempts.items() if not state.partial else ():
             # What came after the question was asked cannot be missing in its answer.
             if attempt_id in asked and attempt_id not in wanted and not attempt.ended:
                 log.warning("attempt_without_lease", attempt_id=str(attempt_id))
@@ -427,6 +414,8 @@ class Agent:
         )  # fmt: skip
         try:
             self._tools.journal.add(row)
+            # While the attempt is prepared, its intent is on its way to the disk.
+            self._tools.journal.write_soon()
         except JournalError as error:
             log.error("attempt_not_taken", attempt_id=str(attempt_id), error=str(error))
             return None

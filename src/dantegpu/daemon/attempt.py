@@ -3,7 +3,8 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import structlog
@@ -50,6 +51,8 @@ LOG_GIVE_UP_SECONDS = 600.0
 DISK_FACTOR = 4
 """A log this many times over its limit ends the attempt: the limit cuts what is sent, this protects the disk."""
 WATCH_SECONDS = 1.0
+STARTING_MAX = 16
+"""So many start at once: of many that come together, the first lend their cells to the last."""
 ADOPTED_SEQ_STEP = 1000
 """Not every change is in the journal: after a restart, reports are numbered above all that may have been told."""
 
@@ -77,6 +80,7 @@ class Tools:
     watch: DeviceWatch
     changed: "Callable[[Attempt], None]"
     """Called after each change of `row.status`."""
+    starting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(STARTING_MAX))
 
 
 class Attempt:
@@ -204,19 +208,21 @@ class Attempt:
         if refusal := self._tools.watch.refusal(desired.devices, desired.team_id):
             raise Ended(jobs_pb2.OUTCOME_PROVIDER_FAULT, refusal)
         self._tools.watch.held(desired.attempt_id, desired.team_id, self.devices)
-        with span("attempt.prepare"):
-            await self._prepare(desired, spec)
-        self._tools.shipper.add(self._tail)
-        # The intent is on its way to the disk since the attempt was accepted; nothing runs before it is there.
-        await self._tools.journal.committed()
-        self._raise_if_stopped()
-        if self._folder.resumed.exists():
-            spec = replace(spec, env={**spec.env, "DANTE_RESUMED_FROM": self._folder.resumed.read_text()})
-        with span("attempt.start"):
-            try:
-                await self._start_executor(spec)
-            except AlreadyStarted:
-                await self._tools.executor.adopt(self._started)
+        takes_long = spec.image is not None or desired.spec.input_sha256 or self._tools.executor.queues
+        async with nullcontext() if takes_long else self._tools.starting:
+            with span("attempt.prepare"):
+                await self._prepare(desired, spec)
+            self._tools.shipper.add(self._tail)
+            # The intent is on its way to the disk since the attempt was accepted; nothing runs before it is there.
+            await self._tools.journal.committed()
+            self._raise_if_stopped()
+            if self._folder.resumed.exists():
+                spec = replace(spec, env={**spec.env, "DANTE_RESUMED_FROM": self._folder.resumed.read_text()})
+            with span("attempt.start"):
+                try:
+                    await self._start_executor(spec)
+                except AlreadyStarted:
+                    await self._tools.executor.adopt(self._started)
         self._started_at = time.monotonic()
 
     async def _start_executor(self, spec: AttemptSpec) -> None:

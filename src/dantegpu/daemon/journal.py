@@ -88,6 +88,8 @@ class Journal:
     _waiting: list[asyncio.Future[None]] = field(default_factory=list[asyncio.Future[None]], init=False)
     _writing: bool = field(default=False, init=False)
     _lazily: asyncio.TimerHandle | None = field(default=None, init=False)
+    _urgent: bool = field(default=False, init=False)
+    """Somebody will soon wait for what was noted."""
 
     def open(self) -> None:
         """Raises JournalError for a damaged file or one of a newer version."""
@@ -175,6 +177,12 @@ class Journal:
         self._noted.append((_DELETE, (str(attempt_id),)))
         self._write_lazily()
 
+    def write_soon(self) -> None:
+        """Begin to write what was noted, although nobody waits for it yet."""
+        self._urgent = True
+        if not self._writing:
+            asyncio.get_running_loop().call_soon(self._write_next)
+
     async def committed(self) -> None:
         """Return when all that was noted before is on the disk. Raises JournalError when it could not be written."""
         if not self._noted and not self._writing:
@@ -201,7 +209,7 @@ class Journal:
         waiting, self._waiting = self._waiting, []
         if not changes and not waiting:
             return
-        self._writing = True
+        self._writing, self._urgent = True, False
         writing = asyncio.get_running_loop().run_in_executor(self._thread, self._write, changes)
         writing.add_done_callback(lambda done: self._written(done, changes, waiting))
 
@@ -219,7 +227,7 @@ class Journal:
                 waiter.set_result(None)
             else:
                 waiter.set_exception(JournalError(f"{self.path} could not be written: {problem}"))
-        if self._waiting:
+        if self._waiting or self._urgent:
             self._write_next()
         elif self._noted:
             self._write_lazily()

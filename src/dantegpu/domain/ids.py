@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, Self
 from uuid import UUID, uuid5
 
@@ -20,6 +21,8 @@ _SUFFIX_LENGTH = 26
 _RANDOM_BITS = 74
 _RANDOM_LIMIT = 1 << _RANDOM_BITS
 _LOW_BITS_MASK = (1 << 62) - 1
+REMEMBERED = 8192
+"""Texts and values of the last ids: each is written and read a dozen times while its job is on its way."""
 _DERIVED_NAMESPACE = UUID("5f9c3a52-7d0e-5c3e-9a0b-0d1f7c9be6a1")
 
 
@@ -69,8 +72,22 @@ class _Uuid7Source:
 _uuid7 = _Uuid7Source()
 
 
+@lru_cache(maxsize=REMEMBERED)
 def _encode(value: int) -> str:
     return "".join([_PAIRS[value >> shift & 0x3FF] for shift in range(120, -1, -10)])
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _decode(prefix: str, text: str, suffix: str) -> UUID:
+    """Raises InvalidId."""
+    digits = suffix.translate(_AS_PYTHON)
+    if _NO_DIGIT in digits or not digits.isascii():
+        character = next(character for character in suffix if character not in _ALPHABET)
+        raise InvalidId(prefix, text, f"{character!r} is not in the alphabet {_ALPHABET}")
+    value = int(digits, 32)
+    if value >> 128:
+        raise InvalidId(prefix, text, "the first character must be 0..7")
+    return UUID(int=value)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -95,14 +112,7 @@ class Id:
             raise InvalidId(cls.prefix, text, f"the prefix is {_shorten(prefix)!r}, expected {cls.prefix!r}")
         if len(suffix) != _SUFFIX_LENGTH:
             raise InvalidId(cls.prefix, text, f"{len(suffix)} characters after the prefix, expected {_SUFFIX_LENGTH}")
-        digits = suffix.translate(_AS_PYTHON)
-        if _NO_DIGIT in digits or not digits.isascii():
-            character = next(character for character in suffix if character not in _ALPHABET)
-            raise InvalidId(cls.prefix, text, f"{character!r} is not in the alphabet {_ALPHABET}")
-        value = int(digits, 32)
-        if value >> 128:
-            raise InvalidId(cls.prefix, text, "the first character must be 0..7")
-        return cls(UUID(int=value))
+        return cls(_decode(cls.prefix, text, suffix))
 
     @classmethod
     def derived(cls, *parts: "Id | str | int") -> Self:

@@ -21,7 +21,7 @@ from nats.js.errors import NotFoundError
 
 from dantegpu.contracts.subjects import STREAMS, Stream, is_own_inbox
 from dantegpu.kit.errors import ServiceError, Unavailable
-from dantegpu.kit.lifecycle import Tasks
+from dantegpu.kit.lifecycle import Pace, Tasks
 
 log = structlog.get_logger(__name__)
 
@@ -322,6 +322,7 @@ class _Consumer:
         self.subscription: Any = None
         self._handler = handler
         self._max_batch = max_batch
+        self._pace = Pace(0.0)
         # Bounded: while the handler fails for long, JetStream hands the same messages out again and again.
         self._queue: asyncio.Queue[Msg] = asyncio.Queue(MAX_ACK_PENDING)
 
@@ -336,6 +337,7 @@ class _Consumer:
         batch = [await self._queue.get()]
         while len(batch) < self._max_batch and not self._queue.empty():
             batch.append(self._queue.get_nowait())
+        self._pace.begin()
         try:
             await self._handler(batch)
         except BaseException:
@@ -344,6 +346,7 @@ class _Consumer:
             raise
         for message in batch:
             await message.ack()
+        await self._pace.rest()
 
 
 async def _give_back(messages: Sequence[Msg], delay_seconds: float | None) -> None:

@@ -5,8 +5,8 @@ Only `store.py` files and kit use what is here.
 
 import re
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import fields
 from functools import cache
 from importlib.resources import files
@@ -27,6 +27,9 @@ CHECK_AFTER_SECONDS = 0.5
 """A pooled connection that was not used for so long is tried before it is handed out."""
 IDLE_IN_TRANSACTION_SECONDS = 10
 """A process that was stopped in mid-transaction keeps its locks from the others for at most this long."""
+TRANSACTION_SECONDS = 60
+"""The same if it was stopped between two statements of one round trip. From PostgreSQL 17 on."""
+_TRANSACTION_TIMEOUT_VERSION = 170_000
 
 log = structlog.get_logger(__name__)
 
@@ -36,8 +39,11 @@ type Params = Mapping[str, object]
 class Tx:
     """One open transaction. Commits when its `async with` block ends, rolls back when the block raises."""
 
-    def __init__(self, connection: psycopg.AsyncConnection[DictRow]) -> None:
+    def __init__(
+        self, connection: psycopg.AsyncConnection[DictRow], pipeline: psycopg.AsyncPipeline | None = None
+    ) -> None:
         self._connection = connection
+        self._pipeline = pipeline
         self.after_commit: list[Callable[[], None]] = []
         """Called once the commit is known to have happened; for waking tasks, never for work that must not be lost."""
 
@@ -45,17 +51,20 @@ class Tx:
         """All rows as instances of the dataclass `row` (column names = field names)."""
         async with self._connection.cursor(row_factory=_rows_of(row)) as cursor:
             await cursor.execute(_trusted(sql), params)
+            await self._answered()
             return await cursor.fetchall()
 
     async def one[T](self, row: type[T], sql: str, **params: object) -> T | None:
         async with self._connection.cursor(row_factory=_rows_of(row)) as cursor:
             await cursor.execute(_trusted(sql), params)
+            await self._answered()
             return await cursor.fetchone()
 
     async def value(self, sql: str, **params: object) -> Any:
         """First column of the first row, or None."""
         async with self._connection.cursor() as cursor:
             await cursor.execute(_trusted(sql), params)
+            await self._answered()
             found = await cursor.fetchone()
             return next(iter(found.values())) if found else None
 
@@ -63,7 +72,28 @@ class Tx:
         """Execute; the number of rows touched."""
         async with self._connection.cursor() as cursor:
             await cursor.execute(_trusted(sql), params)
+            await self._answered()
             return cursor.rowcount
+
+    async def send(self, sql: str, **params: object) -> None:
+        """Execute without waiting for the answer. What goes wrong is raised by a later statement or at the end."""
+        async with self._connection.cursor() as cursor:
+            await cursor.execute(_trusted(sql), params)
+
+    async def ask[T](self, row: type[T], sql: str, **params: object) -> Callable[[], Awaitable[list[T]]]:
+        """Like all(), but what it returns gives the rows: several questions share a round trip."""
+        cursor = self._connection.cursor(row_factory=_rows_of(row))
+        await cursor.execute(_trusted(sql), params)
+
+        async def rows() -> list[T]:
+            return await cursor.fetchall()
+
+        return rows
+
+    async def _answered(self) -> None:
+        """Wait for all that was sent. By a sync: after it the server knows that the transaction is idle."""
+        if self._pipeline is not None:
+            await self._pipeline.sync()
 
     async def run_many(self, sql: str, rows: Sequence[Params]) -> None:
         """Execute once per row, pipelined. For large batches prefer `unnest` of arrays in one statement."""
@@ -94,6 +124,7 @@ class Database:
             timeout=POOL_TIMEOUT_SECONDS,
             reconnect_timeout=15.0,
             name=schema,
+            configure=_configure,
             check=self._check,
         )
         self._used_at_seconds: WeakKeyDictionary[psycopg.AsyncConnection[DictRow], float] = WeakKeyDictionary()
@@ -111,9 +142,22 @@ class Database:
         After Unavailable the caller cannot know whether a commit in flight happened: what it does must be idempotent.
         """
         async with self._connected() as connection:
-            tx = Tx(connection)
-            async with connection.transaction():
-                yield tx
+            try:
+                # Each answer that nobody waits for is a round trip less: BEGIN goes along with the first statement.
+                async with connection.pipeline() as pipeline:
+                    tx = Tx(connection, pipeline)
+                    await connection.execute("BEGIN", prepare=False)
+                    try:
+                        yield tx
+                    except BaseException:
+                        with suppress(psycopg.Error):
+                            await pipeline.sync()
+                        raise
+                    await connection.execute("COMMIT", prepare=False)
+            except BaseException:
+                with suppress(psycopg.Error):
+                    await connection.rollback()
+                raise
         for callback in tx.after_commit:
             callback()
 
@@ -144,6 +188,7 @@ class Database:
             psycopg.OperationalError,
             psycopg.InterfaceError,
             psycopg.errors.IdleInTransactionSessionTimeout,
+            psycopg.errors.TransactionTimeout,
         ) as error:
             log.warning("database_unavailable", schema=self.schema, error=str(error).strip())
             raise Unavailable("the database") from error
@@ -157,6 +202,11 @@ class Database:
         """Raises Unavailable when a trivial query fails."""
         async with self.transaction() as tx:
             await tx.value("SELECT 1")
+
+
+async def _configure(connection: psycopg.AsyncConnection[DictRow]) -> None:
+    if connection.info.server_version >= _TRANSACTION_TIMEOUT_VERSION:
+        await connection.execute(f"SET transaction_timeout = '{TRANSACTION_SECONDS}s'".encode())
 
 
 class Queries:

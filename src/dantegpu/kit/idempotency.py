@@ -33,11 +33,11 @@ async def once[R: Message](
         return await do()
     _check(key)
     # Two requests with one key at the same time: the second waits here until the first has committed.
-    await tx.run("SELECT pg_advisory_xact_lock(hashtextextended(%(scope)s || %(key)s, 7))", scope=scope, key=key)
+    await tx.send("SELECT pg_advisory_xact_lock(hashtextextended(%(scope)s || %(key)s, 7))", scope=scope, key=key)
     if remembered := await recall(tx, scope=scope, key=key, request=request, response_type=response_type):
         return remembered
     response = await do()
-    await tx.run(
+    await tx.send(
         "INSERT INTO idempotency (scope, key, request_sha256, response) VALUES (%(scope)s, %(key)s, %(sha)s, %(body)s)",
         scope=scope, key=key, sha=_digest(request), body=response.SerializeToString(),
     )  # fmt: skip
@@ -58,12 +58,10 @@ async def once_each[Q: Message, R: Message](
     asked: Sequence[Keyed[Q]],
     response_type: type[R],
     do: Callable[[Sequence[int]], Awaitable[Sequence[R]]],
-    replayed: Callable[[R], Awaitable[R]],
 ) -> list[R | ServiceError]:
     """`once` for many requests of many callers; one that cannot be answered gets its error in its place.
 
-    `do` gets the places (in `asked`) of the requests that are new, and answers in their order; `replayed` completes an
-    answer that was given before.
+    `do` gets the places (in `asked`) of the requests that are new, and answers in their order.
     """
     answers: dict[int, R | ServiceError] = {}
     first: dict[tuple[str, str], int] = {}
@@ -79,7 +77,7 @@ async def once_each[Q: Message, R: Message](
         if place in answers:
             continue
         if found is not None:
-            answers[place] = await _again(each, found.request_sha256, found.response, response_type, replayed)
+            answers[place] = _again(each, found.request_sha256, found.response, response_type)
         elif not each.key or first[each.scope, each.key] == place:
             new.append(place)
     if new:
@@ -90,7 +88,7 @@ async def once_each[Q: Message, R: Message](
             leader = first[each.scope, each.key]
             response = cast(R, answers[leader]).SerializeToString()
             digest = _digest(asked[leader].request)
-            answers[place] = await _again(each, digest, response, response_type, replayed)
+            answers[place] = _again(each, digest, response, response_type)
     return [answers[place] for place in range(len(asked))]
 
 
@@ -100,7 +98,7 @@ async def _known(tx: Tx, keys: Sequence[tuple[str, str]]) -> "dict[tuple[str, st
         return {}
     scopes, names = [scope for scope, _ in keys], [key for _, key in keys]
     # Sorted: two batches that share keys would wait for one another.
-    await tx.run(
+    await tx.send(
         "SELECT pg_advisory_xact_lock(number) FROM (SELECT hashtextextended(scope || key, 7) AS number"
         " FROM unnest(%(scopes)s::text[], %(keys)s::text[]) AS asked (scope, key) ORDER BY 1) AS numbers",
         scopes=scopes, keys=names,
@@ -115,7 +113,7 @@ async def _known(tx: Tx, keys: Sequence[tuple[str, str]]) -> "dict[tuple[str, st
 
 async def _remember[Q: Message, R: Message](tx: Tx, done: "Sequence[tuple[Keyed[Q], R]]") -> None:
     if done:
-        await tx.run(
+        await tx.send(
             "INSERT INTO idempotency (scope, key, request_sha256, response) SELECT * FROM unnest(%(scopes)s::text[],"
             " %(keys)s::text[], %(digests)s::bytea[], %(bodies)s::bytea[])",
             scopes=[each.scope for each, _ in done], keys=[each.key for each, _ in done],
@@ -124,14 +122,14 @@ async def _remember[Q: Message, R: Message](tx: Tx, done: "Sequence[tuple[Keyed[
         )  # fmt: skip
 
 
-async def _again[Q: Message, R: Message](
-    asked: Keyed[Q], digest: bytes, response: bytes, response_type: type[R], replayed: Callable[[R], Awaitable[R]]
+def _again[Q: Message, R: Message](
+    asked: Keyed[Q], digest: bytes, response: bytes, response_type: type[R]
 ) -> R | ServiceError:
     if digest != _digest(asked.request):
         return _reused(asked.key)
     answer = response_type()
     answer.ParseFromString(response)
-    return await replayed(answer)
+    return answer
 
 
 async def recall[R: Message](tx: Tx, *, scope: str, key: str, request: Message, response_type: type[R]) -> R | None:

@@ -15,6 +15,7 @@ log = structlog.get_logger(__name__)
 
 RESTART_DELAY_SECONDS = 0.2
 MAX_RESTART_DELAY_SECONDS = 10.0
+REST_FACTOR = 2.0
 
 
 class Component(Protocol):
@@ -87,6 +88,26 @@ class Wakeup:
             return False
         self._event.clear()
         return True
+
+
+class Pace:
+    """Rests between the passes of a loop. What comes during a rest shares the next pass.
+
+    The first pass of a quiet time goes at once; in a busy one the rests grow with what a pass takes, so a process with
+    much to do does it in fewer, larger passes.
+    """
+
+    def __init__(self, least_seconds: float, most_seconds: float = 0.1) -> None:
+        self._least_seconds = least_seconds
+        self._most_seconds = most_seconds
+        self._began_seconds = 0.0
+
+    def begin(self) -> None:
+        self._began_seconds = time.monotonic()
+
+    async def rest(self) -> None:
+        took_seconds = time.monotonic() - self._began_seconds
+        await asyncio.sleep(max(self._least_seconds, min(REST_FACTOR * took_seconds, self._most_seconds)))
 
 
 type Check = Callable[[], Awaitable[None]]

@@ -60,7 +60,7 @@ class Outbox:
             payloads.append(envelope.SerializeToString())
         if not subjects:
             return
-        await tx.run(
+        await tx.send(
             "INSERT INTO outbox (subject, message_id, payload)"
             " SELECT * FROM unnest(%(subjects)s::text[], %(ids)s::text[], %(payloads)s::bytea[])",
             subjects=subjects, ids=ids, payloads=payloads,

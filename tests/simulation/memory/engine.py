@@ -172,6 +172,19 @@ class MemoryTx(Tx):
         return done if isinstance(done, int) else len(done)
 
     @override
+    async def send(self, sql: str, **params: object) -> None:
+        await self._execute(sql, params)
+
+    @override
+    async def ask[T](self, row: type[T], sql: str, **params: object) -> Callable[[], Awaitable[list[T]]]:
+        found = await self.all(row, sql, **params)
+
+        async def answer() -> list[T]:
+            return found
+
+        return answer
+
+    @override
     async def run_many(self, sql: str, rows: Sequence[Params]) -> None:
         for params in rows:
             await self._execute(sql, params)

@@ -119,15 +119,14 @@ def _seconds(number: float) -> timedelta:
 
 
 @statement("insert_jobs")
-async def _insert_jobs(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
-    inserted: list[Row] = []
+async def _insert_jobs(tx: MemoryTx, params: Mapping[str, Any]) -> int:
     for job_id, spec, priority in zip(params["ids"], params["specs"], params["priorities"], strict=True):
         shared = {name: params[name] for name in ("team_id", "user_id", "submitted_at", "traceparent")}
         row = {"id": job_id, "spec": spec, "priority": priority, "state": "QUEUED", "reason": "new", "event_seq": 1}
-        inserted.append(await tx.insert("jobs", shared | row))
+        await tx.insert("jobs", shared | row)
         event = {"job_id": job_id, "seq": 1, "state": "QUEUED", "type": "submitted", "message": "", "attempt_id": None}
         await tx.insert("job_events", event | {"occurred_at": params["submitted_at"]})
-    return inserted
+    return len(params["ids"])
 
 
 @statement("jobs_by_id")
@@ -395,9 +394,18 @@ def _machines(tx: MemoryTx, attempt: Row) -> list[UUID]:
 @statement("desired_attempts")
 async def _desired_attempts(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
     wanted = set(params["machine_ids"])
+    return _desired(tx, (row for row in tx.scan("attempts") if row["machine_id"] in wanted), params["now"])
+
+
+@statement("desired_by_id")
+async def _desired_by_id(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
+    return _desired(tx, _rows(tx, "attempts", params["attempt_ids"]), params["now"])
+
+
+def _desired(tx: MemoryTx, attempts: Iterable[Row], now: datetime) -> list[Row]:
     found: list[Row] = []
-    for row in tx.scan("attempts"):
-        if row["machine_id"] in wanted and row["ended_at"] is None and row["lease_expires_at"] > params["now"]:
+    for row in attempts:
+        if row["ended_at"] is None and row["lease_expires_at"] > now:
             job = tx.get("jobs", (row["job_id"],))
             if job is not None:
                 of_job = {"spec": job["spec"], "traceparent": job["traceparent"], "first_attempt_id": job["attempt_id"]}

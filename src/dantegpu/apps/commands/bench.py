@@ -48,14 +48,17 @@ def latency(jobs: int, sandbox: str, as_json: bool) -> None:
 @click.command("throughput")
 @click.option("--jobs", type=click.IntRange(1, 1_000_000), default=1000, show_default=True)
 @click.option("--submitters", type=click.IntRange(1, 256), default=8, show_default=True, help="Connections.")
+@click.option("--array", type=click.IntRange(1, 1_000_000), help="One array of so many tasks instead of --jobs.")
 @click.option("--queued", type=click.IntRange(0, 1_000_000), default=0, help="So many more wait for a GPU meanwhile.")
 @_sandbox
 @_json
-def throughput(jobs: int, submitters: int, queued: int, sandbox: str, as_json: bool) -> None:
+def throughput(jobs: int, submitters: int, array: int | None, queued: int, sandbox: str, as_json: bool) -> None:
     """Run many jobs (`true`), one POST each: first POST to the last job's end. Without --json also what it costs."""
     module = _bench("throughput")
     result = _on_a_platform(
-        lambda running, login: module.measure(running, login, jobs=jobs, submitters=submitters, queued=queued),
+        lambda running, login: module.measure(
+            running, login, jobs=jobs, submitters=submitters, queued=queued, array=array or 0
+        ),
         gpus=module.QUEUED_GPUS if queued else "",
         environment=_environment(sandbox),
     )

@@ -1,12 +1,17 @@
 """JobSpec between its REST form (what people write) and its protobuf form (what the platform computes with)."""
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Literal, cast
+
+from pydantic import ValidationError
 
 from dantegpu.contracts.gen.dante.v1 import jobs_pb2
 from dantegpu.contracts.rest.spec import (
+    MAX_JOBS_PER_CALL,
     Checkpoint,
     JobInput,
+    JobList,
     JobSpec,
     RegistryAuth,
     Resources,
@@ -14,6 +19,7 @@ from dantegpu.contracts.rest.spec import (
     Schedule,
     axis_text,
     exact_bytes,
+    plain_parts,
 )
 from dantegpu.domain.arrays import Array, Axis
 from dantegpu.domain.resources import parse_cpu_milli
@@ -73,6 +79,49 @@ def spec_to_proto(spec: JobSpec) -> jobs_pb2.JobSpec:
     if spec.array is not None:
         proto.array.CopyFrom(_array_to_proto(spec.array, spec.max_parallel))
     return proto
+
+
+COMMONS_MAX = 1000
+COMMON_LENGTH_MAX = 4000
+
+
+class SpecReader:
+    """Job files to protobuf. What several jobs have in common is validated once, whatever each of them runs."""
+
+    def __init__(self) -> None:
+        self._commons: dict[tuple[str, str], jobs_pb2.JobSpec] = {}
+
+    def read(self, document: object) -> jobs_pb2.JobSpec:
+        """Raises pydantic's ValidationError."""
+        parts = plain_parts(document)
+        if parts is None:
+            return spec_to_proto(JobSpec.model_validate(document))
+        key = (parts.lines, repr(parts.common))
+        common = self._commons.get(key)
+        if common is None:
+            common = spec_to_proto(JobSpec.model_validate({**parts.common, parts.lines: ["true"]}))
+            del common.argv[:], common.commands[:]
+            if len(self._commons) >= COMMONS_MAX:
+                self._commons.clear()
+            if len(key[1]) <= COMMON_LENGTH_MAX:
+                self._commons[key] = common
+        spec = jobs_pb2.JobSpec()
+        spec.CopyFrom(common)
+        spec.name = parts.name
+        (spec.argv if parts.lines == "command" else spec.commands).extend(parts.run)
+        if parts.env:
+            spec.env.update(parts.env)
+        return spec
+
+    def read_many(self, document: "Mapping[str, object]") -> list[jobs_pb2.JobSpec]:
+        """The same for a JobList's document. Raises pydantic's ValidationError, which names the place in the list."""
+        found = cast("list[object]", document["jobs"] if isinstance(document["jobs"], list) else [])
+        if len(document) == 1 and 1 <= len(found) <= MAX_JOBS_PER_CALL:
+            try:
+                return [self.read(each) for each in found]
+            except ValidationError:
+                pass  # what is wrong with the list as a whole is said below
+        return [spec_to_proto(spec) for spec in JobList.model_validate(document).jobs]
 
 
 def _array_to_proto(array: int | dict[str, str | list[str]], max_parallel: int | None) -> jobs_pb2.ArraySpec:

@@ -7,6 +7,7 @@ sent again as it is.
 import re
 import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar, Literal, cast
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -573,6 +574,50 @@ def fill_env(document: Mapping[str, Any], environ: Mapping[str, str]) -> dict[st
             items = [str(item) for item in cast("list[object]", filled[key])]
             filled[key] = [item if "=" in item else f"{item}={environ[item]}" for item in items]
     return filled
+
+
+PLAIN_TEXT_LENGTH = MAX_ARGUMENT_LENGTH // 4
+"""Characters of which no encoding is too long for one argument."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlainParts:
+    """What a job has for itself; `common` is all the rest of its document, and `lines` names what it runs by."""
+
+    lines: str
+    run: list[str]
+    name: str
+    env: dict[str, str]
+    common: dict[str, object]
+
+
+def plain_parts(document: object) -> PlainParts | None:
+    """The parts of a job file that are as valid as they can be; None when only JobSpec itself can tell.
+
+    With any other valid `run`, `name` and `env`, the same `common` is valid too: whoever reads thousands of jobs that
+    differ in nothing else validates it once.
+    """
+    if not isinstance(document, dict):
+        return None
+    common = dict(cast("dict[str, object]", document))
+    runs = [(lines, common.pop(lines)) for lines in ("command", "commands") if lines in common]
+    name, env = common.pop("name", ""), common.pop("env", {})
+    if len(runs) != 1 or "registry_auth" in common or not isinstance(env, dict) or not isinstance(name, str):
+        return None
+    lines, run = runs[0]
+    if not isinstance(run, list):
+        return None
+    run, env = cast("list[str]", run), cast("dict[str, str]", env)
+    texts = [*run, *env.values()]
+    if not 0 < len(run) <= MAX_ARGUMENTS or len(env) > MAX_ENV:
+        return None
+    if not all(type(text) is str and "\0" not in text for text in texts):
+        return None
+    if sum(map(len, texts)) > PLAIN_TEXT_LENGTH or (name and not _NAME.fullmatch(name)):
+        return None
+    if not all(_ENV_NAME.fullmatch(variable) for variable in env):
+        return None
+    return PlainParts(lines, run, name, env, common)
 
 
 class JobList(Request):

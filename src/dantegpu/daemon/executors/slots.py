@@ -53,9 +53,11 @@ class Slots:
 
     async def _new(self) -> Slot:
         for number in range(SLOTS_MAX):
+            if number in self.taken:
+                continue
             groups = self._tree.group(f"slot-{number}")
             # A group that is there may still hold what a daemon before this one started.
-            if number in self.taken or groups.exists():
+            if groups.exists():
                 continue
             self.taken.add(number)
             try:

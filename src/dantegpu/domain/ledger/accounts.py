@@ -6,6 +6,7 @@ the issuance account, the only one that may go below zero: its balance is minus 
 
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 
 from dantegpu.domain.ids import AccountId, AttemptId, TeamId, TransferId
 from dantegpu.domain.units import MicroDgpu
@@ -39,7 +40,12 @@ class Account:
 
     @property
     def id(self) -> AccountId:
-        return AccountId.derived(self.kind.value, *([] if self.team_id is None else [self.team_id]))
+        return _id_of(self.kind, self.team_id)
+
+
+@lru_cache(maxsize=4096)
+def _id_of(kind: AccountKind, team_id: TeamId | None) -> AccountId:
+    return AccountId.derived(kind.value, *([] if team_id is None else [team_id]))
 
 
 ISSUANCE = Account(AccountKind.ISSUANCE)

@@ -1,6 +1,7 @@
 """Two-phase payment for one window of one attempt: a hold sets money aside, closing posts what was used, once."""
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 from dantegpu.domain.ids import AttemptId, HoldId, TeamId
@@ -70,6 +71,7 @@ class Hold:
         return self.ceiling_udgpu if self.charged_udgpu is None else MicroDgpu(0)
 
 
+@lru_cache(maxsize=4096)
 def hold_id(attempt_id: AttemptId, window: int) -> HoldId:
     """A window has one hold, so opening it twice is opening it once."""
     return HoldId.derived(attempt_id, window)

@@ -138,9 +138,9 @@ class Billing:
         _check_count(requests)
         for request in requests:
             _check_request(request)
-        locked = await store.lock_accounts(tx, {wallet_of(r.payer_team_id) for r in requests if r.billable})
+        payers = {wallet_of(r.payer_team_id) for r in requests if r.billable}
+        locked, known = await store.lock_and_find_holds(tx, payers, {request.hold_id for request in requests})
         available = {account: row.available_udgpu for account, row in locked.items()}
-        known = await store.find_holds(tx, {request.hold_id for request in requests})
         opened: list[store.HeldWindow] = []
         outcomes: list[HoldOutcome] = []
         for request in requests:
@@ -192,8 +192,9 @@ class Billing:
         still_open = {window.hold.id for window in known.values() if window.hold.charged_udgpu is None}
         if still_open:
             used = {request.hold_id for request in requests if request.used_seconds}
-            await store.lock_accounts(tx, _accounts_to_close([known[hold_id].hold for hold_id in still_open], used))
-            known |= await store.find_holds(tx, still_open)
+            accounts = _accounts_to_close([known[hold_id].hold for hold_id in still_open], used)
+            _, current = await store.lock_and_find_holds(tx, accounts, still_open)
+            known |= current
         closed: list[store.ClosedWindow] = []
         outcomes: list[CloseOutcome] = []
         for request in requests:

@@ -1,6 +1,6 @@
 """The ledger's tables. Named SQL: sql/queries.sql; what must never happen: sql/migrations."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
@@ -135,20 +135,34 @@ async def lock_accounts(tx: Tx, accounts: Collection[Account]) -> dict[Account, 
     by_id = {account.id.uuid: account for account in accounts}
     if not by_id:
         return {}
-    await tx.run(
+    locked = await _lock_accounts(tx, by_id)
+    return {by_id[row.account_id]: row for row in await locked()}
+
+
+async def _lock_accounts(tx: Tx, by_id: Mapping[UUID, Account]) -> Callable[[], Awaitable[list[BalanceRow]]]:
+    await tx.send(
         QUERIES["ensure_accounts"],
         ids=list(by_id),
         kinds=[account.kind.value for account in by_id.values()],
         team_ids=[account.team_id.uuid if account.team_id else None for account in by_id.values()],
     )
-    rows = await tx.all(BalanceRow, QUERIES["lock_balances"], ids=list(by_id))
-    return {by_id[row.account_id]: row for row in rows}
+    return await tx.ask(BalanceRow, QUERIES["lock_balances"], ids=list(by_id))
 
 
 async def find_holds(tx: Tx, ids: Collection[HoldId]) -> dict[HoldId, HeldWindow]:
-    """Read after the payers' balances are locked: until then another call may open or close them."""
+    """What is true of them only after the payers' balances are locked: until then another call may change them."""
     rows = await tx.all(HoldRow, QUERIES["find_holds"], ids=[hold_id.uuid for hold_id in ids])
     return {HoldId(row.id): _held_window(row) for row in rows}
+
+
+async def lock_and_find_holds(
+    tx: Tx, accounts: Collection[Account], ids: Collection[HoldId]
+) -> tuple[dict[Account, BalanceRow], dict[HoldId, HeldWindow]]:
+    """lock_accounts, then find_holds, in one round trip."""
+    by_id = {account.id.uuid: account for account in accounts}
+    locked = await _lock_accounts(tx, by_id) if by_id else None
+    known = await find_holds(tx, ids)
+    return {by_id[row.account_id]: row for row in await locked()} if locked else {}, known
 
 
 def _held_window(row: HoldRow) -> HeldWindow:
@@ -168,7 +182,7 @@ def _held_window(row: HoldRow) -> HeldWindow:
 async def insert_holds(tx: Tx, windows: Sequence[HeldWindow], now: datetime) -> None:
     """Write new holds and set their ceilings aside. The payers' balances must be locked."""
     holds = [window.hold for window in windows]
-    await tx.run(
+    await tx.send(
         QUERIES["insert_holds"],
         ids=[hold.id.uuid for hold in holds],
         attempt_ids=[hold.attempt_id.uuid for hold in holds],

@@ -14,6 +14,7 @@ from dantegpu.kit import rpc
 from dantegpu.kit.actor import Actor, current_actor
 from dantegpu.kit.bus import Bus
 from dantegpu.kit.errors import InvalidArgument, NotFound, Unauthenticated
+from dantegpu.kit.idempotency import MAX_KEY_LENGTH
 from dantegpu.kit.rpc import Channels
 from dantegpu.services.gateway.clients import Clients
 from dantegpu.services.gateway.errors import ScopeMissing
@@ -36,8 +37,12 @@ class Gateway:
     settings: GatewaySettings
 
 
-async def _gateway(request: Request) -> Gateway:
+def gateway_of(request: Request) -> Gateway:
     return cast(Gateway, request.app.state.gateway)
+
+
+async def _gateway(request: Request) -> Gateway:
+    return gateway_of(request)
 
 
 # All dependencies are `async`: FastAPI sends others through a thread, which costs more than most of them do.
@@ -54,6 +59,10 @@ class _Principal:
         self._scope = scope
 
     async def __call__(self, request: Request, _bearer: Any = Depends(_bearer), _key: Any = Depends(_api_key)) -> Actor:
+        return self.of(request)
+
+    def of(self, request: Request) -> Actor:
+        """Raises Unauthenticated or one of its kin, ScopeMissing."""
         if error := request.scope.get(PRINCIPAL_ERROR):
             raise error
         actor = current_actor()
@@ -69,7 +78,8 @@ class _Principal:
 type Account = Annotated[Actor, Depends(_Principal("account:read"))]
 type AccountWriter = Annotated[Actor, Depends(_Principal("account:write"))]
 type JobReader = Annotated[Actor, Depends(_Principal("jobs:read"))]
-type JobWriter = Annotated[Actor, Depends(_Principal("jobs:write"))]
+JOB_WRITER = _Principal("jobs:write")
+type JobWriter = Annotated[Actor, Depends(JOB_WRITER)]
 type MachineReader = Annotated[Actor, Depends(_Principal("machines:read"))]
 type MachineWriter = Annotated[Actor, Depends(_Principal("machines:write"))]
 type WalletReader = Annotated[Actor, Depends(_Principal("wallet:read"))]
@@ -88,7 +98,7 @@ async def _idempotency_key(
         str,
         Header(
             alias="Idempotency-Key",
-            max_length=255,
+            max_length=MAX_KEY_LENGTH,
             description="Your own name for this request: sent again, it is done only once",
         ),
     ] = "",

@@ -1,6 +1,10 @@
 """Protobuf of the services -> bodies of the REST API."""
 
+import json
+import re
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
+from uuid import uuid4
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -61,6 +65,47 @@ def job(proto: jobs_pb2.Job) -> jobs.Job:
         started_at=when_set(proto.started_at),
         ended_at=when_set(proto.ended_at),
     )
+
+
+_MARKS: Mapping[str, str] = {name: f"m{uuid4().hex}" for name in ("id", "name", "env", "commands", "argv")}
+_MARK = re.compile("|".join((
+    f'"({_MARKS["id"]})"', f'"({_MARKS["name"]})"', f'{{"({_MARKS["env"]})":""}}',
+    f'\\["({_MARKS["commands"]})"\\]', f'\\["({_MARKS["argv"]})"\\]',
+)))  # fmt: skip
+
+
+_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_EMPTY = ('""', '""', "{}", "[]", "[]")
+
+
+def new_jobs_json(protos: Iterable[jobs_pb2.Job]) -> str:
+    """The body of Jobs: what many jobs have in common is written out once. The messages are used up."""
+    bodies: dict[tuple[bool, bool, bytes], list[str | int]] = {}
+    answers: list[str] = []
+    for proto in protos:
+        spec = proto.spec
+        own = (proto.id, spec.name, dict(spec.env), list(spec.commands), list(spec.argv))
+        proto.id = spec.name = ""
+        spec.env.clear()
+        del spec.commands[:], spec.argv[:]
+        common = (bool(own[3]), bool(own[4]), proto.SerializeToString())
+        body = bodies.get(common)
+        if body is None:
+            body = bodies[common] = _body_of(proto, commands=common[0], argv=common[1])
+        texts = [_json(part) if part else empty for part, empty in zip(own, _EMPTY, strict=True)]
+        answers.append("".join([part if isinstance(part, str) else texts[part] for part in body]))
+    return f'{{"jobs":[{",".join(answers)}]}}'
+
+
+def _body_of(proto: jobs_pb2.Job, *, commands: bool, argv: bool) -> list[str | int]:
+    """The JSON of a job in pieces; between them the numbers of what is its own, in the order of `_MARKS`."""
+    proto.id, proto.spec.name = _MARKS["id"], _MARKS["name"]
+    proto.spec.env[_MARKS["env"]] = ""
+    proto.spec.commands.extend([_MARKS["commands"]] if commands else [])
+    proto.spec.argv.extend([_MARKS["argv"]] if argv else [])
+    numbers = {mark: number for number, mark in enumerate(_MARKS.values())}
+    pieces = [piece for piece in _MARK.split(job(proto).model_dump_json()) if piece]
+    return [numbers.get(piece, piece) for piece in pieces]
 
 
 def schedule(proto: jobs_pb2.Schedule) -> jobs.Schedule:

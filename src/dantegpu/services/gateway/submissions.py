@@ -1,6 +1,7 @@
 """Submissions on their way to the scheduler: the first goes at once, what arrives meanwhile shares the next call."""
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,10 @@ class _Waiting:
     answer: "asyncio.Future[jobs_pb2.SubmitJobsResponse]"
 
 
+GATHER_SECONDS = 0.002
+"""Right after a call the next one waits so long: those who were just answered are about to send again."""
+
+
 class Submissions:
     """Component. Owns one task, which has at most one call under way."""
 
@@ -35,6 +40,7 @@ class Submissions:
         self._jobs = jobs
         self._waiting: list[_Waiting] = []
         self._wakeup = Wakeup()
+        self._answered_seconds = -GATHER_SECONDS
         self._tasks = Tasks("submissions")
 
     async def start(self) -> None:
@@ -61,6 +67,8 @@ class Submissions:
     async def _send(self) -> None:
         await self._wakeup.wait()
         while self._waiting:
+            if time.monotonic() - self._answered_seconds < GATHER_SECONDS:
+                await asyncio.sleep(GATHER_SECONDS)
             batch = self._take()
             try:
                 request = jobs_pb2.SubmitManyRequest(submissions=[waiting.submission for waiting in batch])
@@ -76,6 +84,7 @@ class Submissions:
                 raise
             for waiting, result in zip(batch, response.results, strict=True):
                 _answer(waiting, result)
+            self._answered_seconds = time.monotonic()
 
     def _take(self) -> list[_Waiting]:
         jobs, size_bytes, count = 0, 0, 0

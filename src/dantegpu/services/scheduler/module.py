@@ -72,6 +72,8 @@ def build(deps: Deps, settings: SchedulerSettings) -> Service:
     arrays = Arrays(db, outbox, wakeups, deps.clock, settings, placement.take)
     lifetimes = Lifetimes(db, outbox, wakeups, deps.clock, settings, placement.take)
     wakeups.machines = dispatcher.notify
+    wakeups.opened = dispatcher.opened
+    wakeups.folded = dispatcher.folded
     wakeups.settlement = settlement.notify
     wakeups.placement = placement.notify
     wakeups.submitted = placement.submitted

@@ -66,7 +66,7 @@ class JobRpc(jobs_pb2_grpc.JobServiceServicer):
 
             async def submit() -> jobs_pb2.SubmitJobsResponse:
                 rows = await self._intake.submit(tx, actor, request.specs)
-                return jobs_pb2.SubmitJobsResponse(jobs=[_without_spec(row) for row in rows])
+                return jobs_pb2.SubmitJobsResponse(jobs=_new_jobs(rows))
 
             response = await once(
                 tx,
@@ -76,7 +76,7 @@ class JobRpc(jobs_pb2_grpc.JobServiceServicer):
                 response_type=jobs_pb2.SubmitJobsResponse,
                 do=submit,
             )
-            return await _with_specs(tx, response)
+        return _with_specs(response, request)
 
     async def SubmitMany(self, request: jobs_pb2.SubmitManyRequest, context: Context) -> jobs_pb2.SubmitManyResponse:
         current_actor().require_service()
@@ -90,7 +90,7 @@ class JobRpc(jobs_pb2_grpc.JobServiceServicer):
         accepted = [place for place in range(len(asked)) if place not in refused]
         chosen = [asked[place] for place in accepted]
         async with self._db.transaction() as tx:
-            answers = await submit_each(tx, self._intake, chosen, _without_spec, lambda known: _with_specs(tx, known))
+            answers = await submit_each(tx, self._intake, chosen, _new_jobs)
         by_place: dict[int, Answer] = {**refused, **dict(zip(accepted, answers, strict=True))}
         return jobs_pb2.SubmitManyResponse(
             results=[_result(by_place[place], each.request) for place, each in enumerate(asked)]
@@ -106,7 +106,7 @@ class JobRpc(jobs_pb2_grpc.JobServiceServicer):
                 request=request,
                 response_type=jobs_pb2.SubmitJobsResponse,
             )
-            return await _with_specs(tx, found) if found else None
+        return _with_specs(found, request) if found else None
 
     async def GetJobs(self, request: jobs_pb2.GetJobsRequest, context: Context) -> jobs_pb2.GetJobsResponse:
         async with self._db.transaction() as tx:
@@ -254,28 +254,37 @@ def _quarantine(row: QuarantineRow) -> jobs_pb2.Quarantine:
     )
 
 
-def _without_spec(row: JobRow) -> jobs_pb2.Job:
-    """As it is remembered for a repeated request: environments may hold secrets and lie in the jobs table alone."""
-    message = job_message(row)
-    message.ClearField("spec")
-    if row.array_size:
-        message.array.size = row.array_size
-    return message
+def _new_jobs(rows: Sequence[JobRow]) -> list[jobs_pb2.Job]:
+    """As they are remembered for a repeated request: environments may hold secrets and lie in the jobs table alone."""
+    messages: list[jobs_pb2.Job] = []
+    like: dict[tuple[object, ...], jobs_pb2.Job] = {}
+    for row in rows:
+        # Jobs of one call differ in little else than their id.
+        kind = (row.state, row.reason, row.reason_detail, row.submitted_at, row.array_size)
+        if kind not in like:
+            like[kind] = _job_message(row, with_spec=False)
+            if row.array_size:
+                like[kind].array.size = row.array_size
+        message = jobs_pb2.Job()
+        message.CopyFrom(like[kind])
+        message.id = str(JobId(row.id))
+        messages.append(message)
+    return messages
 
 
-async def _with_specs(tx: Tx, response: jobs_pb2.SubmitJobsResponse) -> jobs_pb2.SubmitJobsResponse:
-    rows = await store.jobs_by_id(tx, [JobId.parse(job.id).uuid for job in response.jobs])
-    for job in response.jobs:
-        job.spec.ParseFromString(rows[JobId.parse(job.id).uuid].spec)
+def _with_specs(
+    response: jobs_pb2.SubmitJobsResponse, request: jobs_pb2.SubmitJobsRequest
+) -> jobs_pb2.SubmitJobsResponse:
+    """The request that an answer is given to again is the same, or it would be refused."""
+    for job, spec in zip(response.jobs, request.specs, strict=True):
+        job.spec.CopyFrom(spec)
     return response
 
 
 def _result(answer: Answer, request: jobs_pb2.SubmitJobsRequest) -> jobs_pb2.SubmissionResult:
     if isinstance(answer, ServiceError):
         return jobs_pb2.SubmissionResult(error=error_detail(answer), error_status=status_of(answer).value)
-    for job, spec in zip(answer.jobs, request.specs, strict=True):
-        job.spec.CopyFrom(spec)
-    return jobs_pb2.SubmissionResult(response=answer)
+    return jobs_pb2.SubmissionResult(response=_with_specs(answer, request))
 
 
 def _state(value: "jobs_pb2.JobState.ValueType") -> JobState:
@@ -328,13 +337,13 @@ def _progress_message(row: JobRow, progress: ProgressRow) -> jobs_pb2.ArrayProgr
     )
 
 
-def _job_message(row: JobRow) -> jobs_pb2.Job:
+def _job_message(row: JobRow, *, with_spec: bool = True) -> jobs_pb2.Job:
     live_array = row.state == LIVE_ARRAY
     return jobs_pb2.Job(
         id=str(JobId(row.id)),
         team_id=str(TeamId(row.team_id)),
         user_id=str(UserId(row.user_id)) if row.user_id else "",
-        spec=jobs_pb2.JobSpec.FromString(row.spec),
+        spec=jobs_pb2.JobSpec.FromString(row.spec) if with_spec else None,
         state=jobs_pb2.QUEUED if live_array else jobs_pb2.JobState.Value(row.state),
         reason=row.reason or "",
         reason_text=reason_text(row),

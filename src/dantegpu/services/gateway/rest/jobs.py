@@ -1,24 +1,29 @@
 """/v1/uploads and /v1/jobs."""
 
 import json
-from collections.abc import AsyncGenerator
-from typing import Annotated, Any, Literal, cast
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, cast, override
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from starlette.responses import StreamingResponse
 
 from dantegpu.contracts import objects
 from dantegpu.contracts.gen.dante.v1 import billing_pb2, jobs_pb2, monitoring_pb2, storage_pb2
 from dantegpu.contracts.rest import billing, jobs, storage
-from dantegpu.contracts.rest.convert import spec_to_proto
-from dantegpu.contracts.rest.spec import MAX_NODES, JobList, JobSpec
+from dantegpu.contracts.rest.convert import SpecReader
+from dantegpu.contracts.rest.spec import MAX_NODES
 from dantegpu.domain.job import JobState
 from dantegpu.kit import rpc
 from dantegpu.kit.actor import SERVICE
+from dantegpu.kit.idempotency import MAX_KEY_LENGTH
 from dantegpu.services.gateway import convert
 from dantegpu.services.gateway.context import (
+    JOB_WRITER,
+    Gateway,
     IdempotencyKey,
     JobIdPath,
     JobReader,
@@ -26,6 +31,7 @@ from dantegpu.services.gateway.context import (
     Paging,
     Platform,
     WalletReader,
+    gateway_of,
     number_after,
 )
 from dantegpu.services.gateway.errors import ArrayOfTasks
@@ -59,20 +65,48 @@ async def prepare_uploads(body: storage.PrepareUploads, _actor: JobWriter, platf
     )
 
 
-async def _submitted(request: Request) -> JobSpec | JobList:
-    """One spec, or `{"jobs": [...]}`: told apart by hand, so that an error names the field and not a union's member."""
+@dataclass(frozen=True, slots=True)
+class _Submitted:
+    """One spec, or those of `{"jobs": [...]}`: told apart by hand, so that an error names the field."""
+
+    specs: list[jobs_pb2.JobSpec]
+    many: bool
+
+
+_reader = SpecReader()
+
+
+async def _submitted(request: Request) -> _Submitted:
     try:
         document: object = json.loads(await request.body())
     except (ValueError, RecursionError) as error:
         message = str(error) or type(error).__name__
         line = {"type": "json_invalid", "loc": ("body",), "msg": message, "input": None, "ctx": {"error": message}}
         raise RequestValidationError([line]) from error
-    many = isinstance(document, dict) and "jobs" in document
     try:
-        return JobList.model_validate(document) if many else JobSpec.model_validate(document)
+        if isinstance(document, dict) and "jobs" in document:
+            return _Submitted(_reader.read_many(cast("dict[str, object]", document)), many=True)
+        return _Submitted([_reader.read(cast(object, document))], many=False)
     except ValidationError as error:
         lines = cast("list[dict[str, Any]]", error.errors(include_url=False, include_input=False))
         raise RequestValidationError([line | {"loc": ("body", *line["loc"])} for line in lines]) from error
+
+
+class _SubmitRoute(APIRoute):
+    """The way of every job: what is the same for all requests is not worked out for each of them again."""
+
+    @override
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        general = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            key = request.headers.get("idempotency-key", "")
+            if request.scope["query_string"] or len(key) > MAX_KEY_LENGTH:
+                return await general(request)
+            JOB_WRITER.of(request)
+            return await _accept(gateway_of(request), await _submitted(request), key, no_wait=False)
+
+        return handle
 
 
 _SUBMIT_BODY = {
@@ -90,29 +124,36 @@ _SUBMIT_BODY = {
 }
 
 
-@router.post(
+_submissions = APIRouter(route_class=_SubmitRoute)
+
+
+@_submissions.post(
     "/v1/jobs", status_code=201, summary="Submit one job, or many at once", openapi_extra=_SUBMIT_BODY,
     response_model=jobs.Job | jobs.Jobs,
 )  # fmt: skip
 async def submit(
     # First: a body is looked at only when somebody known has sent it.
     _actor: JobWriter,
-    submitted: Annotated[JobSpec | JobList, Depends(_submitted)],
+    submitted: Annotated[_Submitted, Depends(_submitted)],
     key: IdempotencyKey,
     platform: Platform,
     wait: Annotated[bool, Query(description="false: refuse a job that no machine fits right now")] = True,
 ) -> Response:
     """A single spec answers the job; `{"jobs": [...]}` answers `{"jobs": [...]}`: all are accepted or none."""
-    specs = submitted.jobs if isinstance(submitted, JobList) else [submitted]
-    request = jobs_pb2.SubmitJobsRequest(
-        specs=[spec_to_proto(spec) for spec in specs], idempotency_key=key, no_wait=not wait
-    )
+    return await _accept(platform, submitted, key, no_wait=not wait)
+
+
+router.include_router(_submissions)
+
+
+async def _accept(platform: Gateway, submitted: _Submitted, key: str, *, no_wait: bool) -> Response:
+    request = jobs_pb2.SubmitJobsRequest(specs=submitted.specs, idempotency_key=key, no_wait=no_wait)
     accepted = await platform.submissions.submit(request)
-    made = [convert.job(job) for job in accepted.jobs]
     # Written out here: the models were just made, and FastAPI would validate them once more.
-    if isinstance(submitted, JobList):
-        return _created(jobs.Jobs(jobs=made))
-    return _created(made[0], location=f"/v1/jobs/{made[0].id}")
+    if submitted.many:
+        return Response(convert.new_jobs_json(accepted.jobs), status_code=201, media_type="application/json")
+    made = convert.job(accepted.jobs[0])
+    return _created(made, location=f"/v1/jobs/{made.id}")
 
 
 def _created(answer: BaseModel, **headers: str) -> Response:

@@ -10,7 +10,7 @@ from uuid import UUID
 
 from google.protobuf.message import Message
 
-from dantegpu.contracts.gen.dante.v1 import common_pb2, jobs_pb2, storage_pb2, storage_pb2_grpc
+from dantegpu.contracts.gen.dante.v1 import common_pb2, events_pb2, jobs_pb2, storage_pb2, storage_pb2_grpc
 from dantegpu.contracts.rest.convert import array_of
 from dantegpu.contracts.rest.spec import (
     CHECKPOINT_GRACE_MAX_SECONDS,
@@ -445,9 +445,20 @@ def _texts(spec: jobs_pb2.JobSpec) -> Iterator[str]:
 
 def _submitted_messages(rows: Sequence[JobRow]) -> list[tuple[str, Message]]:
     """Placement is told first: the job waits for nobody else."""
+    if not rows:
+        return []
+    # Of jobs that are submitted together only the ids differ.
+    first = rows[0]
     queued = JobState.QUEUED.value
-    events = [store.EventRow(row.id, row.event_seq, queued, "submitted", "", None, row.submitted_at) for row in rows]
-    changes = [job_changed(row.team_id, event) for row, event in zip(rows, events, strict=True)]
+    like = job_changed(
+        first.team_id, store.EventRow(first.id, first.event_seq, queued, "submitted", "", None, first.submitted_at)
+    )
+    changes: list[events_pb2.JobChanged] = []
+    for row in rows:
+        change = events_pb2.JobChanged()
+        change.CopyFrom(like)
+        change.job_id = change.event.job_id = str(JobId(row.id))
+        changes.append(change)
     return [*submitted_messages([row.id for row in rows]), *changed_messages(changes)]
 
 

@@ -1,8 +1,8 @@
 """What machines say (sync, reports, URLs) and what they are told (their desired attempts)."""
 
-import asyncio
 import re
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import PurePosixPath
 from uuid import UUID
@@ -28,7 +28,7 @@ from dantegpu.kit.actor import SERVICE
 from dantegpu.kit.bus import Bus
 from dantegpu.kit.db import Database, Tx
 from dantegpu.kit.errors import ErrorStatus, ServiceError, status_of
-from dantegpu.kit.lifecycle import Tasks, Wakeup
+from dantegpu.kit.lifecycle import Pace, Tasks, Wakeup
 from dantegpu.kit.outbox import Outbox
 from dantegpu.services.scheduler import store, store_preemptions
 from dantegpu.services.scheduler.service.inventory import Inventory
@@ -43,7 +43,7 @@ MAX_RESULT_FILES = 10_000
 MAX_BENCHMARK_BYTES = 32 << 20
 MAX_PATH_LENGTH = 1024
 PUSH_PAUSE_SECONDS = 0.01
-"""Between two pushes of desired attempts."""
+"""Between two pushes of desired attempts, at least."""
 FIRST_RENDEZVOUS_PORT = 20_000
 RENDEZVOUS_PORTS = 10_000
 """Below the range that kernels give to outgoing connections."""
@@ -83,6 +83,7 @@ class Machines:
         if usable:
             async with self._db.transaction() as tx:
                 await self._fold(tx, usable, self._clock.now())
+            self._wakeups.folded([(machine, status) for machine, status in usable if status.state in _ENDED])
 
     def _well_formed(self, machine_id: MachineId, status: machine_pb2.AttemptStatus) -> bool:
         try:
@@ -162,6 +163,25 @@ class Machines:
         async with self._db.transaction() as tx:
             return await self._desired(tx, machine_ids, self._clock.now())
 
+    async def news(
+        self, attempts: Mapping[UUID, Sequence[UUID]], acks: Mapping[UUID, Sequence[machine_pb2.AttemptAck]]
+    ) -> dict[UUID, machine_pb2.DesiredState]:
+        """Only these attempts (machine -> those that it shall have) and what machines may forget."""
+        machine_ids = sorted(attempts.keys() | acks.keys())
+        attempt_ids = [attempt_id for of_machine in attempts.values() for attempt_id in of_machine]
+        now = self._clock.now()
+        async with self._db.transaction() as tx:
+            # After the commits that this tells of, so the revision is one that has seen them.
+            revisions = await store.ask_machine_revisions(tx, machine_ids)
+            rows = await store.ask_desired_by_id(tx, attempt_ids, now)
+            leases = await store.leases_of_attempts(tx, attempt_ids)
+            seen = {row.machine_id: row.desired_revision for row in await revisions()}
+            states = await self._filled(tx, self._states(machine_ids, seen, now), await rows(), leases, now)
+        for machine_id, state in states.items():
+            state.partial = True
+            state.acknowledged.extend(acks.get(machine_id, ()))
+        return states
+
     async def _desired(
         self, tx: Tx, machine_ids: Sequence[UUID], now: datetime
     ) -> dict[UUID, machine_pb2.DesiredState]:
@@ -170,17 +190,18 @@ class Machines:
         revisions = await store.machine_revisions(tx, machine_ids)
         rows = await store.desired_attempts(tx, machine_ids, now)
         leases = await store.leases_of_attempts(tx, [row.id for row in rows]) if rows else {}
+        return await self._filled(tx, self._states(machine_ids, revisions, now), rows, leases, now)
+
+    async def _filled(
+        self,
+        tx: Tx,
+        states: dict[UUID, machine_pb2.DesiredState],
+        rows: Sequence[store.DesiredRow],
+        leases: Mapping[UUID, Sequence[store.LeaseRow]],
+        now: datetime,
+    ) -> dict[UUID, machine_pb2.DesiredState]:
         again = [row.id for row in rows if row.epoch > 1]
         checkpoints = await store_preemptions.checkpoints_before(tx, again) if again else {}
-        server_time_us = int(now.timestamp() * 1_000_000)
-        states = {
-            machine_id: machine_pb2.DesiredState(
-                machine_id=str(MachineId(machine_id)),
-                revision=revisions.get(machine_id, 0),
-                server_time_us=server_time_us,
-            )
-            for machine_id in machine_ids
-        }
         for row in rows:
             desired = self._desired_attempt(row, leases.get(row.id, []), now)
             saved = checkpoints.get(row.id)
@@ -190,6 +211,20 @@ class Machines:
                 )
             states[row.machine_id].desired.append(desired)
         return states
+
+    @staticmethod
+    def _states(
+        machine_ids: Sequence[UUID], revisions: Mapping[UUID, int], now: datetime
+    ) -> dict[UUID, machine_pb2.DesiredState]:
+        server_time_us = int(now.timestamp() * 1_000_000)
+        return {
+            machine_id: machine_pb2.DesiredState(
+                machine_id=str(MachineId(machine_id)),
+                revision=revisions.get(machine_id, 0),
+                server_time_us=server_time_us,
+            )
+            for machine_id in machine_ids
+        }
 
     def _desired_attempt(
         self, row: store.DesiredRow, leases: Iterable[store.LeaseRow], now: datetime
@@ -363,18 +398,38 @@ def _presign_result(prefix: str, result: jobs_pb2.ResultFile) -> storage_pb2.Pre
 
 
 class Dispatcher:
-    """Component: pushes a machine's desired attempts when they changed. A lost push is repaired by the next sync."""
+    """Component: pushes what has changed of a machine's desired attempts. A lost push is repaired by the next sync."""
 
     def __init__(self, machines: Machines, bus: Bus) -> None:
         self._machines = machines
         self._bus = bus
         self._due: set[UUID] = set()
+        """Machines that have to hear everything."""
+        self._opened: defaultdict[UUID, list[UUID]] = defaultdict(list)
+        self._acks: defaultdict[UUID, list[machine_pb2.AttemptAck]] = defaultdict(list)
+        self._pushed: dict[UUID, int] = {}
+        """The last revision that each machine was sent from here."""
         self._wakeup = Wakeup()
+        self._pace = Pace(PUSH_PAUSE_SECONDS)
         self._tasks = Tasks("dispatcher")
 
     def notify(self, machine_ids: set[UUID]) -> None:
         self._due |= machine_ids
         self._wakeup.notify()
+
+    def opened(self, attempts: Mapping[UUID, Sequence[UUID]]) -> None:
+        """These attempts are new on their machines."""
+        for machine_id, attempt_ids in attempts.items():
+            self._opened[machine_id].extend(attempt_ids)
+        self._wakeup.notify()
+
+    def folded(self, reports: Sequence[tuple[MachineId, machine_pb2.AttemptStatus]]) -> None:
+        """The ends that these tell of are committed."""
+        for machine_id, s in reports:
+            ack = machine_pb2.AttemptAck(attempt_id=s.attempt_id, epoch=s.epoch, seq=s.seq)
+            self._acks[machine_id.uuid].append(ack)
+        if reports:
+            self._wakeup.notify()
 
     async def start(self) -> None:
         self._tasks.loop(self._push, "push")
@@ -385,19 +440,28 @@ class Dispatcher:
     async def _push(self) -> None:
         """The first change goes at once; what changes until the pause is over goes together."""
         await self._wakeup.wait()
+        self._pace.begin()
         due, self._due = self._due, set()
+        opened, self._opened = self._opened, defaultdict(list)
+        acks, self._acks = self._acks, defaultdict(list)
+        for machine_id in due:
+            opened.pop(machine_id, None)
         try:
-            states = await self._machines.desired(sorted(due))
+            if due:
+                await self._publish(await self._machines.desired(sorted(due)))
+            if opened or acks:
+                await self._publish(await self._machines.news(opened, acks))
         except ServiceError:
-            self.notify(due)
+            # All of it once more: what was pushed already is known there as old.
+            self.notify(due | opened.keys())
             raise
-        await asyncio.gather(
-            *(
-                self._bus.publish(subjects.machine_desired(MachineId(machine_id)), state)
-                for machine_id, state in states.items()
-            )
-        )
-        await asyncio.sleep(PUSH_PAUSE_SECONDS)
+        await self._pace.rest()
+
+    async def _publish(self, states: Mapping[UUID, machine_pb2.DesiredState]) -> None:
+        for machine_id, state in states.items():
+            state.after_revision = self._pushed.get(machine_id, 0)
+            self._pushed[machine_id] = state.revision
+            await self._bus.publish(subjects.machine_desired(MachineId(machine_id)), state)
 
 
 def decode_reports(messages: Sequence[Msg]) -> list[tuple[MachineId, machine_pb2.AttemptStatus]]:

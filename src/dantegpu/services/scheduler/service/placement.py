@@ -1,6 +1,7 @@
 """The leader's rounds: what waits, what is free, one plan, holds for it, one transaction that applies it."""
 
 import asyncio
+from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack
 from dataclasses import dataclass, replace
@@ -44,7 +45,7 @@ from dantegpu.kit.bus import Bus, unsubscribe
 from dantegpu.kit.db import Database
 from dantegpu.kit.errors import ServiceError
 from dantegpu.kit.lease import Leadership, LostLeadership
-from dantegpu.kit.lifecycle import Wakeup
+from dantegpu.kit.lifecycle import Pace, Wakeup
 from dantegpu.kit.outbox import Outbox
 from dantegpu.kit.telemetry import span
 from dantegpu.services.scheduler import store
@@ -64,6 +65,7 @@ MAX_PLACEMENTS_PER_ROUND = 1000
 MAX_REASONS_PER_ROUND = 1000
 MAX_TAKEN = 200_000
 MAX_REASONS_BESIDE_PLACEMENTS = 100
+MAX_TAKEN_IN_PER_ROUND = 2000
 MAX_BACKFILL_JOBS = 2000
 MAX_LARGE_JOBS = 100
 """While a large job waits, a round looks at so many of the first small and large ones; the others wait their turn."""
@@ -74,10 +76,12 @@ SWEEP_SECONDS = 15.0
 """How often the queue in memory is compared with PostgreSQL."""
 
 
-def pending_of(row: JobRow, spot_price_percent: int) -> PendingJob:
-    """A waiting job as placement sees it."""
-    spec = jobs_pb2.JobSpec.FromString(row.spec)
+def pending_of(row: JobRow, spot_price_percent: int, spec: jobs_pb2.JobSpec | None = None) -> PendingJob:
+    """A waiting job as placement sees it. `spec` is the row's, when it has been read."""
+    spec = spec or jobs_pb2.JobSpec.FromString(row.spec)
     pending = pending_of_spec(JobId(row.id), TeamId(row.team_id), row.submitted_at, spec, spot_price_percent)
+    if not row.avoided_machines and row.not_before is None:
+        return pending
     avoided = frozenset(MachineId(machine) for machine in row.avoided_machines)
     return replace(pending, avoided_machines=avoided, not_before=row.not_before)
 
@@ -190,12 +194,15 @@ class PlacementLeader:
         self._settings = settings
         self._queue = WaitingJobs(clock)
         self.room = Room(db, inventory, billing, outbox, wakeups, clock, settings, self._queue)
+        self._incoming: deque[JobRow] = deque()
+        """Written and not in the queue yet."""
         self._taken: set[UUID] = set()
         """Queued by submitted(); the message about them is still to come."""
         self._leading = False
         self._fleet = Fleet(db, inventory, clock)
         self._policy = settings.policy
         self._again = Wakeup()
+        self._pace = Pace(ROUND_PAUSE_SECONDS)
         self._sweep_now = Wakeup()
         # What NATS lost is still in PostgreSQL.
         bus.on_reconnect(self._sweep_now.notify)
@@ -236,6 +243,7 @@ class PlacementLeader:
 
     async def _lead(self) -> None:
         self._queue.clear()
+        self._incoming.clear()
         self._taken.clear()
         self.room.forget()
         self._fleet.watch(True)
@@ -272,12 +280,18 @@ class PlacementLeader:
             self._wakeups.arrays()
 
     def _add(self, rows: Iterable[JobRow]) -> None:
-        for row in rows:
+        """The next rounds take them in: whoever has just written thousands of jobs does not wait for that."""
+        self._incoming.extend(rows)
+        self._again.notify()
+
+    def _take_in(self) -> None:
+        for _ in range(min(len(self._incoming), MAX_TAKEN_IN_PER_ROUND)):
+            row = self._incoming.popleft()
             if row.state == JobState.QUEUED.value:
                 spec = jobs_pb2.JobSpec.FromString(row.spec)
                 duration = spec.max_duration_seconds or self._settings.max_duration_seconds
                 try:
-                    pending = pending_of(row, self._settings.spot_price_percent)
+                    pending = pending_of(row, self._settings.spot_price_percent, spec)
                 except ValueError as error:
                     # It passed the intake's check once; it must not keep the others from being placed now.
                     log.error("job_unreadable", job_id=str(JobId(row.id)), error=str(error))
@@ -286,7 +300,6 @@ class PlacementLeader:
                 note = Note(duration, told, row.traceparent, row.array_id, row.deadline_at, pending.spot)
                 note.saves = spec.HasField("checkpoint")
                 self._queue.add(pending, note)
-        self._again.notify()
 
     async def _load(self) -> None:
         """Every QUEUED job of PostgreSQL that is not in memory, and nothing in memory that is not QUEUED."""
@@ -324,6 +337,8 @@ class PlacementLeader:
     async def _rounds(self) -> None:
         while True:
             again = False
+            self._pace.begin()
+            self._take_in()
             if self._queue and self._inventory.loaded:
                 try:
                     again = await self._round()
@@ -332,9 +347,9 @@ class PlacementLeader:
                 except PlanConflict as error:
                     # Somebody changed what the plan was made of. The constraint held; the next round sees the truth.
                     log.warning("plan_rejected", error=str(error))
-            if not again:
+            if not again and not self._incoming:
                 # The first job is placed at once; those that come until the pause is over share a round.
-                await asyncio.sleep(ROUND_PAUSE_SECONDS)
+                await self._pace.rest()
                 await self._again.wait(self._pause_seconds())
 
     def _pause_seconds(self) -> float | None:
@@ -499,10 +514,7 @@ class PlacementLeader:
     def _news(self, plan: Plan | RoundPlan, refused: dict[UUID, billing_pb2.HoldResult]) -> dict[UUID, tuple[str, str]]:
         """Jobs whose reason is another one than the database has. Placements go first: they are what rounds are for."""
         limit = MAX_REASONS_BESIDE_PLACEMENTS if plan.placements else MAX_REASONS_PER_ROUND
-        if isinstance(plan, Plan):
-            news = self._queue.news(plan.blocked, limit)
-        else:
-            news = self._queue.news_of(plan.unplaced, limit)
+        news = self._queue.news_of_round(plan, limit)
         for job_id, refusal in refused.items():
             note = self._queue.note(job_id)
             if note is None:

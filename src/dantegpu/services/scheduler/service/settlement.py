@@ -4,7 +4,6 @@ Each pass looks at attempts that ended but are not settled, at windows that are 
 next. Billing answers the same for the same window, so a pass that is cut off is simply done again.
 """
 
-import asyncio
 import time
 from collections.abc import Sequence
 from uuid import UUID
@@ -22,7 +21,7 @@ from dantegpu.kit import rpc
 from dantegpu.kit.actor import SERVICE
 from dantegpu.kit.db import Database
 from dantegpu.kit.errors import ServiceError
-from dantegpu.kit.lifecycle import Wakeup
+from dantegpu.kit.lifecycle import Pace, Wakeup
 from dantegpu.kit.outbox import Outbox
 from dantegpu.services.scheduler import store
 from dantegpu.services.scheduler.service.transitions import JobBatch, Wakeups, changed_messages, job_changed
@@ -33,6 +32,7 @@ log = structlog.get_logger(__name__)
 
 BATCH = 500
 PAUSE_SECONDS = 0.05
+MOST_PAUSE_SECONDS = 0.5
 OPEN_AHEAD_SECONDS = 60.0
 """How long before a window is used up the next one's hold is opened."""
 OPEN_HOLDS_PAGE = 5000
@@ -58,6 +58,7 @@ class Settlement:
         self._clock = clock
         self._settings = settings
         self._again = Wakeup()
+        self._pace = Pace(PAUSE_SECONDS, MOST_PAUSE_SECONDS)
 
     def notify(self) -> None:
         self._again.notify()
@@ -68,6 +69,7 @@ class Settlement:
         next_sweep_seconds = time.monotonic() + self._settings.orphan_sweep_seconds
         while True:
             busy = False
+            self._pace.begin()
             try:
                 busy = await self.settle_ended() == BATCH
                 if time.monotonic() >= next_windows_seconds:
@@ -83,7 +85,7 @@ class Settlement:
                 log.warning("settlement_failed", error=error.message)
             if not busy:
                 # The first end is paid for at once; those that come until the pause is over go together.
-                await asyncio.sleep(PAUSE_SECONDS)
+                await self._pace.rest()
                 await self._again.wait(max(0.0, next_windows_seconds - time.monotonic()))
 
     async def settle_ended(self) -> int:

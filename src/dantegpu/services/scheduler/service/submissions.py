@@ -1,6 +1,6 @@
 """What several callers submit at about the same time: one transaction, each answered on its own."""
 
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -61,8 +61,7 @@ async def submit_each(
     tx: Tx,
     intake: Intake,
     submissions: Sequence[Submission],
-    message: Callable[[JobRow], jobs_pb2.Job],
-    replayed: Callable[[jobs_pb2.SubmitJobsResponse], Awaitable[jobs_pb2.SubmitJobsResponse]],
+    messages: Callable[[Sequence[JobRow]], list[jobs_pb2.Job]],
 ) -> list[Answer]:
     """Write what is new. The answers have no specs: they are remembered, and environments may hold secrets."""
 
@@ -75,10 +74,10 @@ async def submit_each(
                 written = iter(await intake.submit(tx, one.actor, specs))
             for place in group:
                 rows[place] = [next(written) for _ in submissions[place].request.specs]
-        return [jobs_pb2.SubmitJobsResponse(jobs=map(message, rows[place])) for place in places]
+        return [jobs_pb2.SubmitJobsResponse(jobs=messages(rows[place])) for place in places]
 
     asked = [Keyed(each.scope, each.request.idempotency_key, each.request) for each in submissions]
-    return await once_each(tx, asked, jobs_pb2.SubmitJobsResponse, do, replayed)
+    return await once_each(tx, asked, jobs_pb2.SubmitJobsResponse, do)
 
 
 def _groups(submissions: Sequence[Submission], places: Sequence[int]) -> Iterator[list[int]]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from functools import lru_cache
 from itertools import batched
 from typing import Any
 from uuid import UUID
@@ -30,6 +31,13 @@ class Wakeups:
     """Whom to wake once changes are committed. Each is only a hint: everybody also looks by himself now and then."""
 
     machines: Callable[[set[UUID]], None] = field(default=lambda machine_ids: None)
+    """These have to hear everything that they shall run."""
+    opened: Callable[[Mapping[UUID, Sequence[UUID]]], None] = field(default=lambda attempts: None)
+    """Machine -> attempts that are new there; of the others nothing has changed."""
+    folded: Callable[[Sequence[tuple[MachineId, machine_pb2.AttemptStatus]]], None] = field(
+        default=lambda reports: None
+    )
+    """What machines reported of ends is committed: they may forget it."""
     settlement: Callable[[], None] = field(default=lambda: None)
     placement: Callable[[], None] = field(default=lambda: None)
     submitted: Callable[[Sequence[JobRow]], None] = field(default=lambda rows: None)
@@ -63,7 +71,7 @@ _ATTEMPT_END_STATES: Mapping[Outcome, JobState] = {
 
 def snapshot_of(row: JobRow) -> JobSnapshot:
     """The row as the transition table wants it; the nodes of a live gang come from their attempts."""
-    spec = jobs_pb2.JobSpec.FromString(row.spec)
+    retry, nodes = _terms(row.spec)
     return JobSnapshot(
         id=JobId(row.id),
         team_id=TeamId(row.team_id),
@@ -71,7 +79,7 @@ def snapshot_of(row: JobRow) -> JobSnapshot:
         state=JobState(row.state),
         epoch=row.epoch,
         attempts_used=row.attempts_used,
-        retry=_retry_policy(spec),
+        retry=retry,
         queue_reason=QueueReason(row.reason) if row.reason else None,
         queue_detail=row.reason_detail,
         not_before=row.not_before,
@@ -88,8 +96,15 @@ def snapshot_of(row: JobRow) -> JobSnapshot:
         outcome=Outcome(row.outcome) if row.outcome else None,
         exit_code=row.exit_code,
         message=row.message,
-        nodes=max(spec.nodes, 1),
+        nodes=nodes,
     )
+
+
+@lru_cache(maxsize=4096)
+def _terms(spec_bytes: bytes) -> tuple[RetryPolicy, int]:
+    """What of a spec decides how its job goes on. A job changes several times, and many have the same spec."""
+    spec = jobs_pb2.JobSpec.FromString(spec_bytes)
+    return _retry_policy(spec), max(spec.nodes, 1)
 
 
 def _gang_node(row: AttemptRow) -> lifecycle.GangNode:
@@ -131,6 +146,10 @@ class JobBatch:
         self._leases: list[Mapping[str, Any]] = []
         self._closed: list[UUID] = []
         self._machines: set[UUID] = set()
+        """Whose desired attempts have changed."""
+        self._to_tell: set[UUID] = set()
+        """Those of them that do not know it yet, without the attempts that are new there."""
+        self._openings: dict[UUID, list[UUID]] = {}
         self._requeued: set[UUID] = set()
         self._out_of_lease: frozenset[AttemptId] = frozenset()
         self._checkpoints: dict[UUID, dict[str, Any]] = {}
@@ -268,6 +287,7 @@ class JobBatch:
                 self._opened.append({**opening.attempts[rank], **of_node})
                 self._leases.extend({**device, "attempt_id": attempt_id.uuid} for device in opening.devices[rank])
                 self._machines.add(machine_id.uuid)
+                self._openings.setdefault(machine_id.uuid, []).append(attempt_id.uuid)
             case lifecycle.StopAttempt(attempt_id, machine_id, _, why):
                 record = (
                     self._attempts.setdefault(attempt_id.uuid, {"id": attempt_id.uuid})
@@ -277,9 +297,12 @@ class JobBatch:
                 record["stop_reason"] = why.value
                 record["stop_requested_at"] = self._now
                 self._machines.add(machine_id.uuid)
+                self._to_tell.add(machine_id.uuid)
             case lifecycle.CloseAttempt(attempt_id, machine_id, _, outcome, exit_code, message):
                 self._close(attempt_id.uuid, outcome, exit_code, message, before, status)
                 self._machines.add(machine_id.uuid)
+                if status is None or AttemptId.parse(status.attempt_id) != attempt_id:
+                    self._to_tell.add(machine_id.uuid)
             case lifecycle.CloseHold(attempt_id, since, until):
                 seconds = billable_seconds(since, until)
                 if status is not None and status.ran_ms > 0:
@@ -351,8 +374,10 @@ class JobBatch:
         tx.after_commit.append(lambda: self._wake(wakeups))
 
     def _wake(self, wakeups: Wakeups) -> None:
-        if self._machines:
-            wakeups.machines(self._machines)
+        if self._to_tell:
+            wakeups.machines(self._to_tell)
+        if self._openings:
+            wakeups.opened(self._openings)
         if self._closed:
             wakeups.ended(self._closed)
             wakeups.placement()

@@ -1,6 +1,7 @@
 """The leader's queue in memory: the jobs of PostgreSQL that are QUEUED, and what has been told about each."""
 
 import heapq
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -9,9 +10,20 @@ from uuid import UUID
 from dantegpu.domain.clock import Clock
 from dantegpu.domain.ids import JobId, TeamId
 from dantegpu.domain.job import QueueReason
-from dantegpu.domain.scheduling import Blocked, Decision, JobGroup, JobQueue, PendingJob, QueuedJob, Refusal
+from dantegpu.domain.scheduling import (
+    Blocked,
+    Decision,
+    JobGroup,
+    JobQueue,
+    PendingJob,
+    Plan,
+    QueuedJob,
+    Refusal,
+    RoundPlan,
+)
 
 NO_FUNDS_RETRY_SECONDS = 10.0
+REASONS_EVERY_SECONDS = 0.25
 TEAM_PAUSE_SECONDS = 1.0
 """A team that could not pay is left out of rounds for so long: its other jobs must not keep the rounds busy."""
 
@@ -54,6 +66,9 @@ class WaitingJobs:
         self._notes: dict[UUID, Note] = {}
         self._marks: dict[JobGroup, _Mark] = {}
         self._deadlines: list[tuple[datetime, UUID]] = []
+        self._tell_at_seconds = 0.0
+        self._untold = False
+        """Some wait for a reason that is not written yet."""
 
     def __len__(self) -> int:
         return len(self._notes)
@@ -103,7 +118,10 @@ class WaitingJobs:
             return None
         due = self.queue.next_wake()
         until_due = (due - self._clock.now()).total_seconds() if due is not None else most
-        return max(0.02, min(most, until_due))
+        pause_seconds = max(0.02, min(most, until_due))
+        if self._untold:
+            pause_seconds = max(0.0, min(pause_seconds, self._tell_at_seconds - time.monotonic()))
+        return pause_seconds
 
     def without_funds(self, job_id: UUID) -> None:
         """Billing is not asked again for a while, unless money comes in."""
@@ -115,6 +133,21 @@ class WaitingJobs:
 
     def money_came_in(self, team_id: TeamId) -> None:
         self.queue.resume_team(team_id)
+
+    def news_of_round(self, plan: Plan | RoundPlan, limit: int) -> dict[UUID, Reason]:
+        """Jobs whose reason is another one than the database has, when it is time to tell.
+
+        Most that wait now are placed soon, and of those nobody needs to hear why they waited.
+        """
+        now_seconds = time.monotonic()
+        self._untold = now_seconds < self._tell_at_seconds
+        if self._untold:
+            return {}
+        news = self.news(plan.blocked, limit) if isinstance(plan, Plan) else self.news_of(plan.unplaced, limit)
+        self._untold = len(news) >= limit
+        if news:
+            self._tell_at_seconds = now_seconds + REASONS_EVERY_SECONDS
+        return news
 
     def news(self, blocked: Sequence[Blocked], limit: int) -> dict[UUID, Reason]:
         """At most `limit` jobs whose reason is another one than the database has; the next call goes on behind them."""

@@ -3,12 +3,10 @@ WITH inserted AS (
     INSERT INTO jobs (id, team_id, user_id, spec, state, priority, submitted_at, traceparent, reason, event_seq)
     SELECT id, %(team_id)s, %(user_id)s, spec, 'QUEUED', priority, %(submitted_at)s, %(traceparent)s, 'new', 1
     FROM unnest(%(ids)s::uuid[], %(specs)s::bytea[], %(priorities)s::smallint[]) AS new (id, spec, priority)
-    RETURNING *
-), told AS (
-    INSERT INTO job_events (job_id, seq, state, type, message, occurred_at)
-    SELECT id, event_seq, state, 'submitted', '', submitted_at FROM inserted
+    RETURNING id, state, submitted_at, event_seq
 )
-SELECT * FROM inserted;
+INSERT INTO job_events (job_id, seq, state, type, message, occurred_at)
+SELECT id, event_seq, state, 'submitted', '', submitted_at FROM inserted;
 
 -- name: jobs_by_id
 SELECT * FROM jobs WHERE id = ANY(%(ids)s);
@@ -157,6 +155,15 @@ SELECT a.id, a.job_id, a.team_id, a.epoch, a.machine_id, a.stop_reason, a.lease_
         ORDER BY node.node_rank) ELSE '{}' END AS node_machines
 FROM attempts a JOIN jobs j ON j.id = a.job_id
 WHERE a.machine_id = ANY(%(machine_ids)s) AND a.ended_at IS NULL AND a.lease_expires_at > %(now)s
+ORDER BY a.id;
+
+-- name: desired_by_id
+SELECT a.id, a.job_id, a.team_id, a.epoch, a.machine_id, a.stop_reason, a.lease_expires_at, j.spec, j.traceparent,
+    a.node_rank, j.attempt_id AS first_attempt_id, CASE WHEN a.nodes > 1 THEN ARRAY(
+        SELECT node.machine_id FROM attempts node WHERE node.job_id = a.job_id AND node.epoch = a.epoch
+        ORDER BY node.node_rank) ELSE '{}' END AS node_machines
+FROM attempts a JOIN jobs j ON j.id = a.job_id
+WHERE a.id = ANY(%(attempt_ids)s) AND a.ended_at IS NULL AND a.lease_expires_at > %(now)s
 ORDER BY a.id;
 
 -- name: bump_machines

@@ -686,6 +686,8 @@ class DesiredState(message.Message):
     ACKNOWLEDGED_FIELD_NUMBER: builtins.int
     ERROR_FIELD_NUMBER: builtins.int
     LEFT_FIELD_NUMBER: builtins.int
+    PARTIAL_FIELD_NUMBER: builtins.int
+    AFTER_REVISION_FIELD_NUMBER: builtins.int
     machine_id: builtins.str
     revision: builtins.int
     """rises with each change of the desired set; a lower one than seen before is old: ignore it"""
@@ -695,6 +697,10 @@ class DesiredState(message.Message):
     """non-empty: the sync was refused (unknown machine, left, ...); nothing else is set"""
     left: builtins.bool
     """the machine is no longer part of the platform: stop everything, do not come back"""
+    partial: builtins.bool
+    """only what is new: attempts that are missing here go on as they are"""
+    after_revision: builtins.int
+    """partial: of the push before this one; whoever has not seen it asks by a sync"""
     @builtins.property
     def desired(self) -> containers.RepeatedCompositeFieldContainer[DesiredAttempt]: ...
     @builtins.property
@@ -711,10 +717,12 @@ class DesiredState(message.Message):
         acknowledged: abc.Iterable[AttemptAck] | None = ...,
         error: builtins.str = ...,
         left: builtins.bool = ...,
+        partial: builtins.bool = ...,
+        after_revision: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["acknowledged", b"acknowledged", "desired", b"desired", "error", b"error", "left", b"left", "machine_id", b"machine_id", "revision", b"revision", "server_time_us", b"server_time_us"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["acknowledged", b"acknowledged", "after_revision", b"after_revision", "desired", b"desired", "error", b"error", "left", b"left", "machine_id", b"machine_id", "partial", b"partial", "revision", b"revision", "server_time_us", b"server_time_us"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
