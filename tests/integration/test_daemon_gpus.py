@@ -167,10 +167,13 @@ async def test_an_idle_machine_measures_itself_and_tells_the_figures(
     daemon = RunningDaemon(daemon_settings(machine_platform, tmp_path / "machine", benchmark_every_hours=1000))
     await daemon.start()
     told = await until(
-        lambda: next((b.inventory for b in machine_platform.heartbeats if b.inventory.benchmark.cpu_gflops), None),
+        lambda: next((b.inventory for b in machine_platform.heartbeats if b.inventory.benchmark.network_up_mbps), None),
         timeout_seconds=120,
     )
+    assert told.benchmark.cpu_gflops > 0
     assert told.benchmark.memory_gbps > 0
+    assert told.benchmark.network_down_mbps > 0
+    assert [len(blob) for blob in machine_platform.blobs.values()] == [benchmarks.NETWORK_BYTES]
     assert told.benchmark.disk_write_mbps > 0
     assert told.benchmark.problem == ""
     await daemon.stop()

@@ -154,6 +154,19 @@ async def test_a_job_that_cannot_be_run_is_refused_and_none_of_its_list_is_kept(
     assert await world.sql("SELECT count(*) FROM jobs") == [(0,)]
 
 
+async def test_a_machine_measures_its_network_by_one_small_object_of_its_own(world: World) -> None:
+    machine = await world.machine()
+    for content in (b"first", b"second"):
+        file = jobs_pb2.ResultFile(path="x", size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+        reply = await machine.measures(file)
+        async with httpx.AsyncClient() as client:
+            (await client.put(reply.result_urls[0], content=content)).raise_for_status()
+            assert (await client.get(reply.input_url)).content == content
+    request = storage_pb2.StatObjectsRequest(keys=[f"benchmarks/{machine.id}/network"])
+    assert list((await call(world.storage.StatObjects, request, actor=SERVICE)).sizes_bytes) == [6]
+    assert (await machine.measures(jobs_pb2.ResultFile(size_bytes=1 << 30))).error.startswith("refused")
+
+
 async def test_an_uploaded_input_is_handed_to_the_machine_that_holds_the_attempt_and_to_no_other(world: World) -> None:
     digest = await world.upload(b"tar of the working folder")
     machine = await world.machine()

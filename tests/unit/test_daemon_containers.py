@@ -1,6 +1,7 @@
 """What is decided about containers before any engine is asked: names, bad versions, GPUs, sockets."""
 
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,17 @@ def test_old_toolkits_are_known_and_an_owner_may_accept_a_risk_by_its_name():
 
 def facts(*, podman: bool = False, cdi: bool = True) -> EngineFacts:
     return EngineFacts(podman, "1", "1.47", "runc", "1.3.3", False, True, None, cdi, Path("/var/lib/docker"))
+
+
+def test_people_are_told_whose_users_a_containers_jobs_are():
+    plain, mapped = facts(cdi=False), replace(facts(), remapped_uid=165536)
+    assert "no user namespace" in plain.describe(daemon_is_root=True)
+    assert plain.describe(daemon_is_root=True).endswith("GPUs by device requests")
+    assert "userns-remap" in mapped.describe(daemon_is_root=True)
+    assert "a user namespace per job" in facts(podman=True).describe(daemon_is_root=True)
+    assert replace(facts(), rootless=True).describe(daemon_is_root=False) == (
+        "docker 1, runc 1.3.3, rootless, GPUs by CDI"
+    )
 
 
 def test_gpus_are_asked_for_by_cdi_where_the_machine_declares_them_and_by_the_engine_else(tmp_path: Path):

@@ -170,7 +170,8 @@ def _measured(machine: "Machine") -> str:
         return ""
     figures = (
         f"score {score_of(machine):g}; CPU {found.cpu_gflops:.0f} GFLOPS, memory {found.memory_gbps:.1f} GB/s, "
-        f"disk {found.disk_write_mbps:.0f} MB/s written, {found.disk_read_mbps:.0f} MB/s read; "
+        f"disk {found.disk_write_mbps:.0f} MB/s written, {found.disk_read_mbps:.0f} MB/s read, "
+        f"network {found.network_up_mbps:.0f} MB/s up, {found.network_down_mbps:.0f} MB/s down; "
         f"{output.ago(found.measured_at)}"
     )
     return f"{figures}\nproblem: {found.problem}" if found.problem else figures
@@ -192,6 +193,7 @@ def _print_machine(machine: "Machine") -> None:
         ("region", machine.region),
         ("sandbox", machine.sandbox),
         ("images", (", ".join(machine.allowed_images) or "yes") if "container" in machine.executors else "no"),
+        ("container engine", machine.container_engine),
         ("network", ", ".join(machine.networks) or "no"),
         ("not limited", ", ".join(machine.limits_missing)),
         ("measured", _measured(machine)),

@@ -292,6 +292,7 @@ class Agent:
         while any(not attempt.ended for attempt in self._attempts.values()):
             await asyncio.sleep(BUSY_PAUSE_SECONDS)
         if await benchmarks.run():
+            await benchmarks.run_network(self._up, self._tools.transfers)
             benchmarks.tell(self._inventory)
             self._tell_inventory()
 

@@ -15,7 +15,11 @@ from typing import Any
 import structlog
 
 from dantegpu.contracts.gen.dante.v1 import machine_pb2
+from dantegpu.daemon.attempt import Platform
 from dantegpu.daemon.probe.devices import Gpu
+from dantegpu.daemon.transfer import TransferFailed, Transfers, hash_files
+from dantegpu.daemon.workspace import OutputFile
+from dantegpu.kit.errors import ServiceError
 
 log = structlog.get_logger(__name__)
 
@@ -24,7 +28,12 @@ FIRST_AFTER_SECONDS = 60.0
 TIMEOUT_SECONDS = 300.0
 BUSY_PAUSE_SECONDS = 60.0
 NICENESS = 19
-_FIGURES = ("cpu_gflops", "memory_gbps", "disk_write_mbps", "disk_read_mbps")
+NETWORK_BYTES = 16 << 20
+"""Small enough for a machine at home, large enough to outlast the start of a connection."""
+_CHUNK_BYTES = 1 << 20
+_FIGURES = (
+    "cpu_gflops", "memory_gbps", "disk_write_mbps", "disk_read_mbps", "network_up_mbps", "network_down_mbps",
+)  # fmt: skip
 _GPU_FIGURES = ("fp32_tflops", "bf16_tflops", "memory_gbps", "pcie_gbps", "vram_checked_bytes")
 
 
@@ -36,6 +45,7 @@ class Benchmarks:
         self._gpus = gpus
         self._every_hours = every_hours
         self._process: asyncio.subprocess.Process | None = None
+        self._network: asyncio.Task[dict[str, float]] | None = None
         self._last: dict[str, Any] = _read(path, [gpu.uuid for gpu in gpus])
 
     @property
@@ -74,14 +84,38 @@ class Benchmarks:
             return False
         found: dict[str, Any] = json.loads(answer)
         found |= {"at": int(time.time()), "devices": [gpu.uuid for gpu in self._gpus]}
+        # The network is measured next; until then its old figures are the best there are.
+        self._keep({**{name: self._last.get(name, 0) for name in _FIGURES}, **found})
+        return True
+
+    async def run_network(self, platform: Platform, transfers: Transfers) -> bool:
+        """Send a file to the platform's storage and fetch it back; True when there are new figures."""
+        task = self._network = asyncio.create_task(_measure_network(self._path.parent, platform, transfers))
+        try:
+            await asyncio.wait({task})
+        finally:
+            task.cancel()
+            self._network = None
+        if task.cancelled():
+            return False
+        if (error := task.exception()) is not None:
+            if not isinstance(error, ServiceError | TransferFailed):
+                raise error
+            log.info("network_not_measured", error=str(error))
+            return False
+        self._keep({**self._last, **task.result()})
+        return True
+
+    def _keep(self, found: dict[str, Any]) -> None:
         self._last = found
         fresh = self._path.with_suffix(".new")
         fresh.write_text(json.dumps(self._last))
         fresh.rename(self._path)
-        return True
 
     def stop(self) -> None:
         """Idempotent: the machine has something better to do."""
+        if self._network is not None:
+            self._network.cancel()
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -100,6 +134,36 @@ class Benchmarks:
             for name in _GPU_FIGURES:
                 setattr(device.benchmark, name, figures.get(name, 0))
             device.benchmark.problem = str(figures.get("problem", ""))[:200]
+
+
+async def _measure_network(folder: Path, platform: Platform, transfers: Transfers) -> dict[str, float]:
+    """MB/s up and down, connecting included. Raises ServiceError, TransferFailed."""
+    name = "benchmark.net"
+    path = folder / name
+    try:
+        await asyncio.to_thread(_write_noise, path)
+        (file,) = await asyncio.to_thread(hash_files, folder, [OutputFile(name, NETWORK_BYTES)])
+        reply = await platform.urls(machine_pb2.UrlsRequest(benchmark=file.to_proto()))
+        if reply.error:
+            raise TransferFailed(reply.error)
+        began = time.perf_counter()
+        await transfers.send(folder, [file], reply.result_urls)
+        sent = time.perf_counter()
+        await transfers.fetch(reply.input_url, path, sha256=file.sha256, size_bytes=NETWORK_BYTES)
+        fetched = time.perf_counter()
+    finally:
+        path.unlink(missing_ok=True)
+    return {
+        "network_up_mbps": NETWORK_BYTES / 1e6 / (sent - began),
+        "network_down_mbps": NETWORK_BYTES / 1e6 / (fetched - sent),
+    }
+
+
+def _write_noise(path: Path) -> None:
+    """What no line on the way can make smaller."""
+    with path.open("wb") as file:
+        for _ in range(NETWORK_BYTES // _CHUNK_BYTES):
+            file.write(os.urandom(_CHUNK_BYTES))
 
 
 def _read(path: Path, uuids: Sequence[str]) -> dict[str, Any]:

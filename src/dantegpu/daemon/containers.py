@@ -26,6 +26,8 @@ class Containers:
     executor: ContainerExecutor | None
     engine: str
     """docker | podman; empty: jobs with an image do not come here."""
+    about: str
+    """The engine, for people: its version, its runtime, whose users its jobs are."""
     network: bool
     """Whether jobs with an image may have a network."""
     notes: Sequence[str]
@@ -53,7 +55,7 @@ async def choose_containers(settings: DaemonSettings, workspace: Workspace) -> C
     socket = find_socket(settings.containers)
     if socket is None:
         off = settings.containers == OFF
-        return Containers(None, "", False, [] if off else [f"container: no Docker or Podman socket; {GET_ENGINE}"])
+        return Containers(None, "", "", False, [] if off else [f"container: no Docker or Podman socket; {GET_ENGINE}"])
     limits = ContainerLimits(
         network=network_policy(settings),
         image_cache_bytes=settings.image_cache_gb << 30,
@@ -66,7 +68,9 @@ async def choose_containers(settings: DaemonSettings, workspace: Workspace) -> C
     notes = [f"{_LACKING.get(name, name)}: {why}" for name, why in sorted(capabilities.missing.items())]
     notes += [f"container: {name} ({what}) accepted by the owner" for name, what in executor.accepted_escapes.items()]
     engine = "" if capabilities.sandbox is SandboxKind.NONE else capabilities.sandbox.value
-    return Containers(executor, engine, capabilities.network, notes)
+    facts = executor.facts
+    about = facts.describe(daemon_is_root=os.geteuid() == 0) if facts is not None else ""
+    return Containers(executor, engine, about, capabilities.network, notes)
 
 
 def network_policy(settings: DaemonSettings) -> NetworkPolicy | None:

@@ -180,6 +180,7 @@ def inventory_report(inventory: machine_pb2.Inventory) -> InventoryReport:
         sandbox=inventory.sandbox,
         executors=list(inventory.executors),
         limits_missing=list(inventory.limits_missing),
+        container_engine=inventory.container_engine,
         allowed_images=list(inventory.allowed_images),
         networks=list(inventory.networks),
         daemon_version=inventory.daemon_version,

@@ -246,6 +246,7 @@ def inventory_message(
         sandbox=capabilities.sandbox.value,
         executors=[plain, *([ContainerExecutor.name] if containers.engine else [])],
         limits_missing=problems,
+        container_engine=containers.about[:MAX_NOTE_LENGTH],
         allowed_images=settings.allowed_images_list,
         networks=[*(["plain"] if capabilities.network else []), *(["image"] if containers.network else [])],
         daemon_version=_own_version(),

@@ -58,6 +58,7 @@ class InventoryReport(Request):
     sandbox: str = Field(default="none", max_length=50, description="bubblewrap, none")
     executors: list[str] = Field(default_factory=list, max_length=16)
     limits_missing: list[str] = Field(default_factory=list, max_length=64)
+    container_engine: str = Field(default="", max_length=255)
     allowed_images: list[str] = Field(default_factory=list, max_length=64)
     networks: list[str] = Field(default_factory=list, max_length=16)
     daemon_version: str = Field(default="", max_length=50)
@@ -115,6 +116,8 @@ class Benchmark(Response):
     memory_gbps: float
     disk_write_mbps: float
     disk_read_mbps: float
+    network_up_mbps: float = Field(description="MB/s to the platform's storage; 0: not measured")
+    network_down_mbps: float
     problem: str = Field(default="", description="What it computed wrongly")
     score: float = Field(description="Of the CPU; 100: 1000 GFLOPS and 50 GB/s")
 
@@ -180,6 +183,7 @@ class Machine(Response):
     sandbox: str
     executors: list[str]
     limits_missing: list[str]
+    container_engine: str = Field(default="", description="Its version, its runtime, and whose users its jobs are")
     allowed_images: list[str] = Field(
         default_factory=list, description="Patterns of the images that its owner lets run; none: all"
     )

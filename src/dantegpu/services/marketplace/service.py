@@ -236,6 +236,7 @@ def _public(machine: registry_pb2.Machine) -> registry_pb2.Machine:
             driver_version=machine.inventory.driver_version,
             cuda_version=machine.inventory.cuda_version,
             executors=machine.inventory.executors,
+            container_engine=machine.inventory.container_engine,
             allowed_images=machine.inventory.allowed_images,
             networks=machine.inventory.networks,
             sandbox=machine.inventory.sandbox,

@@ -64,6 +64,19 @@ class EngineFacts:
     def name(self) -> str:
         return "podman" if self.podman else "docker"
 
+    def describe(self, *, daemon_is_root: bool) -> str:
+        """For people: who runs the containers, and as whom their users count on the machine."""
+        if self.rootless:
+            users = "rootless"
+        elif self.remapped_uid is not None:
+            users = f"user namespace from uid {self.remapped_uid} (userns-remap)"
+        elif self.podman and daemon_is_root:
+            users = "a user namespace per job"
+        else:
+            users = "no user namespace: jobs are unprivileged users of the machine"
+        devices = "GPUs by CDI" if self.cdi else "GPUs by device requests"
+        return f"{self.name} {self.version}, {self.runtime} {self.runtime_version}, {users}, {devices}"
+
 
 def default_sockets(environ: Mapping[str, str] = os.environ) -> list[Path]:
     """Where engines listen, the one that was named by the user first."""

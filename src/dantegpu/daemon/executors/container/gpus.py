@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-
 from dantegpu.daemon.executors.base import AttemptRefused, DeviceGrant
 from dantegpu.daemon.executors.container.engine import EngineFacts
 from dantegpu.daemon.executors.container.plan import Gpus
@@ -54,6 +52,8 @@ def cdi_names(folders: Sequence[Path]) -> frozenset[str]:
 
 
 def _declared(path: Path) -> set[str]:
+    import yaml  # a megabyte that a machine without such files does not need
+
     try:
         document: Any = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError, OSError):

@@ -22,7 +22,10 @@ MAX_RUNNING_ATTEMPTS = 1_000_000
 MAX_TEMPERATURE_CELSIUS = 1000.0
 MAX_POWER_WATTS = 100_000.0
 
-_TEXTS = ("hostname", "os", "kernel", "driver_version", "cuda_version", "sandbox", "daemon_version", "region", "closed")
+_TEXTS = (
+    "hostname", "os", "kernel", "driver_version", "cuda_version", "sandbox", "daemon_version", "region", "closed",
+    "container_engine",
+)  # fmt: skip
 _AMOUNTS = {"cpu_milli": MAX_CPU_MILLI, "memory_bytes": MAX_BYTES, "disk_bytes": MAX_BYTES}
 _DEVICE_TEXTS = (
     "model", "uuid", "compute_capability", "pcie_bus_id", "problem", "vendor", "mig_profile", "parent_uuid",
@@ -109,7 +112,10 @@ def clamped_count(value: int, maximum: int) -> int:
 def _check_benchmark(inventory: machine_pb2.Inventory) -> None:
     benchmark = inventory.benchmark
     _check_text("benchmark.problem", benchmark.problem)
-    for field in ("measured_at_unix_s", "cpu_gflops", "memory_gbps", "disk_write_mbps", "disk_read_mbps"):
+    for field in (
+        "measured_at_unix_s", "cpu_gflops", "memory_gbps", "disk_write_mbps", "disk_read_mbps", "network_up_mbps",
+        "network_down_mbps",
+    ):  # fmt: skip
         _check_amount(f"benchmark.{field}", getattr(benchmark, field), MAX_FIGURE)
     if inventory.HasField("benchmark"):
         benchmark.score = cpu_score(benchmark.cpu_gflops, benchmark.memory_gbps)

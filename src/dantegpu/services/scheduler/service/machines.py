@@ -40,6 +40,7 @@ log = structlog.get_logger(__name__)
 
 MAX_ATTEMPTS_PER_SYNC = 10_000
 MAX_RESULT_FILES = 10_000
+MAX_BENCHMARK_BYTES = 32 << 20
 MAX_PATH_LENGTH = 1024
 PUSH_PAUSE_SECONDS = 0.01
 """Between two pushes of desired attempts, at least."""
@@ -268,7 +269,10 @@ class Machines:
         return machine.inventory.address if machine is not None else ""
 
     async def urls(self, machine_id: MachineId, request: machine_pb2.UrlsRequest) -> machine_pb2.UrlsReply:
-        """Presigned URLs for an attempt that this machine holds at this moment, and for nothing else (I7)."""
+        """Presigned URLs for an attempt that this machine holds at this moment, and for nothing else (I7) but the
+        small object by which it measures its network."""
+        if request.HasField("benchmark"):
+            return await self._benchmark_urls(machine_id, request.benchmark)
         async with self._db.transaction() as tx:
             found = await store.attempts_by_id(tx, [AttemptId.parse(request.attempt_id).uuid])
             attempt = next(iter(found.values()), None)
@@ -332,6 +336,19 @@ class Machines:
         if not 0 <= saved.size_bytes <= self._settings.results_limit_bytes:
             return f"a checkpoint of {saved.size_bytes} bytes, at most {self._settings.results_limit_bytes} are kept"
         return ""
+
+    async def _benchmark_urls(self, machine_id: MachineId, file: jobs_pb2.ResultFile) -> machine_pb2.UrlsReply:
+        if not 0 < file.size_bytes <= MAX_BENCHMARK_BYTES:
+            return machine_pb2.UrlsReply(error=f"refused: a measurement has 1 to {MAX_BENCHMARK_BYTES} bytes")
+        key = objects.benchmark_key(str(machine_id))
+        items = [
+            storage_pb2.Presign(method=storage_pb2.Presign.GET, key=key),
+            storage_pb2.Presign(
+                method=storage_pb2.Presign.PUT, key=key, size_bytes=file.size_bytes, sha256=file.sha256
+            ),
+        ]
+        get, put = await self._presign(items)
+        return machine_pb2.UrlsReply(input_url=get, result_urls=[put])
 
     def _results_problem(self, results: Sequence[jobs_pb2.ResultFile]) -> str:
         if len(results) > MAX_RESULT_FILES:

@@ -11,7 +11,7 @@ KEY_BYTES_MAX = 1024
 """S3's own limit."""
 PART_BYTES_MAX = 255
 """A file name's limit."""
-PREFIXES = ("blobs", "results", "logs", "checkpoints")
+PREFIXES = ("blobs", "results", "logs", "checkpoints", "benchmarks")
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 

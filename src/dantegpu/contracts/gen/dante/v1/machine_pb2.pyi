@@ -144,6 +144,8 @@ class Benchmark(message.Message):
     MEMORY_GBPS_FIELD_NUMBER: builtins.int
     DISK_WRITE_MBPS_FIELD_NUMBER: builtins.int
     DISK_READ_MBPS_FIELD_NUMBER: builtins.int
+    NETWORK_UP_MBPS_FIELD_NUMBER: builtins.int
+    NETWORK_DOWN_MBPS_FIELD_NUMBER: builtins.int
     PROBLEM_FIELD_NUMBER: builtins.int
     SCORE_FIELD_NUMBER: builtins.int
     measured_at_unix_s: builtins.int
@@ -152,6 +154,9 @@ class Benchmark(message.Message):
     memory_gbps: builtins.float
     disk_write_mbps: builtins.float
     disk_read_mbps: builtins.float
+    network_up_mbps: builtins.float
+    """MB/s, to the platform's storage"""
+    network_down_mbps: builtins.float
     problem: builtins.str
     score: builtins.float
     """of the CPU, by the registry"""
@@ -163,12 +168,14 @@ class Benchmark(message.Message):
         memory_gbps: builtins.float = ...,
         disk_write_mbps: builtins.float = ...,
         disk_read_mbps: builtins.float = ...,
+        network_up_mbps: builtins.float = ...,
+        network_down_mbps: builtins.float = ...,
         problem: builtins.str = ...,
         score: builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["cpu_gflops", b"cpu_gflops", "disk_read_mbps", b"disk_read_mbps", "disk_write_mbps", b"disk_write_mbps", "measured_at_unix_s", b"measured_at_unix_s", "memory_gbps", b"memory_gbps", "problem", b"problem", "score", b"score"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["cpu_gflops", b"cpu_gflops", "disk_read_mbps", b"disk_read_mbps", "disk_write_mbps", b"disk_write_mbps", "measured_at_unix_s", b"measured_at_unix_s", "memory_gbps", b"memory_gbps", "network_down_mbps", b"network_down_mbps", "network_up_mbps", b"network_up_mbps", "problem", b"problem", "score", b"score"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -196,6 +203,7 @@ class Inventory(message.Message):
     SHARES_DEVICES_FIELD_NUMBER: builtins.int
     ALLOWED_IMAGES_FIELD_NUMBER: builtins.int
     NETWORKS_FIELD_NUMBER: builtins.int
+    CONTAINER_ENGINE_FIELD_NUMBER: builtins.int
     ADDRESS_FIELD_NUMBER: builtins.int
     hostname: builtins.str
     cpu_milli: builtins.int
@@ -216,6 +224,8 @@ class Inventory(message.Message):
     """why its owner takes no jobs now ("outside of its hours 22:00-06:00"); empty: it is open"""
     shares_devices: builtins.bool
     """its owner lets one team's jobs share a GPU by time-slicing"""
+    container_engine: builtins.str
+    """"podman 4.3.1, runc 1.1.5, a user namespace per job, GPUs by CDI"; for people"""
     address: builtins.str
     """where the other nodes of a gang reach this machine"""
     @builtins.property
@@ -261,11 +271,12 @@ class Inventory(message.Message):
         shares_devices: builtins.bool = ...,
         allowed_images: abc.Iterable[builtins.str] | None = ...,
         networks: abc.Iterable[builtins.str] | None = ...,
+        container_engine: builtins.str = ...,
         address: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["benchmark", b"benchmark"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "allowed_images", b"allowed_images", "benchmark", b"benchmark", "closed", b"closed", "cpu_milli", b"cpu_milli", "cuda_version", b"cuda_version", "daemon_version", b"daemon_version", "devices", b"devices", "disk_bytes", b"disk_bytes", "driver_version", b"driver_version", "executors", b"executors", "hostname", b"hostname", "kernel", b"kernel", "limits_missing", b"limits_missing", "memory_bytes", b"memory_bytes", "networks", b"networks", "os", b"os", "region", b"region", "sandbox", b"sandbox", "shares_devices", b"shares_devices", "simulated", b"simulated"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "allowed_images", b"allowed_images", "benchmark", b"benchmark", "closed", b"closed", "container_engine", b"container_engine", "cpu_milli", b"cpu_milli", "cuda_version", b"cuda_version", "daemon_version", b"daemon_version", "devices", b"devices", "disk_bytes", b"disk_bytes", "driver_version", b"driver_version", "executors", b"executors", "hostname", b"hostname", "kernel", b"kernel", "limits_missing", b"limits_missing", "memory_bytes", b"memory_bytes", "networks", b"networks", "os", b"os", "region", b"region", "sandbox", b"sandbox", "shares_devices", b"shares_devices", "simulated", b"simulated"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -898,6 +909,7 @@ class UrlsRequest(message.Message):
     EPOCH_FIELD_NUMBER: builtins.int
     INPUT_FIELD_NUMBER: builtins.int
     RESULTS_FIELD_NUMBER: builtins.int
+    BENCHMARK_FIELD_NUMBER: builtins.int
     RESUME_FIELD_NUMBER: builtins.int
     CHECKPOINT_FIELD_NUMBER: builtins.int
     attempt_id: builtins.str
@@ -911,6 +923,10 @@ class UrlsRequest(message.Message):
         """PUT URLs for these results"""
 
     @builtins.property
+    def benchmark(self) -> jobs_pb2.ResultFile:
+        """without an attempt: GET and PUT URLs of an object of this machine's own, to measure"""
+
+    @builtins.property
     def checkpoint(self) -> Saved:
         """a PUT URL for this checkpoint"""
 
@@ -921,12 +937,13 @@ class UrlsRequest(message.Message):
         epoch: builtins.int = ...,
         input: builtins.bool = ...,
         results: abc.Iterable[jobs_pb2.ResultFile] | None = ...,
+        benchmark: jobs_pb2.ResultFile | None = ...,
         resume: builtins.bool = ...,
         checkpoint: Saved | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["checkpoint", b"checkpoint"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["benchmark", b"benchmark", "checkpoint", b"checkpoint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt_id", b"attempt_id", "checkpoint", b"checkpoint", "epoch", b"epoch", "input", b"input", "results", b"results", "resume", b"resume"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt_id", b"attempt_id", "benchmark", b"benchmark", "checkpoint", b"checkpoint", "epoch", b"epoch", "input", b"input", "results", b"results", "resume", b"resume"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

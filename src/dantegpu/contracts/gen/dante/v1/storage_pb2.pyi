@@ -168,7 +168,7 @@ class Presign(message.Message):
     key: builtins.str
     """blobs/<team>/<sha256> | results/<job>/<epoch>/<path> | logs/<job>/<epoch> |"""
     size_bytes: builtins.int
-    """checkpoints/<job>/<epoch>/<slot>
+    """checkpoints/<job>/<epoch>/<slot> | benchmarks/<machine>/network
     PUT: the exact length
     """
     sha256: builtins.str
