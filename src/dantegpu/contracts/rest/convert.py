@@ -7,6 +7,7 @@ from typing import Literal, cast
 from pydantic import ValidationError
 
 from dantegpu.contracts.gen.dante.v1 import jobs_pb2
+from dantegpu.contracts.rest.plain import plain_parts
 from dantegpu.contracts.rest.spec import (
     MAX_JOBS_PER_CALL,
     Checkpoint,
@@ -19,7 +20,6 @@ from dantegpu.contracts.rest.spec import (
     Schedule,
     axis_text,
     exact_bytes,
-    plain_parts,
 )
 from dantegpu.domain.arrays import Array, Axis
 from dantegpu.domain.resources import parse_cpu_milli

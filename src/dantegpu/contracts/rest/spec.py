@@ -7,7 +7,6 @@ sent again as it is.
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar, Literal, cast
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -58,8 +57,8 @@ MAX_CHECKPOINT_PATH_BYTES = 1024
 _CRON_FIELDS = 5
 WORK_FILES = (".:/work", ".")
 
-_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}", re.ASCII)
-_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9 ._-]{0,98}[A-Za-z0-9])?", re.ASCII)
+ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}", re.ASCII)
+NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9 ._-]{0,98}[A-Za-z0-9])?", re.ASCII)
 _LABEL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?", re.ASCII)
 
 _ALIASES: Mapping[str, str] = {
@@ -415,7 +414,7 @@ class JobSpec(Request):
     @field_validator("name")
     @classmethod
     def _name(cls, value: str) -> str:
-        if value and not _NAME.fullmatch(value):
+        if value and not NAME.fullmatch(value):
             expected = "up to 100 letters, digits, spaces and . _ -, beginning and ending with a letter or digit"
             raise field_error("name", f"expected {expected}", expected=expected)
         return value
@@ -547,7 +546,7 @@ def _env_of_list(items: list[object]) -> dict[str, str]:
 
 def _env_name(name: object) -> str:
     text = str(name)
-    if not _ENV_NAME.fullmatch(text):
+    if not ENV_NAME.fullmatch(text):
         raise field_error(
             "env", f"{text[:80]!r} is no name of an environment variable", expected="letters, digits and _"
         )
@@ -574,50 +573,6 @@ def fill_env(document: Mapping[str, Any], environ: Mapping[str, str]) -> dict[st
             items = [str(item) for item in cast("list[object]", filled[key])]
             filled[key] = [item if "=" in item else f"{item}={environ[item]}" for item in items]
     return filled
-
-
-PLAIN_TEXT_LENGTH = MAX_ARGUMENT_LENGTH // 4
-"""Characters of which no encoding is too long for one argument."""
-
-
-@dataclass(frozen=True, slots=True)
-class PlainParts:
-    """What a job has for itself; `common` is all the rest of its document, and `lines` names what it runs by."""
-
-    lines: str
-    run: list[str]
-    name: str
-    env: dict[str, str]
-    common: dict[str, object]
-
-
-def plain_parts(document: object) -> PlainParts | None:
-    """The parts of a job file that are as valid as they can be; None when only JobSpec itself can tell.
-
-    With any other valid `run`, `name` and `env`, the same `common` is valid too: whoever reads thousands of jobs that
-    differ in nothing else validates it once.
-    """
-    if not isinstance(document, dict):
-        return None
-    common = dict(cast("dict[str, object]", document))
-    runs = [(lines, common.pop(lines)) for lines in ("command", "commands") if lines in common]
-    name, env = common.pop("name", ""), common.pop("env", {})
-    if len(runs) != 1 or "registry_auth" in common or not isinstance(env, dict) or not isinstance(name, str):
-        return None
-    lines, run = runs[0]
-    if not isinstance(run, list):
-        return None
-    run, env = cast("list[str]", run), cast("dict[str, str]", env)
-    texts = [*run, *env.values()]
-    if not 0 < len(run) <= MAX_ARGUMENTS or len(env) > MAX_ENV:
-        return None
-    if not all(type(text) is str and "\0" not in text for text in texts):
-        return None
-    if sum(map(len, texts)) > PLAIN_TEXT_LENGTH or (name and not _NAME.fullmatch(name)):
-        return None
-    if not all(_ENV_NAME.fullmatch(variable) for variable in env):
-        return None
-    return PlainParts(lines, run, name, env, common)
 
 
 class JobList(Request):
