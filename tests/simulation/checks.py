@@ -231,10 +231,11 @@ class Checks:
             self._violate("I6", f"{after['device_id']} was given back while {after['attempt_id']} is still live")
 
     def _claimed(self, lease: Row) -> None:
-        """What somebody gave way for is not given to others."""
+        """What somebody gave way for is kept for the job as long as that waits and can pay."""
         job_id = self._attempts[(lease["attempt_id"],)]["job_id"]
         for claim in self._claims.values():
-            if lease["device_id"] in claim["device_ids"] and claim["job_id"] != job_id:
+            waits = self._jobs[(claim["job_id"],)]["reason"] == "reserved"
+            if waits and lease["device_id"] in claim["device_ids"] and claim["job_id"] != job_id:
                 self._violate("spot", f"{lease['device_id']} is kept for {claim['job_id']} and was given to {job_id}")
 
     def _leader(self, before: Row | None, after: Row | None) -> None:
