@@ -177,7 +177,7 @@ async def test_a_child_that_was_forked_twice_dies_with_the_job(bench: Bench):
 
 
 async def test_an_attempt_starts_once_however_often_and_by_how_many_daemons_it_is_asked_to(bench: Bench):
-    spec = a_shell_job("echo started; sleep 60")
+    spec = a_shell_job("echo started; exec sleep 60")
     handle = await bench.prepare(spec)
     other = bench.kind.make(bench.workspace.root)
     assert await other.prepare(bench.kind.fit(spec)) == handle

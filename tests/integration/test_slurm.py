@@ -159,7 +159,7 @@ async def test_a_node_that_fails_is_the_providers_fault_and_closed_until_it_is_b
 async def test_gpus_that_others_use_are_not_for_rent_and_a_full_node_hands_the_attempt_back(
     machine_platform: MachinePlatform, slurm_server: SlurmServer, tmp_path: Path
 ):
-    settings = cluster_settings(machine_platform, slurm_server, tmp_path / "c", slurm_start_seconds=1.5)
+    settings = cluster_settings(machine_platform, slurm_server, tmp_path / "c", slurm_start_seconds=4)
     daemon = RunningDaemon(settings)
     await daemon.start()
     options = (

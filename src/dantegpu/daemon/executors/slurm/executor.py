@@ -157,6 +157,9 @@ class SlurmExecutor(Executor):
             try:
                 await self._start(handle, spec, trial=True)
                 status = await self.wait(handle)
+                if status.exit_code is None:
+                    why = status.interruption.message if status.interruption is not None else "Slurm lost it"
+                    raise NoRoom(f"the trial job on {self._node} did not end: {why}")
                 if status.exit_code != 0:
                     missing["sandbox"] = f"a trial run on the node ended with {status.exit_code}"
             except SandboxFailed as error:
@@ -252,11 +255,15 @@ class SlurmExecutor(Executor):
                 if told != row.reason and row.reason not in ("None", "Priority"):
                     told = row.reason
                     self._progress.get(handle.attempt_id, untold)(f"waits in the cluster's queue ({told})")
-                if waited_seconds > self._site.start_seconds:
+                if waited_seconds > self._site.start_seconds and await self._still_waits(number):
                     await self._cancel(handle, number)
                     raise NoRoom(f"Slurm did not start it on {self._node} within {waited_seconds:.0f} s ({row.reason})")
             await asyncio.sleep(pause_seconds)
             pause_seconds = min(FILE_SECONDS, pause_seconds * 1.5)
+
+    async def _still_waits(self, number: str) -> bool:
+        row = (await self._site.jobs()).get(number)
+        return row is not None and row.waiting
 
     async def adopt(self, handle: Handle) -> Adoption:
         place, folder = self._open(handle)
@@ -300,6 +307,9 @@ class SlurmExecutor(Executor):
             if row is None or row.over:
                 return row
             if row.waiting and folder.started.exists():
+                # A look from before its start, or has Slurm taken it back?
+                row = await self._find(handle)
+            if row is not None and row.waiting and folder.started.exists():
                 await self._cancel(handle, row.id)
                 return JobRow(row.id, "REQUEUED", row.node, row.gpus, row.reason, row.label)
             if ended_at is not None and loop.time() - ended_at > OVER_SECONDS:
@@ -421,7 +431,11 @@ class SlurmExecutor(Executor):
         if row is not None and not row.over:
             return row
         label = f"{self._node}/{handle.attempt_id}"
-        return next((other for other in jobs.values() if other.label == label and not other.over), row)
+        row = next((other for other in jobs.values() if other.label == label and not other.over), row)
+        if row is None and max_age_seconds:
+            # That look may be from before its submission.
+            return await self._find(handle)
+        return row
 
 
 def status_of(folder: AttemptFolder, row: JobRow | None) -> ExitStatus:
