@@ -22,8 +22,9 @@ from dantegpu.kit import bus
 from dantegpu.kit.errors import ServiceError
 from dantegpu.kit.lease import Leadership
 from dantegpu.services.billing import service as billing
-from dantegpu.services.scheduler.service import transitions
+from dantegpu.services.scheduler.service import preemption, transitions
 from dantegpu.services.scheduler.service.machines import Machines
+from dantegpu.services.scheduler.store_preemptions import SpotRow
 from tests.simulation.hardware import SimExecutor
 from tests.simulation.memory import billing as billing_memory
 from tests.simulation.memory import scheduler as scheduler_memory
@@ -166,6 +167,21 @@ def gang_half_placed(put: Put) -> None:
     put(scheduler_memory, "gang_is_whole", _whatever)
 
 
+def on_demand_work_is_preempted(put: Put) -> None:
+    """Everything that runs is taken for spot work."""
+
+    async def spot_attempts(tx: MemoryTx, limit: int) -> Any:
+        rows = [row for row in tx.scan("attempts") if row["ended_at"] is None and row["stop_requested_at"] is None]
+        return [
+            SpotRow(
+                row["id"], row["job_id"], row["team_id"], row["epoch"], 0, False, row["created_at"], row["created_at"]
+            )
+            for row in sorted(rows, key=lambda row: (row["job_id"], row["node_rank"]))
+        ]
+
+    put(preemption.store_preemptions, "spot_attempts", spot_attempts)
+
+
 def _whatever(*arguments: Any) -> bool:
     return True
 
@@ -181,6 +197,7 @@ BUGS: Sequence[Callable[[Put], None]] = (
     killed_too_late,
     started_again_after_a_restart,
     gang_half_placed,
+    on_demand_work_is_preempted,
 )
 
 

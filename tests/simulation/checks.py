@@ -34,6 +34,7 @@ class Checks:
         self._world = world
         self._jobs = world.database.schemas["scheduler"].tables["jobs"].rows
         self._attempts = world.database.schemas["scheduler"].tables["attempts"].rows
+        self._claims = world.database.schemas["scheduler"].tables["claims"].rows
         self._leases = world.database.schemas["scheduler"].tables["device_leases"].rows
         self._billing = world.database.schemas["billing"].tables
         self._leaders = world.database.schemas["scheduler"].tables["leader"].rows
@@ -87,6 +88,18 @@ class Checks:
             self._violate("I5", f"{process.attempt_id} started without a hold")
         self._one_process_per_job(attempt)
         self._devices_of(hardware)
+        if process.restored:
+            self._goes_on(attempt, AttemptId.parse(process.restored).uuid)
+
+    def _goes_on(self, attempt: Row, saved_id: UUID) -> None:
+        """What lies at its checkpoint's path is what the last attempt that saved anything has saved."""
+        saved = self._attempts[(saved_id,)]
+        same = (saved["job_id"], saved["node_rank"]) == (attempt["job_id"], attempt["node_rank"])
+        if not same or saved["epoch"] >= attempt["epoch"] or not saved["checkpoint_number"]:
+            self._violate("I7", f"{attempt['id']} began with a checkpoint of {saved_id}")
+        later = [row for row in self._attempts.values() if saved["epoch"] < row["epoch"] < attempt["epoch"]]
+        if any(row["checkpoint_sha256"] for row in later if row["job_id"] == attempt["job_id"] and row["nodes"] == 1):
+            self._violate("I7", f"{attempt['id']} began with an older checkpoint than its job has")
 
     def ended(self, hardware: Hardware, process: JobProcess) -> None:
         self._world.say(f"the process of {process.attempt_id} ends with {process.exit_code}", hardware.name)
@@ -210,10 +223,19 @@ class Checks:
                 self._violate("I2", f"{tx.process and tx.process.name} placed a job and does not lead any more")
 
     def _lease(self, before: Row | None, after: Row | None) -> None:
+        if before is None and after is not None:
+            self._claimed(after)
         if after is None:
             self._violate("I2", "a lease of a device was deleted")
         elif after["released"] and self._attempts[(after["attempt_id"],)]["ended_at"] is None:
             self._violate("I6", f"{after['device_id']} was given back while {after['attempt_id']} is still live")
+
+    def _claimed(self, lease: Row) -> None:
+        """What somebody gave way for is not given to others."""
+        job_id = self._attempts[(lease["attempt_id"],)]["job_id"]
+        for claim in self._claims.values():
+            if lease["device_id"] in claim["device_ids"] and claim["job_id"] != job_id:
+                self._violate("spot", f"{lease['device_id']} is kept for {claim['job_id']} and was given to {job_id}")
 
     def _leader(self, before: Row | None, after: Row | None) -> None:
         if before is not None and after is not None and after["epoch"] < before["epoch"]:

@@ -36,6 +36,8 @@ from dantegpu.domain.ids import AttemptId, DeviceId, MachineId, TeamId
 from tests.simulation.loop import SimLoop, current_process
 
 SIGKILL_EXIT = 137
+CHECKPOINT = "ckpt/state"
+"""Below the work folder: what a job saves at notice is who it is."""
 SIGTERM_EXIT = 143
 
 
@@ -51,6 +53,8 @@ class JobProcess:
     exit_code: int | None = None
     """None while it runs, and for ever when the machine lost power: nobody saw the end."""
     stop_reason: StopReason | None = None
+    restored: str = ""
+    """The attempt whose checkpoint lay there when it started."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -109,10 +113,11 @@ class Hardware:
 
     # --- processes ----------------------------------------------------------------------------------------------------
 
-    def launch(self, spec: AttemptSpec) -> JobProcess:
+    def launch(self, spec: AttemptSpec, restored: str) -> JobProcess:
         """The command runs from now on. Its arguments say for how long: `sim SECONDS EXIT_CODE [stubborn]`."""
         seconds, exit_code = float(spec.command[1]), int(spec.command[2])
         process = JobProcess(spec.attempt_id, exit_code, "stubborn" in spec.command, self.loop.time())
+        process.restored = restored
         self.processes[spec.attempt_id] = process
         self.all_processes.append(process)
         self.loop.later(seconds, self._exit, process, exit_code)
@@ -221,7 +226,8 @@ class SimExecutor(Executor):
         folder.started.write_text("1 1")
         began = self._machine.loop.time()
         os.utime(folder.started, (began, began))
-        self._machine.launch(spec)
+        state = folder.work / CHECKPOINT
+        self._machine.launch(spec, state.read_text() if state.exists() else "")
         _step()
 
     @override
@@ -250,6 +256,10 @@ class SimExecutor(Executor):
             return
         process.stop_reason = process.stop_reason or reason
         if grace_seconds > 0:
+            if notice is not None and not process.ignores_term:
+                state = self._workspace.attempt(handle.attempt_id).work / CHECKPOINT
+                state.parent.mkdir(exist_ok=True)
+                state.write_text(str(handle.attempt_id))
             self._machine.terminate(process)
             try:
                 async with asyncio.timeout(grace_seconds):

@@ -1,6 +1,7 @@
 """Stand-ins for what is not under test: the registry of machines, the marketplace's prices, the object store."""
 
 import asyncio
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
@@ -27,8 +28,9 @@ DEFAULT_PRICE_UDGPU = 3_600_000
 class Market:
     """Machines with their liveness by heartbeat, one ask each, and presigned URLs that are the keys themselves."""
 
-    def __init__(self, bus: Bus, clock: Clock) -> None:
+    def __init__(self, bus: Bus, clock: Clock, objects: Mapping[str, bytes]) -> None:
         self._bus = bus
+        self._objects = objects
         self._clock = clock
         self._revision = 0
         self.machines: dict[str, registry_pb2.Machine] = {}
@@ -118,6 +120,12 @@ class Market:
         self, request: storage_pb2.StatBlobsRequest, context: Any
     ) -> storage_pb2.StatBlobsResponse:
         return storage_pb2.StatBlobsResponse(sizes_bytes=[1] * len(request.sha256s))
+
+    async def StatObjects(  # noqa: N802
+        self, request: storage_pb2.StatObjectsRequest, context: Any
+    ) -> storage_pb2.StatObjectsResponse:
+        found = [self._objects.get(key) for key in request.keys]
+        return storage_pb2.StatObjectsResponse(sizes_bytes=[-1 if data is None else len(data) for data in found])
 
     async def PresignUrls(  # noqa: N802
         self, request: storage_pb2.PresignRequest, context: Any

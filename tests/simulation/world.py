@@ -1,6 +1,7 @@
 """A whole platform in one thread: two schedulers, billing, machines with their daemons, users; and its wiring."""
 
 import asyncio
+import hashlib
 import shutil
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -32,6 +33,7 @@ from dantegpu.daemon.link import Link
 from dantegpu.daemon.probe.devices import GpuSample, simulated_gpus
 from dantegpu.daemon.scrub import HeldFile, Scrubber
 from dantegpu.daemon.settings import DaemonSettings
+from dantegpu.daemon.transfer import TransferFailed
 from dantegpu.daemon.workspace import Workspace
 from dantegpu.domain.ids import JobId, TeamId, UserId
 from dantegpu.kit import rpc
@@ -132,8 +134,15 @@ class SimTransfers:
 
     async def send(self, output: Path, files: Any, urls: Any) -> None:
         await asyncio.sleep(self._world.random.uniform(0.001, 0.1))
-        for url in urls:
-            self._world.objects.add(str(url))
+        for file, url in zip(files, urls, strict=True):
+            self._world.objects[str(url)] = (output / file.file.path).read_bytes()
+
+    async def fetch(self, url: str, target: Path, *, sha256: str, size_bytes: int, what: str) -> None:
+        await asyncio.sleep(self._world.random.uniform(0.001, 0.1))
+        data = self._world.objects[url]
+        if hashlib.sha256(data).hexdigest() != sha256 or len(data) != size_bytes:
+            raise TransferFailed(f"the {what} is another one")
+        target.write_bytes(data)
 
 
 @dataclass(slots=True)
@@ -174,7 +183,7 @@ class World:
         self.processes: dict[str, Process] = {}
         self.machines: list[Hardware] = []
         self.accepted: list[Accepted] = []
-        self.objects: set[str] = set()
+        self.objects: dict[str, bytes] = {}
         self.names: dict[str, str] = {}
         self.teams: list[TeamId] = []
         self.user = Process("user", self.loop)
@@ -367,7 +376,7 @@ class World:
         )
 
     async def _run_market(self, process: Process) -> None:
-        market = Market(await self._connected_bus(process.name), self.clock)
+        market = Market(await self._connected_bus(process.name), self.clock, self.objects)
         for machine in self.machines:
             market.join(machine)
         add: list[tuple[str, Callable[[Any, Any], None]]] = [

@@ -230,7 +230,7 @@ def test_a_job_goes_only_where_the_owner_allows_its_image():
         a_machine(gpus=1), runs_images=True, allowed_images=("ghcr.io/acme/*", "docker.io/library/py*:3.*")
     )
     other = replace(narrow, id=MachineId.new(), allowed_images=("ghcr.io/*",))
-    assert why_unplaced([other], job) == QueueReason.RESTRICTED
+    assert why_unplaced([other], job) == QueueReason.NO_MATCHING_MACHINE
     assert plan([other], [job]).unplaced[0].detail == "1 machine: 1 its owner does not allow this image"
     assert [placement.machine_id for placement in plan([other, narrow], [job]).placements] == [narrow.id]
 

@@ -85,8 +85,10 @@ def test_nobody_ends_for_a_job_that_would_not_fit_even_then():
 
 
 def test_nobody_ends_where_there_will_be_room_anyway():
-    machine = a_machine(2)
+    machine, other = a_machine(2), a_machine()
     assert decide([machine], [a_spot(on(machine, 0))], a_job()) == ()
+    assert decide([machine, other], [a_spot(on(machine, 0, 1))], a_job()) == ()
+    assert decide([machine, other], [a_spot(on(machine, 0))], a_job(nodes=2)) == ()
 
 
 def test_only_as_many_end_as_are_needed_and_those_that_lose_least():
@@ -144,6 +146,10 @@ def test_a_gang_gets_machines_of_its_own_and_ends_no_more_than_it_needs():
     assert set(found.victims) == set(works[:2])
     assert len({lease.machine_id for lease in found.claim.leases}) == 3
     assert decide(machines[:2], works[:2], a_job(nodes=3)) == ()
+    on_both = a_spot(on(machines[0], 0), on(machines[1], 0))
+    wide = [replace(machines[0], devices=(*machines[0].devices, *a_machine().devices)), machines[1]]
+    on_first = a_spot(on(wide[0], 1))
+    assert decide(wide, [on_both, on_first], a_job(nodes=2))[0].victims == (on_both,)
 
 
 def test_two_jobs_end_two_and_the_second_one_leaves_the_first_ones_place_alone():
@@ -153,6 +159,13 @@ def test_two_jobs_end_two_and_the_second_one_leaves_the_first_ones_place_alone()
     assert sorted(work.job_id for each in found for work in each.victims) == sorted(work.job_id for work in works)
     devices = [lease.devices for each in found for lease in each.claim.leases]
     assert len(set(devices)) == len(devices) == 2
+
+
+def test_what_one_preemption_leaves_over_spares_the_next_one():
+    machine, other = a_machine(2), a_machine()
+    works = [a_spot(on(machine, 0, 1)), a_spot(on(other, 0), lost_seconds=60)]
+    (found,) = decide([machine, other], works, a_job(number=1), a_job(number=2))
+    assert found.victims == (works[0],)
 
 
 def test_a_machine_that_is_reserved_for_a_larger_job_is_not_emptied_for_a_smaller_one():
@@ -169,6 +182,9 @@ def test_a_team_takes_back_what_it_lent_whatever_the_priorities_but_no_more_than
     found = decide([machine], works, *mine, policy=policy)
     assert [each.claim.job_id for each in found] == [mine[0].id, mine[1].id]
     assert {each.cause for each in found} == {Cause.QUOTA}
+    # All three at once would take the other team below its own quota.
+    three = a_job("3", priority=1)
+    assert decide([machine], works, three, policy=Policy(quotas={US: Quota(3000), THEM: Quota(1000)})) == ()
 
 
 def test_who_borrows_ends_nobody_who_is_within_his_quota():
@@ -200,6 +216,9 @@ def test_what_a_claim_leaves_over_is_for_everybody():
     claim = Claim(job.id, (on(machine, 0, team=US, cpu_milli=1000),))
     kept = look_at_claims(Snapshot.from_machines([machine], [victim]), [victim], [(claim, job)]).kept
     assert (kept.cpu_free.tolist(), kept.device_free.tolist()) == ([3000], [[0, 1000]])
+    large = Claim(job.id, (on(machine, 0, team=US, cpu_milli=3000),))
+    kept = look_at_claims(Snapshot.from_machines([machine], [victim]), [victim], [(large, job)]).kept
+    assert kept.cpu_free.tolist() == [1000]
 
 
 def test_a_claim_on_what_went_away_is_broken():

@@ -132,7 +132,7 @@ _REASONS: Mapping[Constraint, QueueReason] = {
     Constraint.OWNERSHIP: QueueReason.RESTRICTED,
     Constraint.SANDBOX: QueueReason.RESTRICTED,
     Constraint.IMAGE: QueueReason.NO_MATCHING_MACHINE,
-    Constraint.ALLOWED_IMAGES: QueueReason.RESTRICTED,
+    Constraint.ALLOWED_IMAGES: QueueReason.NO_MATCHING_MACHINE,
     Constraint.NETWORK: QueueReason.NO_MATCHING_MACHINE,
     Constraint.REGION: QueueReason.RESTRICTED,
     Constraint.EXCLUDED: QueueReason.RESTRICTED,

@@ -22,6 +22,7 @@ from dantegpu.domain.scheduling.constraints import (
     all_of,
     constraint_masks,
     eligible_devices,
+    free_now,
     prices,
 )
 from dantegpu.domain.scheduling.gangs import after, placement_at
@@ -351,6 +352,7 @@ class _Search:
         self._policy = policy
         self._reclaimed: set[JobId] = set()
         self._works = [work for work in works if self._gives_way(work)]
+        self._site_of: dict[int, _Site] = {}
         self._prices = prices(ground.snapshot, job)
         self._most = sys.maxsize
         """No set of more work can be the cheapest one."""
@@ -366,16 +368,17 @@ class _Search:
         return (self._own and borrows) or (outranked and self._own == (not borrows))
 
     def run(self) -> Preemption | None:
-        if not self._works:
+        if not self._works or self._fits_anyway():
             return None
         options: dict[int, list[_Option]] = {}
         for site in self._sites():
+            self._site_of[site.row] = site
             for model, option in self._cheapest(site).items():
                 options.setdefault(model, []).append(option)
         found = [
             chosen
-            for of_model in options.values()
-            if (chosen := self._together(sorted(of_model, key=lambda it: it.key)[: self._job.nodes])) is not None
+            for model, of_model in options.items()
+            if (chosen := self._together(model, sorted(of_model, key=lambda it: it.key)[: self._job.nodes])) is not None
         ]
         if not found:
             return None
@@ -383,6 +386,13 @@ class _Search:
         if not victims:
             return None  # it fits as soon as those have ended that stop anyway
         return Preemption(Claim(self._job.id, tuple(map(self._lease, chosen))), victims, self._cause(victims))
+
+    def _fits_anyway(self) -> bool:
+        """Once those have ended that stop already. A gang may need GPUs that are alike: the search finds that out."""
+        snapshot, capacity, job = self._ground.snapshot, self._ground.capacity, self._job
+        if job.nodes > 1:
+            return False
+        return bool((all_of(snapshot, constraint_masks(snapshot, job)) & free_now(snapshot, capacity, job)).any())
 
     def _cause(self, victims: Sequence[SpotWork]) -> Cause:
         if any(work.job_id in self._reclaimed for work in victims):
@@ -482,7 +492,9 @@ class _Search:
                 return False
         return True
 
-    def _together(self, options: Sequence[_Option]) -> tuple[tuple[SpotWork, ...], Sequence[_Option]] | None:
+    def _together(
+        self, model: int, options: Sequence[_Option]
+    ) -> tuple[tuple[SpotWork, ...], Sequence[_Option]] | None:
         """The work that ends for all nodes, none of it for nothing; None when there are too few machines."""
         if len(options) < self._job.nodes:
             return None
@@ -490,19 +502,24 @@ class _Search:
         victims = sorted(works.values(), key=lambda work: (work.cost, work.job_id))
         if not self._may_reclaim(victims):
             return None
-        for work in reversed(list(victims)):
+        # Of work on several machines all ends: what was to end beside it on one of them may not be needed.
+        for work in reversed(list(victims) if self._job.nodes > 1 else []):
             fewer = [it for it in victims if it is not work]
-            # What ends on one machine for a gang may end on another with it, where something else need not end then.
-            if self._job.nodes > 1 and self._suffices(options, fewer):
-                victims = fewer
+            places = self._places(model, options, fewer)
+            if places is not None:
+                victims, options = fewer, places
         return tuple(victims), options
 
-    def _suffices(self, options: Sequence[_Option], victims: Sequence[SpotWork]) -> bool:
-        ground = Ground(self._ground.snapshot)
-        ground.capacity = Capacity(*(part.copy() for part in _parts(self._ground.capacity)))
-        for work in victims:
-            ground.give(work.leases)
-        return ground.fits([self._lease(option) for option in options])
+    def _places(self, model: int, options: Sequence[_Option], victims: Sequence[SpotWork]) -> list[_Option] | None:
+        """The same machines, once exactly these have ended; None when one of them has no room then."""
+        places: list[_Option] = []
+        for option in options:
+            site = self._site_of[option.row]
+            columns = site.room([unit for unit in site.units if unit.work in victims], self._job).get(model)
+            if columns is None:
+                return None
+            places.append(replace(option, columns=columns))
+        return places
 
     def _lease(self, option: _Option) -> Lease:
         job, machine = self._job, self._ground.snapshot.machines[option.row]
@@ -519,7 +536,3 @@ class _Search:
 
 def _attempts(options: Iterable[_Option]) -> int:
     return max(option.cost.attempts for option in options)
-
-
-def _parts(capacity: Capacity) -> tuple[np.ndarray, ...]:
-    return capacity.cpu, capacity.memory, capacity.disk, capacity.device, capacity.tenant
