@@ -1,7 +1,9 @@
 """The daemon of a Slurm cluster against a real one: what Slurm does, and what the platform hears of it."""
 
+import asyncio
 import shutil
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,15 @@ from pydantic import SecretStr
 from dantegpu.contracts.gen.dante.v1 import jobs_pb2, machine_pb2
 from dantegpu.daemon import agent
 from dantegpu.daemon.enrol import EnrolmentRefused
+from dantegpu.daemon.executors.base import ExitStatus
+from tests.fixtures.executors import a_shell_job
 from tests.fixtures.machines import MachinePlatform, RunningDaemon, daemon_settings, until
-from tests.fixtures.slurm import GPU_TYPE, NODES, SlurmServer
+from tests.fixtures.slurm import GPU_TYPE, NODES, SlurmServer, slurm_executor
 
 pytestmark = pytest.mark.needs("slurm", "bubblewrap")
 
 NODE = NODES[0]
-FOREVER = ("sh", "-c", "echo ready; sleep 600")
+FOREVER = ("sh", "-c", "echo ready; exec sleep 600")
 
 
 def cluster_settings(platform: MachinePlatform, server: SlurmServer, state: Path, **fields: Any) -> Any:
@@ -137,7 +141,7 @@ async def test_what_slurm_starts_again_does_not_run_twice(
         jobs_pb2.OUTCOME_PREEMPTED,
         "the cluster requeued it",
     )
-    assert machine_platform.logs[attempt_id] == b"ready\n"
+    assert machine_platform.logs[attempt_id].count(b"ready") == 1
     assert not numbers_of(slurm_server, attempt_id)
 
 
@@ -194,6 +198,21 @@ async def test_gpus_that_others_use_are_not_for_rent_and_a_full_node_hands_the_a
     finally:
         slurm_server.run("scancel", number)
         await daemon.stop()
+
+
+async def test_a_look_at_the_queue_from_before_a_start_is_not_believed(slurm_server: SlurmServer, short_dir: Path):
+    executor = slurm_executor(slurm_server.folder, short_dir / "data", poll_seconds=3600)
+    for code in (4, 5):
+        spec = a_shell_job(f"sleep 0.3; exit {code}")
+        handle = await executor.prepare(spec)
+        starting = asyncio.create_task(executor.start(handle, spec))
+        if code == 5:
+            # Looked at while it still waits in Slurm's queue, where it is for some tenths of a second.
+            await until(partial(numbers_of, slurm_server, str(spec.attempt_id)))
+            await executor.adopt(handle)
+        await starting
+        assert await executor.wait(handle) == ExitStatus(code)
+        await executor.destroy(handle)
 
 
 async def test_a_cluster_whose_token_serves_too_few_machines_says_for_which_node(

@@ -24,7 +24,7 @@ from dantegpu.daemon.probe.machine import Watched
 from dantegpu.daemon.settings import DaemonSettings
 from dantegpu.domain.ids import AttemptId, JobId, MachineId
 from dantegpu.kit.errors import ServiceError
-from dantegpu.kit.lifecycle import Tasks, Wakeup
+from dantegpu.kit.lifecycle import Pace, Tasks, Wakeup
 
 log = structlog.get_logger(__name__)
 
@@ -33,7 +33,7 @@ UNACKNOWLEDGED_SYNC_SECONDS = 2.0
 """The next sync comes this soon while the platform has not acknowledged something: usually a push does before."""
 MIN_SYNC_PAUSE_SECONDS = 0.05
 REPORT_PAUSE_SECONDS = 0.01
-"""Between two reports: what changes meanwhile is told in one message."""
+"""Between two reports, at least: what changes meanwhile is told in one message."""
 UNTOLD_RUNNING_SECONDS = 0.02
 """A start is told after this time. A job that is shorter is told once, as ended: half of the platform's work."""
 INVENTORY_EVERY_HEARTBEATS = 12
@@ -78,6 +78,7 @@ class Agent:
         self._sync_now = Wakeup()
         self._beat_now = Wakeup()
         self._report_now = Wakeup()
+        self._report_pace = Pace(REPORT_PAUSE_SECONDS)
         self._dirty: dict[AttemptId, None] = {}
         self._beats_since_inventory = INVENTORY_EVERY_HEARTBEATS
         self._stopping = False
@@ -238,6 +239,7 @@ class Agent:
         if not self._up.connected:
             await asyncio.sleep(FENCE_CHECK_SECONDS)
             return
+        self._report_pace.begin()
         try:
             await self._up.report(statuses)
         except ServiceError as error:
@@ -252,7 +254,7 @@ class Agent:
                 self._dirty.pop(attempt_id, None)
         if self._dirty:
             self._report_now.notify()
-        await asyncio.sleep(REPORT_PAUSE_SECONDS)
+        await self._report_pace.rest()
 
     async def _beat(self) -> None:
         await self._beat_now.wait(self._settings.heartbeat_interval_seconds)
