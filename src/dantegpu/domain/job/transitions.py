@@ -72,6 +72,8 @@ def _placed(job: JobSnapshot, event: Placed, now: datetime) -> Step:
         report_seq=0,
         placed_at=now,
         running_at=None,
+        exit_code=None,  # what the last attempt left is that attempt's
+        message="",
         queue_reason=None,
         queue_detail="",
         not_before=None,
