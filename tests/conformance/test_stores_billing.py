@@ -91,8 +91,12 @@ async def test_a_wallet_is_never_overdrawn_whatever_the_service_thinks(databases
     await bank.credit(100)
     hold = Hold(attempt, 0, TEAM, PROVIDER, MicroDgpu(3600), MicroDgpu(300), 500)
     window = billing_store.HeldWindow(hold, JobId(attempt.uuid), WINDOW_SECONDS, simulated=False)
-    async with databases.billing.transaction() as tx:
-        await billing_store.lock_accounts(tx, [wallet_of(TEAM)])
-        with pytest.raises(CheckViolation):
+
+    async def overdraw() -> None:
+        async with databases.billing.transaction() as tx:
+            await billing_store.lock_accounts(tx, [wallet_of(TEAM)])
             await billing_store.insert_holds(tx, [window], T0)
+
+    with pytest.raises(CheckViolation):
+        await overdraw()
     assert await bank.state() == (100, 0, 0, 1, [])

@@ -32,7 +32,7 @@ def attempts_left(daemon: RunningDaemon) -> list[Path]:
 async def test_a_job_runs_and_its_log_and_results_arrive(
     machine_platform: MachinePlatform, running_daemon: RunningDaemon
 ):
-    script = 'cat data.txt; mkdir "$DANTE_OUTPUT/sub"; echo 42 > "$DANTE_OUTPUT/sub/answer.txt"'
+    script = 'cat data.txt; mkdir "$DANTE_OUTPUT/sub"; echo 42 > "$DANTE_OUTPUT/sub/answer.txt"; sleep 0.2'
     attempt_id = await machine_platform.place("sh", "-c", script, files={"data.txt": b"hello\n"})
     status = await machine_platform.ended(attempt_id)
     assert (status.state, status.outcome, status.exit_code) == (jobs_pb2.SUCCEEDED, jobs_pb2.OUTCOME_SUCCEEDED, 0)

@@ -109,6 +109,17 @@ async def test_what_was_sent_and_failed_rolls_everything_back_and_the_connection
     await one.stop()
 
 
+async def test_a_statement_longer_than_the_sockets_buffer_arrives_whole(db: Database):
+    data = bytes(8 << 20)
+    statement = "INSERT INTO outbox (subject, message_id, payload) VALUES ('a', %(key)s, %(data)s)"
+    async with asyncio.timeout(20), db.transaction() as tx:
+        assert await tx.value("SELECT length(%(data)s::bytea)", data=data) == len(data)
+        assert await tx.run(statement, key="1", data=data) == 1
+        await tx.send(statement, key="2", data=data)
+    async with db.transaction() as tx:
+        assert await tx.value("SELECT sum(length(payload))::bigint FROM outbox") == 2 * len(data)
+
+
 async def test_a_cancelled_transaction_is_rolled_back_and_its_connection_goes_on(postgres_dsn: str, db: Database):
     one = Database(postgres_dsn, "kit", max_size=1)
     await one.start()

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import psycopg
 import structlog
+from psycopg.generators import send
 from psycopg.pq.abc import PGresult
 from psycopg.rows import DictRow, RowMaker, dict_row, no_result
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
@@ -50,20 +51,20 @@ class Tx:
     async def all[T](self, row: type[T], sql: str, **params: object) -> list[T]:
         """All rows as instances of the dataclass `row` (column names = field names)."""
         async with self._connection.cursor(row_factory=_rows_of(row)) as cursor:
-            await cursor.execute(_trusted(sql), params)
+            await self._execute(cursor, sql, params)
             await self._answered()
             return await cursor.fetchall()
 
     async def one[T](self, row: type[T], sql: str, **params: object) -> T | None:
         async with self._connection.cursor(row_factory=_rows_of(row)) as cursor:
-            await cursor.execute(_trusted(sql), params)
+            await self._execute(cursor, sql, params)
             await self._answered()
             return await cursor.fetchone()
 
     async def value(self, sql: str, **params: object) -> Any:
         """First column of the first row, or None."""
         async with self._connection.cursor() as cursor:
-            await cursor.execute(_trusted(sql), params)
+            await self._execute(cursor, sql, params)
             await self._answered()
             found = await cursor.fetchone()
             return next(iter(found.values())) if found else None
@@ -71,24 +72,35 @@ class Tx:
     async def run(self, sql: str, **params: object) -> int:
         """Execute; the number of rows touched."""
         async with self._connection.cursor() as cursor:
-            await cursor.execute(_trusted(sql), params)
+            await self._execute(cursor, sql, params)
             await self._answered()
             return cursor.rowcount
 
     async def send(self, sql: str, **params: object) -> None:
         """Execute without waiting for the answer. What goes wrong is raised by a later statement or at the end."""
         async with self._connection.cursor() as cursor:
-            await cursor.execute(_trusted(sql), params)
+            await self._execute(cursor, sql, params)
 
     async def ask[T](self, row: type[T], sql: str, **params: object) -> Callable[[], Awaitable[list[T]]]:
         """Like all(), but what it returns gives the rows: several questions share a round trip."""
         cursor = self._connection.cursor(row_factory=_rows_of(row))
-        await cursor.execute(_trusted(sql), params)
+        await self._execute(cursor, sql, params)
 
         async def rows() -> list[T]:
             return await cursor.fetchall()
 
         return rows
+
+    async def _execute(self, cursor: psycopg.AsyncCursor[Any], sql: str, params: Params) -> None:
+        await cursor.execute(_trusted(sql), params)
+        await self._flush()
+
+    async def _flush(self) -> None:
+        """Send the rest of a statement that is longer than the socket's buffer: in a pipeline psycopg would wait for
+        its answer without having asked the whole question.
+        """
+        if self._pipeline is not None and self._connection.pgconn.flush():
+            await self._connection.wait(send(self._connection.pgconn))
 
     async def _answered(self) -> None:
         """Wait for all that was sent. By a sync: after it the server knows that the transaction is idle."""
@@ -99,6 +111,7 @@ class Tx:
         """Execute once per row, pipelined. For large batches prefer `unnest` of arrays in one statement."""
         async with self._connection.cursor() as cursor:
             await cursor.executemany(_trusted(sql), rows)
+            await self._flush()
 
 
 class Database:
