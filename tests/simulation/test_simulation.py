@@ -16,8 +16,8 @@ from tests.simulation.bugs import BUGS, Put, planted
 from tests.simulation.run import run_seeds, simulated
 from tests.simulation.scenario import Fault, scenario_of
 
-SEEDS = 400
-CHUNK = 100
+SEEDS = 200
+CHUNK = 50
 SEEDS_TO_FIND_A_BUG = 200
 REPOSITORY = Path(__file__).resolve().parents[2]
 

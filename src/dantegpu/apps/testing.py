@@ -55,11 +55,11 @@ def everything_is_required() -> bool:
 
 
 def pytest_command(arguments: list[str]) -> list[str]:
-    """pytest in this interpreter, one worker per core unless the caller says otherwise."""
+    """pytest in this interpreter, one worker more than cores unless the caller says otherwise: tests also wait."""
     command = [sys.executable, "-P", "-m", "pytest"]
     chose_workers = any(argument.startswith(("-n", "--numprocesses", "--pdb", "--dist")) for argument in arguments)
     if not chose_workers:
-        command += ["-n", str(max(2, len(os.sched_getaffinity(0)))), "--dist", "worksteal"]
+        command += ["-n", str(1 + max(2, len(os.sched_getaffinity(0)))), "--dist", "worksteal"]
     return [*command, *arguments]
 
 
