@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 from uuid import uuid4
 
 import httpx
@@ -65,8 +66,12 @@ def test_the_callers_request_id_is_in_the_log_of_every_service_that_worked_for_i
     request_id = f"test-{uuid4().hex}"
     answer = submit(traced, person, **{"x-request-id": request_id})
     assert answer.headers["x-request-id"] == request_id
-    seen = [line for line in traced.log_lines() if line.get("request_id") == request_id]
-    assert {"http", "rpc"} <= {line["event"] for line in seen}
+
+    def lines() -> list[dict[str, Any]]:
+        found = [line for line in traced.log_lines() if line.get("request_id") == request_id]
+        return found if {"http", "rpc"} <= {line["event"] for line in found} else []
+
+    seen = wait_until(lines, "a line of the gateway and one of a service")
     assert "SubmitJobs" in {line.get("method") for line in seen}
     assert len({line["trace_id"] for line in seen}) == 1
     person.client.jobs.stop(answer.json()["id"])

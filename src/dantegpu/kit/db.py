@@ -51,20 +51,20 @@ class Tx:
     async def all[T](self, row: type[T], sql: str, **params: object) -> list[T]:
         """All rows as instances of the dataclass `row` (column names = field names)."""
         async with self._connection.cursor(row_factory=_rows_of(row)) as cursor:
-            await self._execute(cursor, sql, params)
+            await self._put(cursor, sql, params)
             await self._answered()
             return await cursor.fetchall()
 
     async def one[T](self, row: type[T], sql: str, **params: object) -> T | None:
         async with self._connection.cursor(row_factory=_rows_of(row)) as cursor:
-            await self._execute(cursor, sql, params)
+            await self._put(cursor, sql, params)
             await self._answered()
             return await cursor.fetchone()
 
     async def value(self, sql: str, **params: object) -> Any:
         """First column of the first row, or None."""
         async with self._connection.cursor() as cursor:
-            await self._execute(cursor, sql, params)
+            await self._put(cursor, sql, params)
             await self._answered()
             found = await cursor.fetchone()
             return next(iter(found.values())) if found else None
@@ -72,26 +72,26 @@ class Tx:
     async def run(self, sql: str, **params: object) -> int:
         """Execute; the number of rows touched."""
         async with self._connection.cursor() as cursor:
-            await self._execute(cursor, sql, params)
+            await self._put(cursor, sql, params)
             await self._answered()
             return cursor.rowcount
 
     async def send(self, sql: str, **params: object) -> None:
         """Execute without waiting for the answer. What goes wrong is raised by a later statement or at the end."""
         async with self._connection.cursor() as cursor:
-            await self._execute(cursor, sql, params)
+            await self._put(cursor, sql, params)
 
     async def ask[T](self, row: type[T], sql: str, **params: object) -> Callable[[], Awaitable[list[T]]]:
         """Like all(), but what it returns gives the rows: several questions share a round trip."""
         cursor = self._connection.cursor(row_factory=_rows_of(row))
-        await self._execute(cursor, sql, params)
+        await self._put(cursor, sql, params)
 
         async def rows() -> list[T]:
             return await cursor.fetchall()
 
         return rows
 
-    async def _execute(self, cursor: psycopg.AsyncCursor[Any], sql: str, params: Params) -> None:
+    async def _put(self, cursor: psycopg.AsyncCursor[Any], sql: str, params: Params) -> None:
         await cursor.execute(_trusted(sql), params)
         await self._flush()
 
