@@ -15,8 +15,8 @@ from dantegpu.apps.bootstrap import Login
 from dantegpu.apps.platform import Running
 from dantegpu.domain.ids import JobId
 
-JOB = {"command": ["true"], "resources": {"cpu": "0.01", "memory": "16MB", "disk": "1MB"}}
-"""Small enough that a machine's size does not bound how many run at once."""
+JOB = {"command": ["true"], "resources": {"cpu": "0.1", "memory": "16MB", "disk": "1MB"}}
+"""Small, so that two cores run 20 at once. With less, the CPU limit slows the start of the sandbox itself."""
 QUEUED_GPUS = "RTX 4090:1"
 QUEUED_GPU = "RTX4090"
 """What `--queued` jobs wait for: the machine has one (simulated), and a job that does not end holds it."""
