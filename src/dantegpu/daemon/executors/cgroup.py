@@ -96,11 +96,15 @@ class Cgroup:
         if "cpu" in self.folders:
             quota_us = max(1000, limits.cpu_milli * CPU_PERIOD_US // 1000) if limits.cpu_milli else 0
             folder = self.folders["cpu"]
+            # What an idle group saves up, a start of the sandbox may spend at once; on average the quota holds.
+            burst = folder / ("cpu.max.burst" if self.version["cpu"] == 2 else "cpu.cfs_burst_us")
+            _write_optional(burst, "0")  # a burst above its quota is refused, so the old one goes first
             if self.version["cpu"] == 2:
                 _write(folder / "cpu.max", f"{quota_us or 'max'} {CPU_PERIOD_US}")
             else:
                 _write(folder / "cpu.cfs_period_us", str(CPU_PERIOD_US))
                 _write(folder / "cpu.cfs_quota_us", str(quota_us or -1))
+            _write_optional(burst, str(quota_us))
         if "pids" in self.folders:
             _write(self.folders["pids"] / "pids.max", str(limits.pids_max or "max"))
 
