@@ -56,8 +56,8 @@ def _migrate(dsn: str, schema: str, migrations: Path) -> None:
         # yoyo's own lock is a row that a killed process leaves behind; an advisory lock ends with its connection.
         connection.execute("SELECT pg_advisory_lock(hashtext('dante migrate'))")
         connection.execute(sql.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(sql.Identifier(schema)))
+        _applied(connection, schema, known)  # another start may have come first
         _apply(dsn, schema, folders)
-        _applied(connection, schema, known)
 
 
 def _applied(connection: psycopg.Connection[Any], schema: str, known: set[str]) -> set[str]:
