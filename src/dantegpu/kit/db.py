@@ -5,13 +5,13 @@ Only `store.py` files and kit use what is here.
 
 import re
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import fields
 from functools import cache
 from importlib.resources import files
 from operator import itemgetter
-from typing import Any, cast
+from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary
 
 import psycopg
@@ -21,7 +21,7 @@ from psycopg.rows import DictRow, dict_row
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from dantegpu.kit.errors import Unavailable
-from dantegpu.kit.pipeline import Pipeline
+from dantegpu.kit.pipeline import Answer, Pipeline
 
 POOL_TIMEOUT_SECONDS = 3.0
 CONNECT_TIMEOUT_SECONDS = 3
@@ -73,21 +73,41 @@ class Tx:
         """Execute without waiting for the answer. What goes wrong is raised by a later statement or at the end."""
         await self._pipeline.put(sql, params)
 
-    async def ask[T](self, row: type[T], sql: str, **params: object) -> Callable[[], Awaitable[list[T]]]:
+    async def ask[T](self, row: type[T], sql: str, **params: object) -> "Asked[T]":
         """Like all(), but what it returns gives the rows: several questions share a round trip."""
-        answer = await self._pipeline.put(sql, params)
-
-        async def rows() -> list[T]:
-            if answer.result is None:
-                await self._pipeline.sync()
-            return self._pipeline.rows(answer, _rows_of(row))
-
-        return rows
+        return _Question(self._pipeline, await self._pipeline.put(sql, params), row)
 
     async def run_many(self, sql: str, rows: Sequence[Params]) -> None:
         """Execute once per row, pipelined. For large batches prefer `unnest` of arrays in one statement."""
         for params in rows:
             await self._pipeline.put(sql, params)
+
+
+class Asked[T](Protocol):
+    """A question that is on its way."""
+
+    async def rows(self) -> list[T]:
+        """The answer, once it is there. Within the transaction."""
+        ...
+
+    def known(self) -> list[T]:
+        """The answer, which is there after a statement that was waited for, and after the commit."""
+        ...
+
+
+class _Question[T]:
+    def __init__(self, pipeline: Pipeline, answer: Answer, row: type[T]) -> None:
+        self._pipeline = pipeline
+        self._answer = answer
+        self._row = row
+
+    async def rows(self) -> list[T]:
+        if self._answer.result is None:
+            await self._pipeline.sync()
+        return self.known()
+
+    def known(self) -> list[T]:
+        return self._pipeline.rows(self._answer, _rows_of(self._row))
 
 
 class Database:
