@@ -10,7 +10,7 @@ from dantegpu.contracts.gen.dante.v1 import billing_pb2, billing_pb2_grpc
 from dantegpu.domain.ids import TeamId
 from dantegpu.kit import rpc
 from dantegpu.kit.actor import SERVICE, Actor, current_actor
-from dantegpu.kit.errors import ErrorStatus, RemoteError, ServiceError, Unavailable
+from dantegpu.kit.errors import ErrorStatus, RemoteError, ServiceError, Unavailable, status_of, type_of
 from dantegpu.kit.local_rpc import LocalServices
 from dantegpu.kit.telemetry import current_request_id, set_request_id
 
@@ -93,14 +93,14 @@ async def test_the_callee_hears_who_asks_and_the_callers_request_id_stays_its_ow
 async def test_a_refusal_arrives_with_its_type_status_text_and_parameters(stub: Stub):
     with pytest.raises(RemoteError) as caught:
         await ask(stub, "refused")
-    assert (caught.value.type, caught.value.status) == ("wallet-full", ErrorStatus.PRECONDITION)
+    assert (type_of(caught.value), status_of(caught.value)) == ("wallet-full", ErrorStatus.PRECONDITION)
     assert (caught.value.message, caught.value.params) == ("a wallet holds at most 5", {"limit": "5"})
 
 
 async def test_a_bug_of_the_callee_is_an_internal_error_of_the_call(stub: Stub):
     with pytest.raises(RemoteError, match="internal error") as caught:
         await ask(stub, "broken")
-    assert caught.value.status is ErrorStatus.INTERNAL
+    assert status_of(caught.value) is ErrorStatus.INTERNAL
 
 
 async def test_who_does_not_answer_in_time_is_unavailable_and_is_told_to_stop(stub: Stub, wallets: Wallets):
