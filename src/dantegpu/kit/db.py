@@ -67,7 +67,7 @@ class Tx:
         """Execute; the number of rows touched."""
         answer = await self._pipeline.put(sql, params)
         await self._pipeline.sync()
-        return (answer.result and answer.result.command_tuples) or 0
+        return answer.result.command_tuples or 0 if answer.result is not None else 0
 
     async def send(self, sql: str, **params: object) -> None:
         """Execute without waiting for the answer. What goes wrong is raised by a later statement or at the end."""

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
-from typing import Any, override
+from typing import Any, cast, override
 from uuid import UUID
 
 import psycopg
@@ -226,6 +226,7 @@ class _UuidsDumper(Dumper):
 
 
 def _fast(value: object) -> object:
-    if type(value) is list and value and type(value[0]) is UUID:
-        return _Uuids(b"{%s}" % ",".join(["NULL" if uuid is None else uuid.hex for uuid in value]).encode())
-    return value
+    if type(value) is list and value and type(cast("list[object]", value)[0]) is UUID:
+        uuids = cast("list[UUID | None]", value)
+        return _Uuids(b"{%s}" % ",".join(["NULL" if uuid is None else uuid.hex for uuid in uuids]).encode())
+    return cast(object, value)

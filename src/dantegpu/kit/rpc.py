@@ -107,9 +107,9 @@ class Channels:
     Services of this process need no address: theirs are `local`.
     """
 
-    def __init__(self, addresses: Mapping[str, str], local: Mapping[str, aio.Channel] | None = None) -> None:
+    def __init__(self, addresses: Mapping[str, str], local: Mapping[str, Any] | None = None) -> None:
         self._addresses = dict(addresses)
-        self._local = dict(local or {})
+        self._local: dict[str, aio.Channel] = dict(local or {})
         self._channels: dict[str, aio.Channel] = {}
 
     def to(self, service: str) -> aio.Channel:
