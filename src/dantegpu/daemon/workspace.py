@@ -349,8 +349,6 @@ class Workspace:
 
     def attempts(self) -> list[AttemptFolder]:
         folder = self.root / "attempts"
-        return (
-            [AttemptFolder(path, self.root / "spare") for path in sorted(folder.iterdir()) if path.is_dir()]
-            if folder.is_dir()
-            else []
-        )
+        if not folder.is_dir():
+            return []
+        return [AttemptFolder(path, self.root / "spare") for path in sorted(folder.iterdir()) if path.is_dir()]
