@@ -277,6 +277,17 @@ async def _save_attempts(tx: MemoryTx, params: Mapping[str, Any]) -> int:
     return saved
 
 
+@statement("save_ports")
+async def _save_ports(tx: MemoryTx, params: Mapping[str, Any]) -> int:
+    new = [typed(_COLUMNS["attempts"], record) for record in records(params["rows"])]
+    await tx.lock("attempts", sorted((row["id"],) for row in new))
+    live = [(tx.get("attempts", (row["id"],)), row) for row in new]
+    for known, row in live:
+        if known is not None and known["ended_at"] is None:
+            tx.update("attempts", known, ports=row["ports"])
+    return len(live)
+
+
 @statement("attempts_by_id")
 async def _attempts_by_id(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
     return _rows(tx, "attempts", params["ids"])

@@ -102,6 +102,7 @@ class AttemptRow:
     checkpoint_size_bytes: int | None
     checkpoint_slot: int
     checkpointed_at: datetime | None
+    ports: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,6 +312,12 @@ async def release_devices(tx: Tx, attempt_ids: Sequence[UUID]) -> None:
 
 async def save_attempts(tx: Tx, rows: Sequence[Record]) -> None:
     await tx.send(QUERIES["save_attempts"], rows=json_rows(rows))
+
+
+async def save_ports(tx: Tx, ports: Mapping[UUID, bytes]) -> None:
+    """Where live attempts publish their ports."""
+    rows: list[Record] = [{"id": attempt_id, "ports": message} for attempt_id, message in ports.items()]
+    await tx.send(QUERIES["save_ports"], rows=json_rows(rows))
 
 
 async def attempts_by_id(tx: Tx, ids: Iterable[UUID]) -> dict[UUID, AttemptRow]:

@@ -23,6 +23,7 @@ from dantegpu.contracts.gen.dante.v1 import (
 from dantegpu.domain.clock import Clock
 from dantegpu.domain.ids import AttemptId, DeviceId, InvalidId, JobId, MachineId, TeamId
 from dantegpu.domain.job import StopReason
+from dantegpu.domain.ports import MAX_PORT, MAX_PORTS
 from dantegpu.kit import rpc
 from dantegpu.kit.actor import SERVICE
 from dantegpu.kit.bus import Bus
@@ -49,6 +50,7 @@ RENDEZVOUS_PORTS = 10_000
 """Below the range that kernels give to outgoing connections."""
 MAX_CHECKPOINTS = 1_000_000
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_HOST = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.:-]{0,252}[A-Za-z0-9])?", re.ASCII)
 _GOES_ON = frozenset({StopReason.PREEMPTED.value, StopReason.NO_FUNDS.value, StopReason.MACHINE_DRAINED.value})
 """A job that is stopped for one of these comes back to the queue."""
 _ENDED = frozenset({jobs_pb2.SUCCEEDED, jobs_pb2.FAILED, jobs_pb2.CANCELLED})
@@ -99,6 +101,9 @@ class Machines:
         if problem := self._checkpoint_problem(status.checkpoint):
             log.warning("reported_checkpoint_refused", machine_id=str(machine_id), problem=problem)
             status.ClearField("checkpoint")
+        if problem := ports_problem(status.ports):
+            log.warning("reported_ports_refused", machine_id=str(machine_id), problem=problem)
+            del status.ports[:]
         return True
 
     async def _fold(
@@ -359,6 +364,18 @@ class Machines:
             if not is_safe_path(result.path) or result.size_bytes < 0:
                 return f"result path {result.path[:200]!r} is not a plain relative path"
         return ""
+
+
+def ports_problem(ports: Sequence[jobs_pb2.PublishedPort]) -> str:
+    """What is wrong with where a machine says that a job is reached; people open these addresses."""
+    if len(ports) > MAX_PORTS:
+        return f"{len(ports)} ports, a job publishes at most {MAX_PORTS}"
+    for port in ports:
+        if not _HOST.fullmatch(port.address):
+            return f"{port.address[:100]!r} is neither an address nor a name"
+        if not (0 < port.number <= MAX_PORT and 0 < port.machine_port <= MAX_PORT):
+            return f"port {port.number} at port {port.machine_port}"
+    return ""
 
 
 def is_safe_path(path: str) -> bool:

@@ -153,6 +153,7 @@ class JobBatch:
         self._requeued: set[UUID] = set()
         self._out_of_lease: frozenset[AttemptId] = frozenset()
         self._checkpoints: dict[UUID, dict[str, Any]] = {}
+        self._ports: dict[UUID, bytes] = {}
 
     @staticmethod
     async def lock(tx: Tx, job_ids: Iterable[UUID], now: datetime) -> "JobBatch":
@@ -212,6 +213,9 @@ class JobBatch:
         if isinstance(folded, lifecycle.Folded):
             if status.checkpoint.number:
                 self._checkpoints[report.attempt_id.uuid] = _checkpoint(report.attempt_id, status.checkpoint)
+            if status.ports:
+                ports = machine_pb2.AttemptStatus(ports=status.ports)
+                self._ports[report.attempt_id.uuid] = ports.SerializeToString()
             self._take(before, folded.job, folded.effects, None, status)
 
     def _start_unseen(self, job_id: UUID, machine_id: MachineId, status: machine_pb2.AttemptStatus) -> None:
@@ -255,7 +259,11 @@ class JobBatch:
         if after.state is JobState.QUEUED and before.state is not JobState.QUEUED:
             self._requeued.add(job_id)
         if told := _event_text(before, after, opening):
-            self._tell(job_id, after, before.attempt_id or after.attempt_id, *told)
+            type_, text = told
+            if type_ == "running" and status is not None:
+                # Of a gang only the last node is known here; an attempt has its own.
+                text += "" if after.gang else _ports_text(status)
+            self._tell(job_id, after, before.attempt_id or after.attempt_id, type_, text)
 
     def _attempt(self, attempt_id: UUID, job: JobSnapshot) -> dict[str, Any]:
         record = self._attempts.setdefault(attempt_id, {"id": attempt_id})
@@ -358,6 +366,8 @@ class JobBatch:
             return
         if self._checkpoints:
             await store_preemptions.save_checkpoints(tx, list(self._checkpoints.values()), self._now)
+        if self._ports:
+            await store.save_ports(tx, self._ports)
         if self._attempts:
             await store.save_attempts(tx, [_complete(record) for record in self._attempts.values()])
         if self._closed:
@@ -428,6 +438,10 @@ def _checkpoint(attempt_id: AttemptId, saved: machine_pb2.Saved) -> dict[str, An
         "checkpoint_size_bytes": saved.size_bytes,
         "checkpoint_slot": saved.slot,
     }
+
+
+def _ports_text(status: machine_pb2.AttemptStatus) -> str:
+    return "".join(f"; port {port.number} is {port.address}:{port.machine_port}" for port in status.ports)
 
 
 _ATTEMPT_COLUMNS = (

@@ -107,6 +107,11 @@ FROM jsonb_to_recordset(%(rows)s) AS new (
     report_seq bigint)
 WHERE attempts.id = new.id AND attempts.ended_at IS NULL;
 
+-- name: save_ports
+-- Before the ends of attempts are written: an ended one changes no more.
+UPDATE attempts SET ports = decode(new.ports, 'hex') FROM jsonb_to_recordset(%(rows)s) AS new (id uuid, ports text)
+WHERE attempts.id = new.id AND attempts.ended_at IS NULL;
+
 -- name: attempts_by_id
 SELECT * FROM attempts WHERE id = ANY(%(ids)s);
 
