@@ -146,15 +146,19 @@ class Database:
         await self._pool.close()
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncGenerator[Tx]:
+    async def transaction(self, *, durable: bool = True) -> AsyncGenerator[Tx]:
         """A transaction. Raises Unavailable when PostgreSQL does not answer or breaks off.
 
         After Unavailable the caller cannot know whether a commit in flight happened: what it does must be idempotent.
+        One that is not `durable` does not wait for the disk: a crash of PostgreSQL (not of this process) may undo it,
+        unless a durable commit on the same server came after it.
         """
         async with self._pipelined() as pipeline:
             tx = Tx(pipeline)
             # Each answer that nobody waits for is a round trip less: BEGIN goes along with the first statement.
             pipeline.put("BEGIN", {})
+            if not durable:
+                pipeline.put("SET LOCAL synchronous_commit = off", {})
             yield tx
             pipeline.put("COMMIT", {})
             await pipeline.sync()
