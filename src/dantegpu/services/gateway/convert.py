@@ -6,6 +6,7 @@ import secrets
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from uuid import uuid4
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -82,8 +83,16 @@ _MARK = re.compile("|".join((
 _NUMBERS = {mark: number for number, mark in enumerate((*_MARKS.values(), _CREATED_TEXT))}
 
 
-_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-_EMPTY = ('""', '""', "{}", "[]", "[]")
+_string = json.encoder.encode_basestring
+"""A JSON string, as pydantic writes it."""
+
+
+@lru_cache(maxsize=1000)
+def _time_text(seconds: int, nanos: int) -> str:
+    """Of jobs that are submitted together it is the same."""
+    return _time_json(when(Timestamp(seconds=seconds, nanos=nanos))).decode()
+
+
 MAX_BODIES = 200
 MAX_COMMON_BYTES = 4096
 
@@ -101,15 +110,23 @@ class NewJobsJson:
     def one(self, proto: jobs_pb2.Job) -> str:
         """The body of Job. The message is used up."""
         spec = proto.spec
-        own = (proto.id, spec.name, dict(spec.env), list(spec.commands), list(spec.argv))
-        created_at = when(proto.created_at)
+        env, commands, argv, time = spec.env, spec.commands, spec.argv, proto.created_at
+        texts = (
+            _string(proto.id),
+            _string(spec.name),
+            f"{{{','.join([f'{_string(name)}:{_string(env[name])}' for name in env])}}}" if env else "{}",
+            f"[{','.join(map(_string, commands))}]",
+            f"[{','.join(map(_string, argv))}]",
+            _time_text(time.seconds, time.nanos),
+        )
+        given = bool(commands), bool(argv)
         proto.id = spec.name = ""
-        proto.ClearField("created_at")
-        spec.env.clear()
-        del spec.commands[:], spec.argv[:]
-        body = self._body(proto, commands=bool(own[3]), argv=bool(own[4]))
-        texts = [_json(part) if part else empty for part, empty in zip(own, _EMPTY, strict=True)]
-        texts.append(_time_json(created_at).decode())
+        # Not ClearField: what has been looked at would be copied first.
+        time.seconds = time.nanos = 0
+        if env:
+            env.clear()
+        del commands[:], argv[:]
+        body = self._body(proto, commands=given[0], argv=given[1])
         return "".join([part if isinstance(part, str) else texts[part] for part in body])
 
     def _body(self, proto: jobs_pb2.Job, *, commands: bool, argv: bool) -> list[str | int]:
