@@ -160,6 +160,8 @@ class ProcessExecutor(Executor):
         self._capabilities: Capabilities | None = None
         self._slots = Slots()
         self._found: set[int] = set()
+        self._taken_over: dict[AttemptId, int] = {}
+        """Attempts of an earlier daemon that had not ended when this one came, and their slots."""
         self._runs: dict[AttemptId, _Run] = {}
         block = zlib.crc32(os.fsencode(workspace.root.absolute())) % UID_BLOCKS
         self._uid_base = FIRST_UID + block * SLOTS_MAX
@@ -350,6 +352,7 @@ class ProcessExecutor(Executor):
             return Adoption.RUNNING
         if _over(place, folder):
             return Adoption.ENDED
+        self._taken_over[handle.attempt_id] = place.slot
         self._slots.taken.add(place.slot)
         if place.boot != boot_id():
             return Adoption.ENDED if folder.started.exists() else Adoption.NOT_STARTED
@@ -381,7 +384,8 @@ class ProcessExecutor(Executor):
         if run.cell is not None and run.cell.alive and exit_code is not None:
             self._release(run)
         elif run.cell is None and run.pidfd < 0 and _over(run.place, folder):
-            run.released = True  # Under a daemon before this one.
+            # Under a daemon before this one; unless that was at this moment.
+            run.released = handle.attempt_id not in self._taken_over
         return run.status
 
     async def _gone(self, run: _Run) -> None:
@@ -434,6 +438,7 @@ class ProcessExecutor(Executor):
                 await self._destroy_running(handle, run)
         elif folder.read_handle() is not None and not _over(place, folder):
             await self._destroy_running(handle, _Run(place))
+        self._taken_over.pop(handle.attempt_id, None)
         await folder.removed(used_again=run is not None and run.released and run.alone)
 
     async def _destroy_running(self, handle: Handle, run: _Run) -> None:
@@ -479,7 +484,7 @@ class ProcessExecutor(Executor):
             else:
                 await asyncio.to_thread(folder.remove)
         # What has ended since `probe` looked has left its groups to nobody.
-        self._slots.taken -= self._found - self._held() - {run.place.slot for run in self._runs.values()}
+        self._slots.taken -= self._found - self._held() - set(self._taken_over.values())
         used = {f"slot-{slot}" for slot in self._slots.taken}
         for name in self._tree.groups() - used:
             await self._tree.group(name).remove()
