@@ -162,9 +162,12 @@ class Slots:
 
     def _make_ready(self) -> None:
         """Have a sandbox wait in those that will be taken next."""
-        for slot in list(self._idle)[-SPARE_CELLS:] if self._park is not None and self._open else ():
+        park = self._park
+        if park is None or not self._open:
+            return
+        for slot in list(self._idle)[-SPARE_CELLS:]:
             if slot.parked is None and slot.cell.alive:
-                slot.parked = self._park(slot)
+                slot.parked = park(slot)
 
     async def _make_spares(self) -> None:
         while self._open and len(self._idle) < SPARE_CELLS:
