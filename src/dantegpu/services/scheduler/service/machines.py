@@ -33,7 +33,7 @@ from dantegpu.kit.lifecycle import Pace, Tasks, Wakeup
 from dantegpu.kit.outbox import Outbox
 from dantegpu.services.scheduler import store, store_preemptions
 from dantegpu.services.scheduler.service.inventory import Inventory
-from dantegpu.services.scheduler.service.transitions import JobBatch, Wakeups
+from dantegpu.services.scheduler.service.transitions import JobBatch, Opened, Wakeups
 from dantegpu.services.scheduler.settings import SchedulerSettings
 from dantegpu.services.scheduler.store_preemptions import CheckpointRow
 
@@ -170,20 +170,20 @@ class Machines:
         async with self._db.transaction() as tx:
             return await self._desired(tx, machine_ids, self._clock.now())
 
-    async def news(
-        self, attempts: Mapping[UUID, Sequence[UUID]], acks: Mapping[UUID, Sequence[machine_pb2.AttemptAck]]
+    def news(
+        self,
+        opened: Sequence[Opened],
+        revisions: Mapping[UUID, int],
+        acks: Mapping[UUID, Sequence[machine_pb2.AttemptAck]],
     ) -> dict[UUID, machine_pb2.DesiredState]:
-        """Only these attempts (machine -> those that it shall have) and what machines may forget."""
-        machine_ids = sorted(attempts.keys() | acks.keys())
-        attempt_ids = [attempt_id for of_machine in attempts.values() for attempt_id in of_machine]
+        """Only these attempts, as they were committed, and what machines may forget."""
         now = self._clock.now()
-        async with self._db.transaction() as tx:
-            # After the commits that this tells of, so the revision is one that has seen them.
-            revisions = await store.ask_machine_revisions(tx, machine_ids)
-            rows = await store.ask_desired_by_id(tx, attempt_ids, now)
-            leases = await store.leases_of_attempts(tx, attempt_ids)
-            seen = {row.machine_id: row.desired_revision for row in await revisions()}
-            states = await self._filled(tx, self._states(machine_ids, seen, now), await rows(), leases, now)
+        machine_ids = {each.row.machine_id for each in opened} | acks.keys()
+        states = self._states(sorted(machine_ids), revisions, now)
+        for each in opened:
+            desired = self._desired_attempt(each.row, each.leases, now)
+            if desired.lease_ms > 0:
+                states[each.row.machine_id].desired.append(desired)
         for machine_id, state in states.items():
             state.partial = True
             state.acknowledged.extend(acks.get(machine_id, ()))
@@ -435,7 +435,9 @@ class Dispatcher:
         self._bus = bus
         self._due: set[UUID] = set()
         """Machines that have to hear everything."""
-        self._opened: defaultdict[UUID, list[UUID]] = defaultdict(list)
+        self._opened: list[Opened] = []
+        self._revisions: dict[UUID, int] = {}
+        """Of the machines whose attempts these are."""
         self._acks: defaultdict[UUID, list[machine_pb2.AttemptAck]] = defaultdict(list)
         self._pushed: dict[UUID, int] = {}
         """The last revision that each machine was sent from here."""
@@ -447,10 +449,11 @@ class Dispatcher:
         self._due |= machine_ids
         self._wakeup.notify()
 
-    def opened(self, attempts: Mapping[UUID, Sequence[UUID]]) -> None:
+    def opened(self, attempts: Sequence[Opened], revisions: Mapping[UUID, int]) -> None:
         """These attempts are new on their machines."""
-        for machine_id, attempt_ids in attempts.items():
-            self._opened[machine_id].extend(attempt_ids)
+        self._opened.extend(attempts)
+        for machine_id, revision in revisions.items():
+            self._revisions[machine_id] = max(revision, self._revisions.get(machine_id, 0))
         self._wakeup.notify()
 
     def folded(self, reports: Sequence[tuple[MachineId, machine_pb2.AttemptStatus]]) -> None:
@@ -472,20 +475,25 @@ class Dispatcher:
         await self._wakeup.wait()
         self._pace.begin()
         due, self._due = self._due, set()
-        opened, self._opened = self._opened, defaultdict(list)
+        opened, self._opened = self._opened, []
+        revisions, self._revisions = self._revisions, {}
         acks, self._acks = self._acks, defaultdict(list)
-        for machine_id in due:
-            opened.pop(machine_id, None)
         try:
             if due:
                 await self._publish(await self._machines.desired(sorted(due)))
-            if opened or acks:
-                await self._publish(await self._machines.news(opened, acks))
+            news = [each for each in opened if each.row.machine_id not in due]
+            if news or acks:
+                await self._publish(self._machines.news(news, self._newest(revisions, acks), acks))
         except ServiceError:
             # All of it once more: what was pushed already is known there as old.
-            self.notify(due | opened.keys())
+            self.notify(due | {each.row.machine_id for each in opened})
             raise
         await self._pace.rest()
+
+    def _newest(self, revisions: Mapping[UUID, int], acks: Iterable[UUID]) -> dict[UUID, int]:
+        """A push never goes out under an older revision than the last one: commits may be told out of order."""
+        machine_ids = {*revisions, *acks}
+        return {each: max(revisions.get(each, 0), self._pushed.get(each, 0)) for each in machine_ids}
 
     async def _publish(self, states: Mapping[UUID, machine_pb2.DesiredState]) -> None:
         for machine_id, state in states.items():
