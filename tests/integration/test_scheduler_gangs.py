@@ -232,7 +232,8 @@ async def test_containers_of_a_gang_meet_in_a_network_of_their_own_within_one_si
     machines = [await world.machine(team=owner, address=f"10.0.0.{n}", **IN_A_SITE) for n in (1, 2)]
     # Cheaper or not: another owner's site of the same name is another site.
     await world.machine(address="10.0.0.3", **IN_A_SITE)
-    await world.machine(team=owner, address="10.0.0.4", **(IN_A_SITE | {"site": "hall-2"}))
+    elsewhere: dict[str, Any] = IN_A_SITE | {"site": "hall-2"}
+    await world.machine(team=owner, address="10.0.0.4", **elsewhere)
     job_id = await world.submit_one(a_spec(nodes=2, image="acme/train", network=True))
     attempts = [attempt for _, attempt in await placed(world, machines, job_id)]
     number = attempts[0].gang_number

@@ -275,7 +275,7 @@ def free_now(snapshot: Snapshot, capacity: Capacity, job: PendingJob) -> Bools:
 def sites(snapshot: Snapshot, rows: Ints) -> list[Ints]:
     """Of these machines, those of each site, in the order given: of several daemons on one host only the first."""
     by_site: dict[tuple[TeamId, str], dict[str, int]] = {}
-    for row in rows.tolist():
+    for row in map(int, rows):
         machine = snapshot.machines[row]
         by_site.setdefault((machine.team_id, machine.site), {}).setdefault(machine.address, row)
     return [np.array(list(rows_of.values()), dtype=np.int64) for rows_of in by_site.values()]
