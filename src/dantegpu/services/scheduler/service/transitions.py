@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from itertools import batched
 from typing import Any
@@ -77,7 +77,7 @@ _ATTEMPT_END_STATES: Mapping[Outcome, JobState] = {
 }
 
 
-_A_JOB = JobSnapshot(JobId(UUID(int=0)), TeamId(UUID(int=0)), datetime.min)
+_A_JOB = JobSnapshot(JobId(UUID(int=0)), TeamId(UUID(int=0)), datetime.min.replace(tzinfo=UTC))
 """What the rows are made of: see JobSnapshot.but()."""
 
 
