@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from dantegpu.daemon.executors.base import AttemptRefused
+from dantegpu.daemon.executors.base import AttemptRefused, Published
 from dantegpu.daemon.executors.container import ContainerExecutor
 from dantegpu.daemon.executors.container.network import NetworkPolicy, public_resolvers
+from dantegpu.daemon.executors.container.ports import PublishPolicy
 from dantegpu.daemon.workspace import Workspace
+from dantegpu.domain.ports import Port
 from tests.fixtures.executors import Bench, ContainerKind, a_job, a_python_job, container_limits
 from tests.fixtures.namespaces import a_namespace, ip, listen, run_in
 
@@ -26,14 +28,14 @@ NEAR = ("10.9.0.1", "172.20.0.1", "192.168.7.1", "100.100.0.1", "169.254.169.254
 PROBE = """
 import json, socket, sys
 
-def reach(address):
+def reach(address, port="8080"):
     try:
-        socket.create_connection((address, 8080), 2).close()
+        socket.create_connection((address, int(port)), 2).close()
     except OSError as error:
         return type(error).__name__
     return "reached"
 
-print(json.dumps({address: reach(address) for address in sys.argv[1:]}))
+print(json.dumps({to: reach(*to.split(":")) for to in sys.argv[1:]}))
 """
 LISTENER = """
 import socket, time
@@ -64,20 +66,24 @@ def _connects(address: str) -> bool:
 
 
 @pytest.fixture
-def around(engine_namespace: str) -> Iterator[Around]:
-    for router in a_namespace(f"dante-router-{os.getpid()}"):
-        ip("link", "add", "up0", "netns", engine_namespace, "type", "veth", "peer", "name", "down0", "netns", router)
-        for name, link, address in ((engine_namespace, "up0", MACHINE), (router, "down0", ROUTER)):
-            ip("-n", name, "address", "add", f"{address}/24", "dev", link)
-            ip("-n", name, "link", "set", link, "up")
-        for address in (INTERNET, OPENED, *NEAR):
-            ip("-n", router, "address", "add", f"{address}/32", "dev", "lo")
-        ip("-n", engine_namespace, "route", "add", "default", "via", ROUTER)
-        servers = [run_in(name, lambda: listen(PORT)) for name in (engine_namespace, router)]
-        yield Around(engine_namespace, servers)
-        for server in servers:
-            server.close()
-        ip("-n", engine_namespace, "link", "del", "up0")
+def router() -> Iterator[str]:
+    yield from a_namespace(f"dante-router-{os.getpid()}")
+
+
+@pytest.fixture
+def around(engine_namespace: str, router: str) -> Iterator[Around]:
+    ip("link", "add", "up0", "netns", engine_namespace, "type", "veth", "peer", "name", "down0", "netns", router)
+    for name, link, address in ((engine_namespace, "up0", MACHINE), (router, "down0", ROUTER)):
+        ip("-n", name, "address", "add", f"{address}/24", "dev", link)
+        ip("-n", name, "link", "set", link, "up")
+    for address in (INTERNET, OPENED, *NEAR):
+        ip("-n", router, "address", "add", f"{address}/32", "dev", "lo")
+    ip("-n", engine_namespace, "route", "add", "default", "via", ROUTER)
+    servers = [run_in(name, lambda: listen(PORT)) for name in (engine_namespace, router)]
+    yield Around(engine_namespace, servers)
+    for server in servers:
+        server.close()
+    ip("-n", engine_namespace, "link", "del", "up0")
 
 
 class Networked(ContainerKind):
@@ -86,6 +92,35 @@ class Networked(ContainerKind):
     def make(self, folder: Path) -> ContainerExecutor:
         policy = NetworkPolicy((ipaddress.ip_network(f"{OPENED}/32"),))
         return ContainerExecutor(Workspace(folder), self.socket, container_limits(network=policy))
+
+
+PUBLISHED = (30_000, 30_001)
+SERVER = """
+import socket
+server = socket.create_server(("0.0.0.0", 8080))
+print("listens", flush=True)
+while True:
+    connection, _ = server.accept()
+    connection.sendall(b"here I am")
+    connection.close()
+"""
+
+
+class Publishing(ContainerKind):
+    """The owner lets jobs publish at one address of the machine, between two ports."""
+
+    def make(self, folder: Path) -> ContainerExecutor:
+        publish = PublishPolicy.parse(f"{MACHINE}:{PUBLISHED[0]}-{PUBLISHED[1]}")
+        return ContainerExecutor(
+            Workspace(folder), self.socket, container_limits(network=NetworkPolicy(publish=publish))
+        )
+
+
+def heard(address: str, port: int) -> bytes:
+    """What whoever answers there says; nothing, if nobody does."""
+    with contextlib.suppress(OSError), socket.create_connection((address, port), 2) as connection:
+        return connection.recv(100)
+    return b""
 
 
 def bridges() -> list[str]:
@@ -118,6 +153,42 @@ def test_a_job_reaches_the_internet_and_nothing_near_and_leaves_no_network(
     reached, seen = run_in(around.machine, lambda: asyncio.run(scenario()))
     assert {address for address, result in reached.items() if result == "reached"} == {INTERNET, OPENED}
     assert [len(names) for names in seen] == [1, 0]
+
+
+@pytest.mark.needs("nft")
+def test_a_published_port_is_reached_where_the_owner_says_and_by_no_other_job(
+    container_kind: ContainerKind, around: Around, router: str, short_dir: Path
+):
+    kind, folder = Publishing(container_kind.socket), short_dir / "data"
+
+    async def scenario() -> None:
+        bench = Bench(kind, folder)
+        assert (await bench.executor.probe()).ports
+        wishing = await bench.start(a_python_job(SERVER, network=True, ports=(Port(8080, PUBLISHED[1]),)))
+        wishing_too = await bench.start(a_python_job(SERVER, network=True, ports=(Port(8080, PUBLISHED[1]),)))
+        await bench.until_logged(wishing, "listens")
+        assert bench.executor.published(wishing) == [Published(8080, MACHINE, PUBLISHED[1])]
+        assert bench.executor.published(wishing_too) == [Published(8080, MACHINE, PUBLISHED[0])]
+        with pytest.raises(AttemptRefused, match="30000-30001 of this machine are in use"):
+            await bench.prepare(a_job("true", network=True, ports=(Port(8080),)))
+        assert run_in(router, lambda: heard(MACHINE, PUBLISHED[1])) == b"here I am"
+        assert heard("127.0.0.1", PUBLISHED[1]) == b""
+        _, text = await bench.run(a_job("python3", "-c", PROBE, f"{MACHINE}:{PUBLISHED[1]}", network=True))
+        assert "reached" not in json.loads(text).values()
+        # The next daemon knows who has which port, and gives it to nobody else before that one has ended.
+        await bench.executor.close()
+        after = Bench(kind, folder)
+        await after.executor.adopt(wishing)
+        with pytest.raises(AttemptRefused, match="are in use"):
+            await after.prepare(a_job("true", network=True, ports=(Port(8080),)))
+        assert run_in(router, lambda: heard(MACHINE, PUBLISHED[1])) == b"here I am"
+        await after.executor.destroy(wishing)
+        again = await after.prepare(a_job("true", network=True, ports=(Port(8080),)))
+        assert [it.machine_port for it in after.executor.published(again)] == [PUBLISHED[1]]
+        await after.executor.sweep(set())
+        await after.executor.close()
+
+    run_in(around.machine, lambda: asyncio.run(scenario()))
 
 
 @pytest.mark.needs("nft")

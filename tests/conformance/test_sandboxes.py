@@ -13,7 +13,16 @@ from dantegpu.daemon.executors.base import Adoption, AttemptRefused, ExitStatus,
 from dantegpu.daemon.executors.process import ProcessExecutor
 from dantegpu.daemon.executors.sandbox import Bubblewrap
 from dantegpu.daemon.workspace import Workspace
-from tests.fixtures.executors import TIMEOUT_SECONDS, Bench, a_job, a_python_job, a_shell_job, needs, read_bytes
+from tests.fixtures.executors import (
+    TIMEOUT_SECONDS,
+    Bench,
+    ProcessKind,
+    a_job,
+    a_python_job,
+    a_shell_job,
+    needs,
+    read_bytes,
+)
 
 
 async def test_numpy_can_be_imported(bubblewrap: Bench):
@@ -210,3 +219,22 @@ async def test_a_script_without_an_interpreter_and_a_folder_as_command(processes
     assert processes.log(handle) == "hello there\n"
     status, _ = await processes.run(a_job("/usr"))
     assert status.exit_code == 126
+
+
+@pytest.mark.parametrize("network", [False, True])
+async def test_only_what_a_job_without_a_network_had_is_used_again(short_dir: Path, network: bool):
+    """By a socket it could have handed a descriptor of its folder or its log to somebody who outlives it."""
+    bench = Bench(ProcessKind(SandboxKind.BUBBLEWRAP), short_dir / "data")
+    bench.executor = ProcessExecutor(bench.workspace, sandbox=SandboxKind.BUBBLEWRAP, allow_network=True)
+    await needs(bench, "pids")
+    first = await bench.start(a_shell_job("echo mine", network=network))
+    await bench.executor.wait(first)
+    await bench.executor.destroy(first)
+    spares = [path.name for path in (short_dir / "data" / "spare").iterdir()]
+    assert spares == ([] if network else [str(first.attempt_id)])
+    second = await bench.start(a_shell_job("ls -lA . $DANTE_OUTPUT; touch here $DANTE_OUTPUT/there"))
+    assert (await bench.executor.wait(second)).exit_code == 0
+    assert bench.log(second).split() == [".:", "total", "0", "/output:", "total", "0"]
+    await bench.executor.destroy(second)
+    assert list((short_dir / "data" / "spare").iterdir()) == []
+    await bench.executor.close()

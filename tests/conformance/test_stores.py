@@ -345,6 +345,17 @@ async def test_a_lease_is_renewed_only_by_who_holds_it_and_in_time(
     assert row.lease_expires_at == (at(now + LEASE_SECONDS) if renewed else at(LEASE_SECONDS))
 
 
+async def test_ports_are_kept_of_live_attempts_only(db: Database):
+    async with db.transaction() as tx:
+        jobs = [await a_job(tx) for _ in range(2)]
+        live, ended = (an_attempt(job) for job in jobs)
+        await open_attempts(tx, live, ended)
+        await store.save_attempts(tx, [a_change(ended["id"], state="FAILED", ended_at=at(2))])
+        await store.save_ports(tx, {live["id"]: b"\x01", ended["id"]: b"\x02"})
+        found = await store.attempts_by_id(tx, [live["id"], ended["id"]])
+        assert (found[live["id"]].ports, found[ended["id"]].ports) == (b"\x01", b"")
+
+
 async def test_time_decides_which_attempts_are_lost_or_overdue(db: Database):
     _, attempt = await running(db, max_duration_seconds=20)
 

@@ -49,6 +49,25 @@ async def test_a_report_with_a_stale_epoch_seq_or_id_changes_nothing(world: Worl
     assert await world.get(job_id) == before
 
 
+async def test_a_job_shows_where_its_ports_are_reached_unless_its_machine_says_nonsense(world: World) -> None:
+    machine = await world.machine(2)
+    shown: list[list[tuple[int, str, int]]] = []
+    for address, port in (("203.0.113.5", 30_001), ("gpu.example", 70_000), ("http://evil/?", 30_001)):
+        job_id = await world.submit_one(a_spec())
+        attempt = await machine.given(job_id)
+        ports = [jobs_pb2.PublishedPort(number=8080, address=address, machine_port=port)]
+        await machine.report(machine.status(attempt, jobs_pb2.RUNNING, ports=ports))
+        await world.reached(job_id, jobs_pb2.RUNNING)
+        await machine.ends(attempt)
+        job = await world.reached(job_id, *ENDED)
+        shown.append([(it.number, it.address, it.machine_port) for it in job.attempts[0].ports])
+        running = await world.sql(
+            "SELECT message FROM job_events WHERE job_id = %(id)s AND type = 'running'", id=JobId.parse(job_id).uuid
+        )
+        assert (f"; port 8080 is {address}:{port}" in running[0][0]) == bool(shown[-1])
+    assert shown == [[(8080, "203.0.113.5", 30_001)], [], []]
+
+
 async def test_another_machine_cannot_report_renew_or_end_an_attempt(world: World) -> None:
     machine = await world.machine()
     job_id, attempt = await world.running(machine)

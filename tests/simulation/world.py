@@ -407,6 +407,7 @@ class World:
                 platform=link,
                 sandbox="bubblewrap",
                 engine="",
+                address=machine.name,
                 devices=[
                     DeviceGrant(uuid=f"GPU-{machine.name}-{i}", model="RTX 4090", index=i) for i in range(machine.gpus)
                 ],

@@ -1,14 +1,27 @@
 """Unpacking what strangers packed, and walking what strangers left."""
 
+import fcntl
 import io
 import os
+import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from dantegpu.daemon.archive import ArchiveRefused, unpack
-from dantegpu.daemon.workspace import AttemptFolder, ResultsTooLarge, open_output, output_files
+from dantegpu.daemon.workspace import (
+    MARK_BYTES,
+    SPARE_STARTED,
+    SPARES_MAX,
+    AttemptFolder,
+    ResultsTooLarge,
+    Workspace,
+    open_output,
+    output_files,
+)
+from dantegpu.domain.ids import AttemptId
 
 LIMIT_BYTES = 1 << 20
 
@@ -120,3 +133,79 @@ def test_a_folder_is_removed_even_when_the_job_closed_it(tmp_path: Path):
     folder.remove()
     assert not folder.root.exists()
     assert Path("/etc/passwd").exists()
+
+
+async def test_the_folder_of_a_job_that_left_nothing_is_the_next_ones_and_looks_new(tmp_path: Path):
+    workspace = Workspace(tmp_path)
+    workspace.create()
+    first = workspace.attempt(AttemptId.new())
+    assert first.create()
+    first.write_handle("a long handle")
+    first.started.write_text("12 34".ljust(MARK_BYTES - 1) + "\n")
+    first.exit.write_text("0              \n")
+    first.stop.write_text("requested")
+    first.log.write_text("secret")
+    inode = first.work.stat().st_ino
+    await first.removed(used_again=True)
+    assert workspace.attempts() == []
+    second = workspace.attempt(AttemptId.new())
+    assert second.create()
+    assert second.work.stat().st_ino == inode
+    assert second.log.read_text() == ""
+    assert second.read_handle() is None
+    assert not any(path.exists() for path in (second.started, second.exit, second.stop))
+    assert not (second.root / SPARE_STARTED).read_text().strip()
+    second.write_handle("short")
+    assert second.read_handle() == "short"
+
+
+def leave_many_names(folder: Path) -> None:
+    for number in range(300):
+        (folder / f"{number:0200}").touch()
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def leave_a_flag(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    flags = int.from_bytes(fcntl.ioctl(descriptor, 0x80086601, bytes(8))[:4], sys.byteorder)
+    fcntl.ioctl(descriptor, 0x40086602, (flags | 0x40).to_bytes(8, sys.byteorder))  # nodump
+    os.close(descriptor)
+
+
+LEFT: list[Callable[[Path], object]] = [
+    lambda folder: (folder / "file").touch(),
+    lambda folder: (folder / "folder").mkdir(),
+    lambda folder: (folder / "link").symlink_to("/"),
+    lambda folder: folder.chmod(0o777),
+    lambda folder: os.setxattr(folder, "user.note", b"x"),
+    leave_many_names,
+    leave_a_flag,
+]
+
+
+@pytest.mark.parametrize("leave", LEFT)
+@pytest.mark.parametrize("name", ["work", "output"])
+async def test_a_folder_on_which_a_job_left_anything_is_nobody_elses(
+    tmp_path: Path, name: str, leave: Callable[[Path], object]
+):
+    workspace = Workspace(tmp_path)
+    workspace.create()
+    folder = workspace.attempt(AttemptId.new())
+    folder.create()
+    leave(folder.root / name)
+    await folder.removed(used_again=True)
+    assert not folder.root.exists()
+    assert list((tmp_path / "spare").iterdir()) == []
+
+
+async def test_no_more_folders_are_kept_than_a_busy_time_needs(tmp_path: Path):
+    workspace = Workspace(tmp_path)
+    workspace.create()
+    folders = [workspace.attempt(AttemptId.new()) for _ in range(SPARES_MAX + 1)]
+    for folder in folders:
+        folder.create()
+    for folder in folders:
+        await folder.removed(used_again=True)
+    assert len(list((tmp_path / "spare").iterdir())) == SPARES_MAX
+    assert workspace.attempts() == []

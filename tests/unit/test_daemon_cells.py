@@ -6,6 +6,8 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
 from dantegpu.daemon.executors.base import (
     Adoption,
     AttemptSpec,
@@ -17,7 +19,7 @@ from dantegpu.daemon.executors.base import (
 from dantegpu.daemon.executors.cells import Keeper, Launch
 from dantegpu.daemon.executors.process import ProcessExecutor
 from dantegpu.daemon.executors.processes import process_info
-from dantegpu.daemon.workspace import Workspace
+from dantegpu.daemon.workspace import MARK_BYTES, SPARE_EXIT, SPARE_STARTED, Workspace
 from dantegpu.domain.ids import AttemptId
 from tests.fixtures.machines import until
 
@@ -33,8 +35,12 @@ async def started(executor: ProcessExecutor, *command: str) -> Handle:
     return handle
 
 
-async def test_of_two_cells_for_one_attempt_only_one_starts_it(tmp_path: Path):
+@pytest.mark.parametrize("used_again", [False, True])
+async def test_of_two_cells_for_one_attempt_only_one_starts_it(tmp_path: Path, used_again: bool):
     """The guard of the last resort, below every check that a daemon makes."""
+    if used_again:
+        (tmp_path / SPARE_STARTED).write_text(" " * MARK_BYTES)
+        (tmp_path / SPARE_EXIT).write_text("127            \n")
     launch = Launch(["sh", "-c", "echo started"], {"PATH": "/usr/bin:/bin"}, "/")
     keeper = Keeper()
     cells = [await keeper.cell([]) for _ in range(8)]
@@ -42,6 +48,8 @@ async def test_of_two_cells_for_one_attempt_only_one_starts_it(tmp_path: Path):
     assert sorted(type(result).__name__ for result in results) == [*["AlreadyStarted"] * 7, "NoneType"]
     await until((tmp_path / "exit").exists)
     assert (tmp_path / "output.log").read_text() == "started\n"
+    assert int((tmp_path / "exit").read_text()) == 0
+    assert int((tmp_path / "started").read_text().split()[0]) in {cell.pid for cell in cells}
     for cell in cells:
         cell.close()
     keeper.close()

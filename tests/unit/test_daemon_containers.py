@@ -37,6 +37,29 @@ def test_what_is_left_out_of_an_images_name_is_put_in(text: str, full: str):
     assert str(ImageReference.parse(text)) == full
 
 
+@pytest.mark.parametrize(
+    ("publish", "said"),
+    [("30000-30099", "expected ADDRESS:FIRST-LAST"), ("1.2.3.4:80-90", "within 1024-65535"),
+     ("1.2.3.4:3000-2000", "within"), ("1.2.3.400:3000-3001", "1.2.3.400")],
+)  # fmt: skip
+def test_where_ports_may_be_published_is_checked_at_the_start(publish: str, said: str):
+    with pytest.raises(SettingsError, match=said):
+        DaemonSettings.load({"publish": publish, "allow_network": True})
+    with pytest.raises(SettingsError, match="needs allow_network"):
+        DaemonSettings.load({"publish": "1.2.3.4:3000-3001"})
+
+
+def test_people_are_told_the_address_that_the_owner_gives_or_the_one_that_is_listened_at():
+    def told(**settings: str) -> str:
+        policy = DaemonSettings.load({"allow_network": True, **settings}).publish_policy
+        assert policy is not None
+        return policy.told
+
+    assert told(publish="1.2.3.4:3000-3001") == "1.2.3.4"
+    assert told(publish="0.0.0.0:3000-3001") == ""
+    assert told(publish="0.0.0.0:3000-3001", publish_host="gpu.example") == "gpu.example"
+
+
 def test_a_digest_is_what_is_pulled_whatever_the_tag_says():
     assert ImageReference.parse(f"acme/train:v1@{DIGEST}").pinned == f"docker.io/acme/train@{DIGEST}"
 

@@ -244,6 +244,16 @@ def test_a_job_that_asks_for_a_network_goes_only_where_jobs_of_its_kind_get_one(
     assert [(it.field, it.after) for it in why.relaxations] == [("network", "false")]
 
 
+def test_a_job_that_publishes_ports_goes_only_where_the_owner_lets_it():
+    job = replace(a_job("1"), network=True, image="acme/serve", ports=True)
+    shut = replace(a_machine(gpus=1), runs_images=True, networks=frozenset({"image"}))
+    open_ = replace(a_machine(gpus=1), runs_images=True, networks=frozenset({"image", "ports"}))
+    assert why_unplaced([shut], job) == QueueReason.NO_MATCHING_MACHINE
+    assert plan([shut], [job]).unplaced[0].detail == "1 machine: 1 publishes no ports of jobs"
+    assert [it.field for it in explain(Snapshot.from_machines([shut]), job, T0).relaxations] == ["ports"]
+    assert [placement.machine_id for placement in plan([shut, open_], [job]).placements] == [open_.id]
+
+
 def test_a_job_that_requires_a_sandbox_refuses_even_its_own_teams_unsandboxed_machine():
     job = replace(a_job("1", team=PROVIDER), requires_sandbox=True)
     assert why_unplaced([a_machine(gpus=1, sandboxed=False)], job) == QueueReason.RESTRICTED

@@ -127,7 +127,7 @@ def test_an_unknown_field_is_named_with_its_path_and_the_nearest_known_one():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("volumes", []), ("budget", 25), ("regions", ["eu"]), ("ports", [80]),
+        ("volumes", []), ("budget", 25), ("regions", ["eu"]), ("python", "3.12"),
         ("files", ["data:/data"]), ("type", "service"), ("type", "dev-environment"),
     ],
 )  # fmt: skip
@@ -169,6 +169,33 @@ def test_an_image_alone_runs_its_own_program_and_what_belongs_to_it_needs_it():
     ]
     assert "no name of an image" in problems_of(a_document(image="ghcr.io/Acme/train"))["image"].message
     assert "without '..'" in problems_of(a_document(working_dir="../x"))["working_dir"].message
+
+
+def test_ports_are_written_as_docker_and_dstack_write_them_and_come_back_in_one_spelling():
+    spec = JobSpec.model_validate(
+        a_document(image="acme/serve", network=True, ports=[8080, "9000:9001", "*:80", "443/tcp"])
+    )
+    assert spec.ports == ["8080", "9000:9001", "80", "443"]
+    proto = spec_to_proto(spec)
+    assert [(port.number, port.wished) for port in proto.ports] == [(8080, 0), (9001, 9000), (80, 0), (443, 0)]
+    assert spec_from_proto(proto) == spec
+
+
+@pytest.mark.parametrize(
+    ("ports", "said"),
+    [
+        (["8000-8010"], "expected a port"), ([0], "from 1 to 65535"), (["1.2.3.4:80:80"], "expected a port"),
+        (["53/udp"], "only TCP"), ([80, "9000:80"], "port 80 comes twice"), (["80:80"], "leave 80 out"),
+        (["9000:80", "9000:81"], "9000 comes twice"), (list(range(1, 18)), "at most 16"), ([True], "expected a port"),
+    ],
+)  # fmt: skip
+def test_ports_that_cannot_be_published_are_refused_with_what_would_be_right(ports: list[Any], said: str):
+    assert said in problems_of(a_document(image="acme/serve", network=True, ports=ports))["ports"].message
+
+
+def test_ports_need_an_image_and_a_network():
+    assert "'ports' needs an 'image'" in problems_of(a_document(network=True, ports=[80]))[""].message
+    assert "add 'network: true'" in problems_of(a_document(image="acme/serve", ports=[80]))[""].message
 
 
 def test_several_nodes_with_an_image_and_a_network_are_refused_by_name():

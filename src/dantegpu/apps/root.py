@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, cast
 
 import structlog
 
@@ -16,6 +16,7 @@ from dantegpu.kit.bus import Bus
 from dantegpu.kit.deps import Deps
 from dantegpu.kit.http import HttpServer, ops_app
 from dantegpu.kit.lifecycle import Component, HttpApp, Service
+from dantegpu.kit.local_rpc import LocalServices
 from dantegpu.kit.rpc import Channels, Server
 from dantegpu.kit.settings import ServiceSettings
 from dantegpu.kit.telemetry import configure_tracing
@@ -48,10 +49,13 @@ class Root:
         """Where spans go; empty: nowhere."""
         configure_tracing("dantegpu" if target == ALL else target, shared.otlp_endpoint)
         bus = Bus(shared.nats_url, shared.nats_creds, name=f"dante {target}")
-        channels = Channels(shared.addresses)
+        local = cast(Any, LocalServices())
+        channels = Channels(shared.addresses, dict.fromkeys(names, local))
         deps = Deps(SystemClock(), bus, channels)
         services = [TARGETS[name].build(deps, self._settings[name]) for name in names]
         registrations = [service.register_rpc for service in services if service.register_rpc]
+        for register in registrations:
+            register(local)
         self._grpc_listen = shared.listen
         self._grpc = Server(shared.listen, registrations)
         self._http = {

@@ -160,6 +160,7 @@ def _print_job(job: "Job") -> None:
         ("spot policy", spec.spot_policy if spec.spot_policy != "on-demand" else ""),
         ("checkpoint", _checkpoint(spec.checkpoint) if spec.checkpoint else ""),
         ("network", "yes" if spec.network else "no"),
+        ("ports", _ports(job)),
         ("submitted", output.local_time(job.created_at)),
         ("started", output.local_time(job.started_at)),
         ("ended", output.local_time(job.ended_at)),
@@ -171,6 +172,18 @@ def _print_job(job: "Job") -> None:
         rows = [_attempt_row(attempt, job.spec.nodes) for attempt in job.attempts]
         headers = ["ATTEMPT", "MACHINE", "STATE", "OUTCOME", "$dGPU/h", "BILLED", "$dGPU", "REMARK"]
         output.print_table(headers, rows, right=[0, 4, 5, 6])
+
+
+def _ports(job: "Job") -> str:
+    """Where each port is reached now, or that it will be."""
+    several = job.spec.nodes > 1
+    lines = [
+        f"{port.number} at {port.address}:{port.machine_port}{f' (node {attempt.node_rank})' if several else ''}"
+        for attempt in job.attempts
+        if not attempt.state.terminal
+        for port in attempt.ports
+    ]
+    return "\n".join(lines) or ", ".join(job.spec.ports)
 
 
 def _checkpoint(saved: "Checkpoint") -> str:

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 )
 @click.option("--deadline", metavar="D|TIME", help="Never begin after it, stop at it: 8h, or 2026-12-01T18:00:00Z.")
 @click.option("--network", is_flag=True, help="Allow outbound network.")
+@click.option("-p", "--port", "ports", multiple=True, metavar="PORT|MACHINE:PORT",
+              help="Publish a port of an image's container on the machine; with --network.")  # fmt: skip
 @click.option("--workdir", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR",
               help="The folder to send; default: this one.")  # fmt: skip
 @click.option("--no-files", is_flag=True, help="Send no files.")
@@ -97,6 +99,8 @@ def _document(words: tuple[str, ...], fields: dict[str, Any]) -> dict[str, Any]:
         document["checkpoint"] = {"path": fields["checkpoint"]}
     if fields["network"]:
         document["network"] = True
+    if fields["ports"]:
+        document["ports"] = list(fields["ports"])
     if fields["array"]:
         document["array"] = _array(fields["array"])
     if fields["max_parallel"] is not None:

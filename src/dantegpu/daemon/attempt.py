@@ -38,6 +38,7 @@ from dantegpu.daemon.results import Platform, ask_urls, upload
 from dantegpu.daemon.transfer import HashedFile, TransferFailed, Transfers
 from dantegpu.daemon.workspace import AttemptFolder, Workspace
 from dantegpu.domain.images import ImageReference, InvalidImage
+from dantegpu.domain.ports import Port
 from dantegpu.kit.lifecycle import Wakeup
 from dantegpu.kit.telemetry import span
 
@@ -76,6 +77,8 @@ class Tools:
     """What jobs without an image run in: bubblewrap | none."""
     engine: str
     """What jobs with an image run in: docker | podman; empty: no such job may come here."""
+    address: str
+    """Where others reach this machine."""
     devices: "Sequence[DeviceGrant]"
     watch: DeviceWatch
     changed: "Callable[[Attempt], None]"
@@ -261,6 +264,7 @@ class Attempt:
                 shm_bytes=job.resources.shm_bytes,
                 checkpoint=job.checkpoint.path,
                 max_seconds=job.max_duration_seconds,
+                ports=tuple(Port(port.number, port.wished) for port in job.ports),
             )
         except (AttemptRefused, InvalidImage) as error:
             raise Ended(jobs_pb2.OUTCOME_FAILED, str(error)) from error
@@ -319,6 +323,8 @@ class Attempt:
         self.row.handle = handle.dumps()
         if self.row.status.state != jobs_pb2.RUNNING:
             self.row.status.message = ""
+            del self.row.status.ports[:]
+            self.row.status.ports.extend(published(self._tools, handle))
             # Not written down: after a crash, its folder says the same.
             self._change(jobs_pb2.RUNNING, save=False)
         self._watching = True
@@ -540,6 +546,14 @@ class Attempt:
 def sandbox_of(tools: Tools, desired: machine_pb2.DesiredAttempt) -> str:
     """What this attempt runs in on this machine."""
     return tools.engine if desired.spec.image else tools.sandbox
+
+
+def published(tools: Tools, handle: Handle) -> list[jobs_pb2.PublishedPort]:
+    """Where the ports of an attempt on this machine are reached."""
+    return [
+        jobs_pb2.PublishedPort(number=it.number, address=it.address or tools.address, machine_port=it.machine_port)
+        for it in tools.executor.published(handle)
+    ]
 
 
 def image_request(job: jobs_pb2.JobSpec) -> ImageRequest | None:

@@ -199,7 +199,7 @@ class Cluster:
         )  # fmt: skip
         capabilities = await executor.probe()
         found = await asyncio.to_thread(inventory_of, node, settings)
-        inventory = inventory_message(found, capabilities, settings, Containers(None, "", "", False, []), executor.name)
+        inventory = inventory_message(found, capabilities, settings, Containers(None, "", "", (), []), executor.name)
         inventory.address = _address(node)
         watched = WatchedNode(site, node.name, len(node.gpu_types), executor.held)
         return Rented(watched, RoutedExecutor(executor, None), "", found, inventory)

@@ -28,8 +28,8 @@ class Containers:
     """docker | podman; empty: jobs with an image do not come here."""
     about: str
     """The engine, for people: its version, its runtime, whose users its jobs are."""
-    network: bool
-    """Whether jobs with an image may have a network."""
+    networks: Sequence[str]
+    """What the inventory says of them: image where jobs with an image may have one, ports where they may publish."""
     notes: Sequence[str]
     """For people: why not, or which risks the owner has accepted."""
 
@@ -55,7 +55,7 @@ async def choose_containers(settings: DaemonSettings, workspace: Workspace) -> C
     socket = find_socket(settings.containers)
     if socket is None:
         off = settings.containers == OFF
-        return Containers(None, "", "", False, [] if off else [f"container: no Docker or Podman socket; {GET_ENGINE}"])
+        return Containers(None, "", "", (), [] if off else [f"container: no Docker or Podman socket; {GET_ENGINE}"])
     limits = ContainerLimits(
         network=network_policy(settings),
         image_cache_bytes=settings.image_cache_gb << 30,
@@ -70,11 +70,12 @@ async def choose_containers(settings: DaemonSettings, workspace: Workspace) -> C
     engine = "" if capabilities.sandbox is SandboxKind.NONE else capabilities.sandbox.value
     facts = executor.facts
     about = facts.describe(daemon_is_root=os.geteuid() == 0) if facts is not None else ""
-    return Containers(executor, engine, about, capabilities.network, notes)
+    kinds = {"image": capabilities.network, "ports": capabilities.ports}
+    return Containers(executor, engine, about, [kind for kind, given in kinds.items() if given], notes)
 
 
 def network_policy(settings: DaemonSettings) -> NetworkPolicy | None:
     """What the owner's settings say about the network of jobs with an image."""
     if not settings.allow_network:
         return None
-    return NetworkPolicy(settings.network_open_ranges, settings.resolver_addresses)
+    return NetworkPolicy(settings.network_open_ranges, settings.resolver_addresses, settings.publish_policy)

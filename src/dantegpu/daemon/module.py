@@ -129,6 +129,7 @@ class Daemon:
             platform=link,
             sandbox=inventory.sandbox,
             engine=rented.engine,
+            address=inventory.address or inventory.hostname,
             devices=[_grant(gpu) for gpu in found.gpus.devices],
             watch=DeviceWatch(
                 lambda: asyncio.to_thread(watched.sample_gpus),
@@ -248,7 +249,7 @@ def inventory_message(
         limits_missing=problems,
         container_engine=containers.about[:MAX_NOTE_LENGTH],
         allowed_images=settings.allowed_images_list,
-        networks=[*(["plain"] if capabilities.network else []), *(["image"] if containers.network else [])],
+        networks=[*(["plain"] if capabilities.network else []), *containers.networks],
         daemon_version=_own_version(),
         region=settings.region,
         simulated=found.simulated,

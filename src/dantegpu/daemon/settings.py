@@ -12,6 +12,7 @@ from pydantic import Field, IPvAnyAddress, SecretStr, ValidationError, field_val
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from dantegpu.daemon.executors.container.escapes import ALL_NAMES
+from dantegpu.daemon.executors.container.ports import PublishPolicy
 from dantegpu.daemon.owner import Hours
 from dantegpu.domain.gpus import find_known_gpu, nearest_gpu_name
 from dantegpu.domain.units import MemoryRange
@@ -82,6 +83,13 @@ class DaemonSettings(BaseSettings):
         default="",
         description="addresses, by commas, that jobs with an image ask for names; empty: the machine's own public ones",
     )
+    publish: str = Field(
+        default="",
+        description="where jobs with an image may publish ports, ADDRESS:FIRST-LAST; needs allow_network",
+    )
+    publish_host: str = Field(
+        default="", max_length=253, description="the name or address told to people for these ports; default: its own"
+    )
     containers: str = Field(
         default="auto", description="for jobs with an image: auto (the first engine found), none, or a socket's path"
     )
@@ -138,10 +146,22 @@ class DaemonSettings(BaseSettings):
     @model_validator(mode="after")
     def _fits_a_cluster(self) -> Self:
         """What would be done on the daemon's own machine says nothing about a cluster's nodes."""
-        useless = ("simulate_gpus", "share_gpus", "idle_command", "ops_listen", "max_gpu_celsius", "address")
+        useless = ("simulate_gpus", "share_gpus", "idle_command", "ops_listen", "max_gpu_celsius", "address", "publish")
         if self.executor == "slurm" and (given := [name for name in useless if getattr(self, name)]):
             raise ValueError(f"{given[0]} has no meaning with executor = slurm; leave it out")
         return self
+
+    @model_validator(mode="after")
+    def _publishing_is_readable(self) -> Self:
+        if self.publish:
+            PublishPolicy.parse(self.publish)
+            if not self.allow_network:
+                raise ValueError("publish needs allow_network = true: a published port is part of a job's network")
+        return self
+
+    @property
+    def publish_policy(self) -> PublishPolicy | None:
+        return PublishPolicy.parse(self.publish, self.publish_host) if self.publish else None
 
     @property
     def slurm_gpu_types(self) -> dict[str, str]:

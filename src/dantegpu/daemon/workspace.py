@@ -2,14 +2,30 @@
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import shutil
 import stat
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from dantegpu.domain.ids import AttemptId
+
+SPARES_MAX = 64
+"""Folders kept for the next attempts: making the seven files and folders of one anew costs more than `true` does."""
+MARK_BYTES = 40
+"""Of the line in `started`, whose file is used again: a shorter line would leave the end of the last one."""
+SPARE_STARTED, SPARE_EXIT = "started.spare", "exit.spare"
+"""What a cell renames to `started` and `exit`. Only one cell can have the first, so it starts the attempt."""
+_FILES = ("output.log", "started", "exit", "stop", "handle.new", "resumed", SPARE_STARTED, SPARE_EXIT)
+_KEPT = frozenset(("work", "output", *_FILES))
+_FRESH_FOLDER_BYTES = 4096
+"""Of a folder that has never held much: ext4's do not shrink, and the next job would list it slowly."""
+_GET_FLAGS = 0x80086601
+_HARMLESS_FLAGS = 0x80000 | 0x1000 | 0x10000000
+"""Extents, index, inline data: the file system's own choice. Any other one may be the last job's, see chattr(1)."""
 
 
 class ResultsTooLarge(Exception):
@@ -21,6 +37,8 @@ class AttemptFolder:
     """`attempts/<id>/`, 0700: only `work`, `output` and the log's descriptor are ever seen by the job."""
 
     root: Path
+    spares: Path | None = None
+    """Where folders lie that can be had instead of new ones. Each is complete: it was moved there last of all."""
 
     @property
     def work(self) -> Path:
@@ -69,6 +87,8 @@ class AttemptFolder:
     def create(self) -> bool:
         """Make what is missing of it; False when it was there already, perhaps in part."""
         root = str(self.root)
+        if self._take_spare():
+            return True
         try:
             os.mkdir(root, 0o700)
             fresh = True
@@ -83,6 +103,20 @@ class AttemptFolder:
         os.close(os.open(f"{root}/output.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600))
         return fresh
 
+    def _take_spare(self) -> bool:
+        if self.spares is None:
+            return False
+        try:
+            with os.scandir(self.spares) as found:
+                spare = next(found, None)
+            if spare is None:
+                return False
+            # Refused when the attempt's folder is there and not empty.
+            os.rename(spare.path, self.root)
+        except OSError:
+            return False
+        return True
+
     def read_handle(self) -> str | None:
         """None while nothing was prepared."""
         try:
@@ -93,9 +127,13 @@ class AttemptFolder:
     def write_handle(self, text: str) -> None:
         """Whole or not at all, also when the daemon is killed at this moment."""
         fresh = f"{self.root}/handle.new"
-        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        content = text.encode()
+        # Not truncated to nothing: ext4 would send such a file to the disk when it is closed.
+        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            os.write(descriptor, text.encode())
+            os.write(descriptor, content)
+            if os.fstat(descriptor).st_size > len(content):
+                os.ftruncate(descriptor, len(content))
         finally:
             os.close(descriptor)
         os.rename(fresh, f"{self.root}/handle.json")
@@ -103,7 +141,7 @@ class AttemptFolder:
     def forget_handle(self) -> None:
         """First of all when it goes away: whoever finds a handle takes what it names for the attempt's own."""
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"{self.root}/handle.json")
+            os.rename(f"{self.root}/handle.json", f"{self.root}/handle.new")
 
     async def give_to(self, uid: int) -> None:
         """Make the job's two folders belong to `uid`. Only while nothing of the job runs."""
@@ -121,10 +159,36 @@ class AttemptFolder:
                 for name in (*folders, *files):
                     os.chown(name, uid, uid, dir_fd=descriptor, follow_symlinks=False)
 
-    async def removed(self) -> None:
-        """`remove`, in a thread when it may take long."""
-        if not self._removed_empty():
+    async def removed(self, *, used_again: bool = False) -> None:
+        """`remove`, in a thread when it may take long. `used_again`: nobody can have kept a descriptor of it."""
+        if not (used_again and self._made_spare()) and not self._removed_empty():
             await asyncio.to_thread(self.remove)
+
+    def _made_spare(self) -> bool:
+        """Move it to the spares if the job left nothing in it and on it; False when it has to be removed."""
+        if self.spares is None:
+            return False
+        root = str(self.root)
+        self.forget_handle()
+        try:
+            if len(os.listdir(self.spares)) >= SPARES_MAX or not set(os.listdir(root)) <= _KEPT:
+                return False
+            if not (_untouched(f"{root}/work") and _untouched(f"{root}/output")):
+                return False
+            for name in ("stop", "resumed"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(f"{root}/{name}")
+            if os.stat(f"{root}/output.log").st_size:
+                os.truncate(f"{root}/output.log", 0)
+            with contextlib.suppress(FileNotFoundError):
+                _blank(f"{root}/started")
+                os.rename(f"{root}/started", f"{root}/{SPARE_STARTED}")
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(f"{root}/exit", f"{root}/{SPARE_EXIT}")
+            os.rename(root, self.spares / self.root.name)
+        except OSError:
+            return False
+        return True
 
     def remove(self) -> None:
         """Remove everything; a job may have taken the permissions from its own folders."""
@@ -139,13 +203,53 @@ class AttemptFolder:
         try:
             os.rmdir(f"{root}/work")
             os.rmdir(f"{root}/output")
-            for name in ("output.log", "started", "exit", "stop", "handle.new", "resumed"):
+            for name in _FILES:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(f"{root}/{name}")
             os.rmdir(root)
         except OSError:
             return False
         return True
+
+
+def _untouched(folder: str) -> bool:
+    """Whether a job's folder is as if new, and the daemon's own again: empty, with nothing that a job can set on it."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        info = os.fstat(descriptor)
+        if info.st_mode != stat.S_IFDIR | 0o755 or info.st_size > _FRESH_FOLDER_BYTES or os.listdir(descriptor):
+            return False
+        # `security.` is the system's own (SELinux); access lists are among the others.
+        if any(not name.startswith("security.") for name in _attributes(descriptor)) or _flags(descriptor):
+            return False
+        if info.st_uid != os.geteuid():
+            os.fchown(descriptor, os.geteuid(), os.getegid())
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _attributes(descriptor: int) -> list[str]:
+    try:
+        return os.listxattr(descriptor)
+    except OSError:
+        return []  # a file system without any
+
+
+def _flags(descriptor: int) -> int:
+    try:
+        return int.from_bytes(fcntl.ioctl(descriptor, _GET_FLAGS, bytes(8))[:4], sys.byteorder) & ~_HARMLESS_FLAGS
+    except OSError:
+        return 0  # a file system without any
+
+
+def _blank(path: str) -> None:
+    """A reader takes the line for one that is not complete yet."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(descriptor, b" " * MARK_BYTES)
+    finally:
+        os.close(descriptor)
 
 
 def _unlock_and_retry(function: object, path: str, error: BaseException) -> None:
@@ -237,11 +341,14 @@ class Workspace:
     root: Path
 
     def create(self) -> None:
-        (self.root / "attempts").mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in ("attempts", "spare"):
+            (self.root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def attempt(self, attempt_id: AttemptId) -> AttemptFolder:
-        return AttemptFolder(self.root / "attempts" / str(attempt_id))
+        return AttemptFolder(self.root / "attempts" / str(attempt_id), self.root / "spare")
 
     def attempts(self) -> list[AttemptFolder]:
         folder = self.root / "attempts"
-        return [AttemptFolder(path) for path in sorted(folder.iterdir()) if path.is_dir()] if folder.is_dir() else []
+        if not folder.is_dir():
+            return []
+        return [AttemptFolder(path, self.root / "spare") for path in sorted(folder.iterdir()) if path.is_dir()]

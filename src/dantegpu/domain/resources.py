@@ -350,7 +350,8 @@ class MachineInfo:
     """One machine as placement sees it: totals that may be leased, prices, and who may use it.
 
     `schedulable`: alive and taking new work. `sandboxed` False or any simulated device: only its own team's jobs.
-    `allowed_images`: patterns; empty: all. `networks`: jobs that may have one: plain (without an image), image.
+    `allowed_images`: patterns; empty: all. `networks`: jobs that may have one: plain (without an image), image;
+    ports: those with an image may publish some.
     """
 
     id: MachineId

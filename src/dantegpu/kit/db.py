@@ -5,22 +5,23 @@ Only `store.py` files and kit use what is here.
 
 import re
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import fields
 from functools import cache
 from importlib.resources import files
-from typing import Any, LiteralString, cast
+from operator import itemgetter
+from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary
 
 import psycopg
 import structlog
-from psycopg.generators import send
 from psycopg.pq.abc import PGresult
-from psycopg.rows import DictRow, RowMaker, dict_row, no_result
+from psycopg.rows import DictRow, dict_row
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from dantegpu.kit.errors import Unavailable
+from dantegpu.kit.pipeline import Answer, Pipeline
 
 POOL_TIMEOUT_SECONDS = 3.0
 CONNECT_TIMEOUT_SECONDS = 3
@@ -40,78 +41,73 @@ type Params = Mapping[str, object]
 class Tx:
     """One open transaction. Commits when its `async with` block ends, rolls back when the block raises."""
 
-    def __init__(
-        self, connection: psycopg.AsyncConnection[DictRow], pipeline: psycopg.AsyncPipeline | None = None
-    ) -> None:
-        self._connection = connection
+    def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
         self.after_commit: list[Callable[[], None]] = []
         """Called once the commit is known to have happened; for waking tasks, never for work that must not be lost."""
 
     async def all[T](self, row: type[T], sql: str, **params: object) -> list[T]:
         """All rows as instances of the dataclass `row` (column names = field names)."""
-        async with self._connection.cursor(row_factory=_rows_of(row)) as cursor:
-            await self._put(cursor, sql, params)
-            await self._answered()
-            return await cursor.fetchall()
+        answer = await self._pipeline.put(sql, params)
+        await self._pipeline.sync()
+        return self._pipeline.rows(answer, _rows_of(row))
 
     async def one[T](self, row: type[T], sql: str, **params: object) -> T | None:
-        async with self._connection.cursor(row_factory=_rows_of(row)) as cursor:
-            await self._put(cursor, sql, params)
-            await self._answered()
-            return await cursor.fetchone()
+        found = await self.all(row, sql, **params)
+        return found[0] if found else None
 
     async def value(self, sql: str, **params: object) -> Any:
         """First column of the first row, or None."""
-        async with self._connection.cursor() as cursor:
-            await self._put(cursor, sql, params)
-            await self._answered()
-            found = await cursor.fetchone()
-            return next(iter(found.values())) if found else None
+        answer = await self._pipeline.put(sql, params)
+        await self._pipeline.sync()
+        found = self._pipeline.rows(answer, lambda _: itemgetter(0))
+        return found[0] if found else None
 
     async def run(self, sql: str, **params: object) -> int:
         """Execute; the number of rows touched."""
-        async with self._connection.cursor() as cursor:
-            await self._put(cursor, sql, params)
-            await self._answered()
-            return cursor.rowcount
+        answer = await self._pipeline.put(sql, params)
+        await self._pipeline.sync()
+        return answer.result.command_tuples or 0 if answer.result is not None else 0
 
     async def send(self, sql: str, **params: object) -> None:
         """Execute without waiting for the answer. What goes wrong is raised by a later statement or at the end."""
-        async with self._connection.cursor() as cursor:
-            await self._put(cursor, sql, params)
+        await self._pipeline.put(sql, params)
 
-    async def ask[T](self, row: type[T], sql: str, **params: object) -> Callable[[], Awaitable[list[T]]]:
+    async def ask[T](self, row: type[T], sql: str, **params: object) -> "Asked[T]":
         """Like all(), but what it returns gives the rows: several questions share a round trip."""
-        cursor = self._connection.cursor(row_factory=_rows_of(row))
-        await self._put(cursor, sql, params)
-
-        async def rows() -> list[T]:
-            return await cursor.fetchall()
-
-        return rows
-
-    async def _put(self, cursor: psycopg.AsyncCursor[Any], sql: str, params: Params) -> None:
-        await cursor.execute(_trusted(sql), params)
-        await self._flush()
-
-    async def _flush(self) -> None:
-        """Send the rest of a statement that is longer than the socket's buffer: in a pipeline psycopg would wait for
-        its answer without having asked the whole question.
-        """
-        if self._pipeline is not None and self._connection.pgconn.flush():
-            await self._connection.wait(send(self._connection.pgconn))
-
-    async def _answered(self) -> None:
-        """Wait for all that was sent. By a sync: after it the server knows that the transaction is idle."""
-        if self._pipeline is not None:
-            await self._pipeline.sync()
+        return _Question(self._pipeline, await self._pipeline.put(sql, params), row)
 
     async def run_many(self, sql: str, rows: Sequence[Params]) -> None:
         """Execute once per row, pipelined. For large batches prefer `unnest` of arrays in one statement."""
-        async with self._connection.cursor() as cursor:
-            await cursor.executemany(_trusted(sql), rows)
-            await self._flush()
+        for params in rows:
+            await self._pipeline.put(sql, params)
+
+
+class Asked[T](Protocol):
+    """A question that is on its way."""
+
+    async def rows(self) -> list[T]:
+        """The answer, once it is there. Within the transaction."""
+        ...
+
+    def known(self) -> list[T]:
+        """The answer, which is there after a statement that was waited for, and after the commit."""
+        ...
+
+
+class _Question[T]:
+    def __init__(self, pipeline: Pipeline, answer: Answer, row: type[T]) -> None:
+        self._pipeline = pipeline
+        self._answer = answer
+        self._row = row
+
+    async def rows(self) -> list[T]:
+        if self._answer.result is None:
+            await self._pipeline.sync()
+        return self.known()
+
+    def known(self) -> list[T]:
+        return self._pipeline.rows(self._answer, _rows_of(self._row))
 
 
 class Database:
@@ -140,6 +136,7 @@ class Database:
             configure=_configure,
             check=self._check,
         )
+        self._pipelines: WeakKeyDictionary[psycopg.AsyncConnection[DictRow], Pipeline] = WeakKeyDictionary()
         self._used_at_seconds: WeakKeyDictionary[psycopg.AsyncConnection[DictRow], float] = WeakKeyDictionary()
 
     async def start(self) -> None:
@@ -154,42 +151,42 @@ class Database:
 
         After Unavailable the caller cannot know whether a commit in flight happened: what it does must be idempotent.
         """
-        async with self._connected() as connection:
-            try:
-                # Each answer that nobody waits for is a round trip less: BEGIN goes along with the first statement.
-                async with connection.pipeline() as pipeline:
-                    tx = Tx(connection, pipeline)
-                    await connection.execute("BEGIN", prepare=False)
-                    try:
-                        yield tx
-                    except BaseException:
-                        with suppress(psycopg.Error):
-                            await pipeline.sync()
-                        raise
-                    await connection.execute("COMMIT", prepare=False)
-            except BaseException:
-                with suppress(psycopg.Error):
-                    await connection.rollback()
-                raise
+        async with self._pipelined() as pipeline:
+            tx = Tx(pipeline)
+            # Each answer that nobody waits for is a round trip less: BEGIN goes along with the first statement.
+            await pipeline.put("BEGIN", {})
+            yield tx
+            await pipeline.put("COMMIT", {})
+            await pipeline.sync()
         for callback in tx.after_commit:
             callback()
 
     @asynccontextmanager
     async def statement(self) -> AsyncGenerator[Tx]:
-        """For one statement: it is its own transaction, without the two round trips that BEGIN and COMMIT are.
+        """For one statement: it is its own transaction, without BEGIN and COMMIT.
 
         Raises Unavailable like transaction().
         """
-        async with self._connected() as connection:
-            tx = Tx(connection)
+        async with self._pipelined() as pipeline:
+            tx = Tx(pipeline)
             yield tx
+            await pipeline.finish()
         assert not tx.after_commit, "nothing commits here that somebody could wait for"
 
     @asynccontextmanager
-    async def _connected(self) -> AsyncGenerator[psycopg.AsyncConnection[DictRow]]:
+    async def _pipelined(self) -> AsyncGenerator[Pipeline]:
         try:
             async with self._pool.connection() as connection:
-                yield connection
+                pipeline = self._pipelines.get(connection) or Pipeline(connection)
+                self._pipelines[connection] = pipeline
+                pipeline.open()
+                try:
+                    yield pipeline
+                except BaseException:
+                    await pipeline.abandon()
+                    raise
+                finally:
+                    pipeline.close()
                 self._used_at_seconds[connection] = time.monotonic()
         except psycopg.errors.DiskFull as error:
             raise Unavailable("the database", "its disk is full: the operator has to free space", 30) from error
@@ -247,14 +244,11 @@ class Queries:
 
 
 @cache
-def _rows_of[T](row: type[T]) -> Callable[[Any], RowMaker[T]]:
-    """Like psycopg's class_row, at half the cost: no dictionary is made for each row. Fields must be the columns."""
+def _rows_of[T](row: type[T]) -> Callable[[PGresult], Callable[[Sequence[Any]], T]]:
+    """Makes rows of a result's columns, by position. Fields must be the columns."""
     names = [field.name.encode() for field in fields(cast(Any, row))]
 
-    def make_maker(cursor: Any) -> RowMaker[T]:
-        result: PGresult | None = cursor.pgresult
-        if result is None or not result.nfields:
-            return no_result
+    def make_maker(result: PGresult) -> Callable[[Sequence[Any]], T]:
         columns = [result.fname(index) for index in range(result.nfields)]
         if columns == names:
             return lambda values: row(*values)
@@ -264,8 +258,3 @@ def _rows_of[T](row: type[T]) -> Callable[[Any], RowMaker[T]]:
         return lambda values: row(*[values[place] for place in places])
 
     return make_maker
-
-
-def _trusted(sql: str) -> LiteralString:
-    # Statements come from our own SQL files, never from input; psycopg's type asks for a literal.
-    return cast(LiteralString, sql)

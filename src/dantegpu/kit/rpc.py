@@ -102,14 +102,20 @@ def _from_grpc(error: aio.AioRpcError) -> ServiceError:
 
 
 class Channels:
-    """gRPC channels to the other services, by public service name. Static discovery: names and addresses are given."""
+    """gRPC channels to the other services, by public service name. Static discovery: names and addresses are given.
 
-    def __init__(self, addresses: Mapping[str, str]) -> None:
+    Services of this process need no address: theirs are `local`.
+    """
+
+    def __init__(self, addresses: Mapping[str, str], local: Mapping[str, Any] | None = None) -> None:
         self._addresses = dict(addresses)
+        self._local: dict[str, aio.Channel] = dict(local or {})
         self._channels: dict[str, aio.Channel] = {}
 
     def to(self, service: str) -> aio.Channel:
         """The channel to a service; connects on first use and again whenever it has to."""
+        if service in self._local:
+            return self._local[service]
         try:
             address = self._addresses[service]
         except KeyError:

@@ -15,7 +15,7 @@ from typing import Any, override
 import psycopg
 from psycopg import errors as pg
 
-from dantegpu.kit.db import Database, Params, Tx
+from dantegpu.kit.db import Asked, Database, Params, Tx
 from dantegpu.kit.errors import Unavailable
 from tests.simulation.loop import Process, current_process
 
@@ -132,6 +132,19 @@ class MemoryServer:
                 session.abort("terminating connection due to idle-in-transaction timeout")
 
 
+class _Told[T]:
+    """An answer that is there at once."""
+
+    def __init__(self, rows: list[T]) -> None:
+        self._rows = rows
+
+    async def rows(self) -> list[T]:
+        return self._rows
+
+    def known(self) -> list[T]:
+        return self._rows
+
+
 class MemoryTx(Tx):
     """One transaction: what it wrote lies over the committed rows until it ends."""
 
@@ -176,13 +189,8 @@ class MemoryTx(Tx):
         await self._execute(sql, params)
 
     @override
-    async def ask[T](self, row: type[T], sql: str, **params: object) -> Callable[[], Awaitable[list[T]]]:
-        found = await self.all(row, sql, **params)
-
-        async def answer() -> list[T]:
-            return found
-
-        return answer
+    async def ask[T](self, row: type[T], sql: str, **params: object) -> Asked[T]:
+        return _Told(await self.all(row, sql, **params))
 
     @override
     async def run_many(self, sql: str, rows: Sequence[Params]) -> None:

@@ -18,11 +18,13 @@ def kit_tables() -> list[Table]:
     ]
 
 
-async def _add_messages(tx: MemoryTx, params: Mapping[str, Any]) -> int:
+async def _add_messages(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
+    ids: list[Row] = []
     for subject, message_id, payload in zip(params["subjects"], params["ids"], params["payloads"], strict=True):
         row = {"id": tx.schema.next_serial("outbox"), "subject": subject, "message_id": message_id, "payload": payload}
         await tx.insert("outbox", row)
-    return len(params["ids"])
+        ids.append({"id": row["id"]})
+    return ids
 
 
 async def _next_messages(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:

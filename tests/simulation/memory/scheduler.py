@@ -277,6 +277,17 @@ async def _save_attempts(tx: MemoryTx, params: Mapping[str, Any]) -> int:
     return saved
 
 
+@statement("save_ports")
+async def _save_ports(tx: MemoryTx, params: Mapping[str, Any]) -> int:
+    new = [typed(_COLUMNS["attempts"], record) for record in records(params["rows"])]
+    await tx.lock("attempts", sorted((row["id"],) for row in new))
+    live = [(tx.get("attempts", (row["id"],)), row) for row in new]
+    for known, row in live:
+        if known is not None and known["ended_at"] is None:
+            tx.update("attempts", known, ports=row["ports"])
+    return len(live)
+
+
 @statement("attempts_by_id")
 async def _attempts_by_id(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
     return _rows(tx, "attempts", params["ids"])
@@ -397,11 +408,6 @@ async def _desired_attempts(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row
     return _desired(tx, (row for row in tx.scan("attempts") if row["machine_id"] in wanted), params["now"])
 
 
-@statement("desired_by_id")
-async def _desired_by_id(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
-    return _desired(tx, _rows(tx, "attempts", params["attempt_ids"]), params["now"])
-
-
 def _desired(tx: MemoryTx, attempts: Iterable[Row], now: datetime) -> list[Row]:
     found: list[Row] = []
     for row in attempts:
@@ -414,7 +420,8 @@ def _desired(tx: MemoryTx, attempts: Iterable[Row], now: datetime) -> list[Row]:
 
 
 @statement("bump_machines")
-async def _bump_machines(tx: MemoryTx, params: Mapping[str, Any]) -> int:
+async def _bump_machines(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
+    revisions: list[Row] = []
     for machine_id in sorted(params["machine_ids"]):
         await tx.lock("machines", [(machine_id,)])
         known = tx.get("machines", (machine_id,))
@@ -422,7 +429,9 @@ async def _bump_machines(tx: MemoryTx, params: Mapping[str, Any]) -> int:
             await tx.insert("machines", {"machine_id": machine_id, "desired_revision": 1})
         else:
             tx.update("machines", known, desired_revision=known["desired_revision"] + 1)
-    return len(params["machine_ids"])
+        revision = known["desired_revision"] + 1 if known is not None else 1
+        revisions.append({"machine_id": machine_id, "desired_revision": revision})
+    return revisions
 
 
 @statement("machine_revisions")

@@ -71,6 +71,7 @@ join_token = {token}
 # idle_command = "/usr/local/bin/my-own-work"
 # share_gpus = true
 # allow_network = true
+# publish = "0.0.0.0:30000-30099"
 """
 
 

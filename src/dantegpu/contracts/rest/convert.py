@@ -22,6 +22,7 @@ from dantegpu.contracts.rest.spec import (
     exact_bytes,
 )
 from dantegpu.domain.arrays import Array, Axis
+from dantegpu.domain.ports import Port
 from dantegpu.domain.resources import parse_cpu_milli
 from dantegpu.domain.units import MILLI_PER_UNIT, format_dgpu, format_duration, parse_dgpu, parse_duration, parse_memory
 
@@ -49,6 +50,7 @@ def spec_to_proto(spec: JobSpec) -> jobs_pb2.JobSpec:
         network=spec.network,
         labels=spec.labels,
         nodes=spec.nodes,
+        ports=[jobs_pb2.Port(number=port.number, wished=port.wished) for port in map(Port.parse, spec.ports)],
         spot_policy="" if spec.spot_policy == "on-demand" else spec.spot_policy,
     )
     if spec.max_price is not None:
@@ -172,6 +174,7 @@ def spec_from_proto(proto: jobs_pb2.JobSpec) -> JobSpec:
         max_parallel=proto.array.max_parallel or None,
         input=_input_from_proto(proto),
         network=proto.network,
+        ports=[str(Port(port.number, port.wished)) for port in proto.ports],
         labels=dict(proto.labels),
         nodes=max(proto.nodes, 1),
         spot_policy=_spot_policy_from_proto(proto),

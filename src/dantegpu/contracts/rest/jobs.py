@@ -15,6 +15,14 @@ class ResultFile(Response):
     sha256: str
 
 
+class PublishedPort(Response):
+    """Where a port of a job is reached while the attempt runs."""
+
+    number: int = Field(description="What the job listens on")
+    address: str = Field(description="Of the machine, as its owner says it is reached")
+    machine_port: int
+
+
 class Attempt(Response):
     """One try of a job on one machine."""
 
@@ -36,6 +44,7 @@ class Attempt(Response):
     spot: bool = Field(default=False, description="Could be preempted, at the price of spot work")
     checkpointed_at: Timestamp | None = Field(default=None, description="When its last checkpoint was kept")
     resumed_epoch: int | None = Field(default=None, description="Whose checkpoint it began with; null: it began anew")
+    ports: list[PublishedPort] = Field(default_factory=list[PublishedPort], description="From RUNNING on")
     created_at: Timestamp
     started_at: Timestamp | None = None
     ended_at: Timestamp | None = None

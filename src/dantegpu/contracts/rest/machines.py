@@ -188,7 +188,8 @@ class Machine(Response):
         default_factory=list, description="Patterns of the images that its owner lets run; none: all"
     )
     networks: list[str] = Field(
-        default_factory=list, description="Jobs that may have one: plain (without an image), image"
+        default_factory=list,
+        description="Jobs that may have one: plain (without an image), image; ports: may publish some",
     )
     daemon_version: str = ""
     region: str = ""

@@ -19,6 +19,7 @@ from dantegpu.domain.arrays import MAX_ARRAY_TASKS, Array, Axis
 from dantegpu.domain.ids import JobId
 from dantegpu.domain.images import EXPECTED as EXPECTED_IMAGE
 from dantegpu.domain.images import ImageReference, InvalidImage
+from dantegpu.domain.ports import MAX_PORTS, parse_ports
 from dantegpu.domain.resources import (
     DEFAULT_CPU_MILLI,
     DEFAULT_DISK_BYTES,
@@ -152,6 +153,10 @@ def _array(value: object) -> int | dict[str, str | list[str]] | None:
     if isinstance(value, bool) or not (isinstance(value, int) or (isinstance(value, str) and value.isdecimal())):
         raise field_error("array", f"expected {expected}", expected=expected)
     return Array.plain(int(value)).size
+
+
+def _ports(value: object) -> object:
+    return [str(port) for port in parse_ports(cast("list[object]", value))] if isinstance(value, list) else value
 
 
 def _after(value: object) -> object:
@@ -332,7 +337,6 @@ class JobSpec(Request):
         "setup": "a set-up step; put it into commands",
         "file_mounts": "mounts; the working directory is sent as input",
         "volumes": "volumes",
-        "ports": "open ports",
         "repos": "repositories; the working directory is sent as input",
         "python": "choice of the Python version; name an image",
         "idle_duration": "idle stop",
@@ -392,6 +396,10 @@ class JobSpec(Request):
     schedule: Schedule | None = Field(default=None, description="Submit it again and again; POST /v1/schedules")
     input: JobInput | None = None
     network: bool = Field(default=False, description="Outbound network")
+    ports: Annotated[list[str], BeforeValidator(_ports)] = Field(
+        default_factory=list, max_length=MAX_PORTS, examples=[["8080", "9000:8080"]],
+        description="TCP ports of a job with an image: `8080`, or `9000:8080` to wish for the machine's port 9000",
+    )  # fmt: skip
     labels: dict[str, str] = Field(default_factory=dict, max_length=MAX_LABELS)
 
     @classmethod
@@ -511,9 +519,12 @@ class JobSpec(Request):
     @model_validator(mode="after")
     def _runs_something(self) -> "JobSpec":
         if not self.image:
-            for name in ("entrypoint", "registry_auth"):
+            for name in ("entrypoint", "registry_auth", "ports"):
                 if getattr(self, name):
                     raise field_error("needs_image", f"{name!r} needs an 'image'", expected="an image")
+        if self.ports and not self.network:
+            text = "'ports' are part of a job's network: add 'network: true'"
+            raise field_error("needs_network", text, expected="network: true")
         if self.image and self.network and self.nodes > 1:
             text = "'nodes' of a job with an image cannot reach one another yet; leave 'image' or 'network' out"
             raise field_error("not_supported_yet", text, expected="one node, no network or no image")

@@ -7,12 +7,13 @@ daemon dies, and a new daemon finds it again by its `Handle`.
 import enum
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from signal import Signals
 
 from dantegpu.domain.ids import AttemptId
 from dantegpu.domain.images import ImageReference
+from dantegpu.domain.ports import Port
 
 MAX_ENV_ENTRIES = 512
 MAX_ENV_BYTES = 256 << 10
@@ -108,6 +109,8 @@ class AttemptSpec:
     shm_bytes: int = 0
     checkpoint: str = ""
     """Below the work folder: where the job saves its progress."""
+    ports: tuple[Port, ...] = ()
+    """To be published on the machine; only with an image."""
     max_seconds: int = 0
     """The daemon ends it then. A cluster is told too, for the time in which no daemon runs."""
 
@@ -209,6 +212,15 @@ class Stats:
 
 
 @dataclass(frozen=True, slots=True)
+class Published:
+    """Where a port of an attempt is reached. `address` empty: at the machine's own."""
+
+    number: int
+    address: str
+    machine_port: int
+
+
+@dataclass(frozen=True, slots=True)
 class Capabilities:
     """What this executor can do on this machine. `missing` maps a lacking guarantee to why and how to get it."""
 
@@ -216,6 +228,8 @@ class Capabilities:
     limits: frozenset[str]
     missing: Mapping[str, str]
     network: bool
+    ports: bool = False
+    """Whether jobs may publish ports."""
 
 
 def untold(text: str) -> None:
@@ -275,6 +289,11 @@ class Executor(ABC):
         """Pids of the attempt as this machine numbers them; None where that cannot be told."""
         del handle
         return None
+
+    def published(self, handle: Handle) -> Sequence[Published]:
+        """Where the ports that the job publishes are reached."""
+        del handle
+        return ()
 
     @abstractmethod
     async def sweep(self, known: set[AttemptId]) -> None:

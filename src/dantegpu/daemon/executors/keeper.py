@@ -27,6 +27,9 @@ FIRST_FREE_DESCRIPTOR = 10
 MAX_CELL_BYTES = 16 << 10
 KILL_TIMEOUT_SECONDS = 5.0
 READY = 9
+# In a folder that is used again lie the files of the last attempt under these names; each is as long as its successor.
+SPARE_STARTED, SPARE_EXIT = "started.spare", "exit.spare"
+MARK_BYTES, EXIT_BYTES = 40, 16
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126
 _SHELL = "/bin/sh"
 # Python ignores them; a job must not.
@@ -111,8 +114,7 @@ class CellProcess:
         """One attempt, from its mark `started` to its mark `exit`."""
         directory = request["directory"]
         try:
-            # The one place where an attempt is started: an exclusive create, so a second cell for the same one leaves.
-            _create(f"{directory}/started", f"{self._pid} {self._ticks}\n")
+            _mark_started(directory, f"{self._pid} {self._ticks}")
             log = os.open(f"{directory}/output.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except FileExistsError:
             self.say("already")
@@ -127,7 +129,7 @@ class CellProcess:
             os.chdir("/")
         self._empty_groups()
         try:
-            _create(f"{directory}/exit", f"{code}\n")
+            _mark_exit(directory, code)
         except OSError:
             code = -1  # The attempt was destroyed, or the disk is full: then nobody knows how it ended.
         self.say(f"exit {code}")
@@ -254,6 +256,26 @@ def _create(path: str, text: str) -> None:
         os.write(descriptor, text.encode())
     finally:
         os.close(descriptor)
+
+
+def _mark_started(directory: str, text: str) -> None:
+    """The one place where an attempt is started: only one cell gets the file, so a second one for the same leaves."""
+    line = text.ljust(MARK_BYTES - 1) + "\n"
+    try:
+        os.rename(f"{directory}/{SPARE_STARTED}", f"{directory}/started")
+    except FileNotFoundError:
+        _create(f"{directory}/started", line)
+    else:
+        _write(f"{directory}/started", line)
+
+
+def _mark_exit(directory: str, code: int) -> None:
+    line = f"{code:<{EXIT_BYTES - 1}}\n"
+    try:
+        _write(f"{directory}/{SPARE_EXIT}", line)
+        os.rename(f"{directory}/{SPARE_EXIT}", f"{directory}/exit")
+    except FileNotFoundError:
+        _create(f"{directory}/exit", line)
 
 
 def _write(path: str, text: str) -> None:

@@ -129,6 +129,8 @@ class _Run:
     status: ExitStatus | None = None
     released: bool = False
     """Nothing of it runs, and its groups may be somebody else's."""
+    alone: bool = False
+    """Its control groups held all that it started, and it could hand no descriptor of its folder to anybody else."""
 
 
 class ProcessExecutor(Executor):
@@ -299,6 +301,8 @@ class ProcessExecutor(Executor):
         except SandboxFailed as error:
             raise SandboxFailed(error.detail or _tail(folder.log)) from error
         run.started = True
+        # In a sandbox with a network there are sockets that others can reach.
+        run.alone = bool(run.place.groups.folders) and not (spec.network and run.place.sandbox is not SandboxKind.NONE)
         self._slots.spare_soon()
 
     def _launch(self, place: _Place, folder: AttemptFolder, spec: AttemptSpec) -> Launch:
@@ -400,7 +404,7 @@ class ProcessExecutor(Executor):
                 await self._destroy_running(handle, run)
         elif folder.read_handle() is not None and not _over(place, folder):
             await self._destroy_running(handle, _Run(place))
-        await folder.removed()
+        await folder.removed(used_again=run is not None and run.released and run.alone)
 
     async def _destroy_running(self, handle: Handle, run: _Run) -> None:
         """Kill what there may be of it; also the cell, unless it says that nothing else is left."""

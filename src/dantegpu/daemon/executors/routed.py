@@ -1,6 +1,6 @@
 """Several executors behind one: a job that names an image runs in a container, any other in the machine's sandbox."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from signal import Signals
 
 from dantegpu.daemon.executors.base import (
@@ -11,6 +11,7 @@ from dantegpu.daemon.executors.base import (
     Executor,
     ExitStatus,
     Handle,
+    Published,
     Stats,
     StopReason,
     UnknownHandle,
@@ -72,6 +73,9 @@ class RoutedExecutor(Executor):
 
     async def stats(self, handle: Handle) -> Stats:
         return await self._of(handle).stats(handle)
+
+    def published(self, handle: Handle) -> Sequence[Published]:
+        return self._of(handle).published(handle)
 
     async def sweep(self, known: set[AttemptId]) -> None:
         for executor in self._by_name.values():

@@ -24,7 +24,7 @@ class PendingJob:
     `requires_sandbox`: never on a machine that cannot isolate it, not even an own one. `image`: its whole name, if any.
     A job with several `nodes` is a gang: each takes the whole request on a machine of its own, all or none.
     `excluded_machines` are never taken, `avoided_machines` only when nothing else fits. `regions` empty: anywhere.
-    `spot` work may be preempted, and pays only `price_percent` of what machines ask.
+    `ports`: it publishes some. `spot` work may be preempted, and pays only `price_percent` of what machines ask.
     """
 
     id: JobId
@@ -37,6 +37,7 @@ class PendingJob:
     requires_sandbox: bool = False
     image: str = ""
     network: bool = False
+    ports: bool = False
     excluded_machines: frozenset[MachineId] = frozenset()
     avoided_machines: frozenset[MachineId] = frozenset()
     not_before: datetime | None = None
@@ -61,6 +62,7 @@ class PendingJob:
             self.requires_sandbox,
             self.image,
             self.network,
+            self.ports,
             self.excluded_machines,
             self.nodes,
             self.spot,
@@ -85,6 +87,7 @@ class Constraint(StrEnum):
     IMAGE = "image"
     ALLOWED_IMAGES = "allowed_images"
     NETWORK = "network"
+    PORTS = "ports"
     REGION = "region"
     EXCLUDED = "excluded"
     MAX_PRICE = "max_price"
@@ -114,6 +117,7 @@ _TEXTS: Mapping[Constraint, str] = {
     Constraint.IMAGE: "does not run container images",
     Constraint.ALLOWED_IMAGES: "its owner does not allow this image",
     Constraint.NETWORK: "gives such jobs no network",
+    Constraint.PORTS: "publishes no ports of jobs",
     Constraint.REGION: "in another region",
     Constraint.EXCLUDED: "excluded for this job",
     Constraint.MAX_PRICE: "costs more than max_price",
@@ -134,6 +138,7 @@ _REASONS: Mapping[Constraint, QueueReason] = {
     Constraint.IMAGE: QueueReason.NO_MATCHING_MACHINE,
     Constraint.ALLOWED_IMAGES: QueueReason.NO_MATCHING_MACHINE,
     Constraint.NETWORK: QueueReason.NO_MATCHING_MACHINE,
+    Constraint.PORTS: QueueReason.NO_MATCHING_MACHINE,
     Constraint.REGION: QueueReason.RESTRICTED,
     Constraint.EXCLUDED: QueueReason.RESTRICTED,
     Constraint.MAX_PRICE: QueueReason.PRICE_ABOVE_MAX,
@@ -216,6 +221,8 @@ def constraint_masks(snapshot: Snapshot, job: PendingJob) -> dict[Constraint, Bo
     if job.network:
         kind = "image" if job.image else "plain"
         masks[Constraint.NETWORK] = np.array([kind in machine.networks for machine in snapshot.machines], np.bool_)
+    if job.ports:
+        masks[Constraint.PORTS] = np.array(["ports" in machine.networks for machine in snapshot.machines], np.bool_)
     if job.regions:
         masks[Constraint.REGION] = np.isin(snapshot.region, sorted(job.regions))
     if job.excluded_machines:

@@ -129,7 +129,9 @@ def _smallest_change(snapshot: Snapshot, job: PendingJob, constraint: Constraint
             whole = None if gpu is None else _with_gpu(job, replace(gpu, milli=MILLI_PER_UNIT))
             return None if gpu is None or whole is None else _Change("gpu", str(gpu), str(whole.request.gpu), whole)
         case Constraint.NETWORK:
-            return _Change("network", "true", "false", replace(job, network=False))
+            return _Change("network", "true", "false", replace(job, network=False, ports=False))
+        case Constraint.PORTS:
+            return _Change("ports", "some", "none", replace(job, ports=False))
         case (
             Constraint.STATUS | Constraint.OWNERSHIP | Constraint.SANDBOX | Constraint.IMAGE
             | Constraint.ALLOWED_IMAGES | Constraint.EXCLUDED

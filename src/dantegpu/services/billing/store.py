@@ -1,6 +1,6 @@
 """The ledger's tables. Named SQL: sql/queries.sql; what must never happen: sql/migrations."""
 
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
@@ -8,7 +8,7 @@ from uuid import UUID
 from dantegpu.domain.ids import AttemptId, HoldId, JobId, TeamId, TransferId
 from dantegpu.domain.ledger import Account, Closing, Hold, Transfer, wallet_of
 from dantegpu.domain.units import MicroDgpu
-from dantegpu.kit.db import Queries, Tx
+from dantegpu.kit.db import Asked, Queries, Tx
 
 QUERIES = Queries.of("dantegpu.services.billing")
 
@@ -136,10 +136,10 @@ async def lock_accounts(tx: Tx, accounts: Collection[Account]) -> dict[Account, 
     if not by_id:
         return {}
     locked = await _lock_accounts(tx, by_id)
-    return {by_id[row.account_id]: row for row in await locked()}
+    return {by_id[row.account_id]: row for row in await locked.rows()}
 
 
-async def _lock_accounts(tx: Tx, by_id: Mapping[UUID, Account]) -> Callable[[], Awaitable[list[BalanceRow]]]:
+async def _lock_accounts(tx: Tx, by_id: Mapping[UUID, Account]) -> Asked[BalanceRow]:
     await tx.send(
         QUERIES["ensure_accounts"],
         ids=list(by_id),
@@ -162,7 +162,7 @@ async def lock_and_find_holds(
     by_id = {account.id.uuid: account for account in accounts}
     locked = await _lock_accounts(tx, by_id) if by_id else None
     known = await find_holds(tx, ids)
-    return {by_id[row.account_id]: row for row in await locked()} if locked else {}, known
+    return {by_id[row.account_id]: row for row in await locked.rows()} if locked else {}, known
 
 
 def _held_window(row: HoldRow) -> HeldWindow:

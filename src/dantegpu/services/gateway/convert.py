@@ -164,6 +164,10 @@ def attempt(proto: jobs_pb2.Attempt) -> jobs.Attempt:
         spot=proto.spot,
         checkpointed_at=when_set(proto.checkpointed_at),
         resumed_epoch=proto.resumed_epoch or None,
+        ports=[
+            jobs.PublishedPort(number=port.number, address=port.address, machine_port=port.machine_port)
+            for port in proto.ports
+        ],
         created_at=when(proto.created_at),
         started_at=when_set(proto.started_at),
         ended_at=when_set(proto.ended_at),

@@ -1,6 +1,6 @@
 """Jobs, attempts and leases in PostgreSQL. Named SQL: sql/queries.sql."""
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -10,7 +10,7 @@ from psycopg.errors import CheckViolation, UniqueViolation
 from psycopg.types.json import Jsonb
 
 from dantegpu.domain.pricing import WINDOW_SECONDS
-from dantegpu.kit.db import Queries, Tx
+from dantegpu.kit.db import Asked, Queries, Tx
 from dantegpu.services.scheduler.errors import PlanConflict
 
 QUERIES = Queries.of("dantegpu.services.scheduler")
@@ -102,6 +102,7 @@ class AttemptRow:
     checkpoint_size_bytes: int | None
     checkpoint_slot: int
     checkpointed_at: datetime | None
+    ports: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,6 +314,12 @@ async def save_attempts(tx: Tx, rows: Sequence[Record]) -> None:
     await tx.send(QUERIES["save_attempts"], rows=json_rows(rows))
 
 
+async def save_ports(tx: Tx, ports: Mapping[UUID, bytes]) -> None:
+    """Where live attempts publish their ports."""
+    rows: list[Record] = [{"id": attempt_id, "ports": message} for attempt_id, message in ports.items()]
+    await tx.send(QUERIES["save_ports"], rows=json_rows(rows))
+
+
 async def attempts_by_id(tx: Tx, ids: Iterable[UUID]) -> dict[UUID, AttemptRow]:
     return {row.id: row for row in await tx.all(AttemptRow, QUERIES["attempts_by_id"], ids=list(ids))}
 
@@ -383,19 +390,9 @@ async def desired_attempts(tx: Tx, machine_ids: Sequence[UUID], now: datetime) -
     return await tx.all(DesiredRow, QUERIES["desired_attempts"], machine_ids=list(machine_ids), now=now)
 
 
-async def ask_desired_by_id(
-    tx: Tx, attempt_ids: Sequence[UUID], now: datetime
-) -> Callable[[], Awaitable[list[DesiredRow]]]:
-    """Those of the attempts that are live, as desired_attempts gives them."""
-    return await tx.ask(DesiredRow, QUERIES["desired_by_id"], attempt_ids=list(attempt_ids), now=now)
-
-
-async def ask_machine_revisions(tx: Tx, machine_ids: Sequence[UUID]) -> Callable[[], Awaitable[list[RevisionRow]]]:
-    return await tx.ask(RevisionRow, QUERIES["machine_revisions"], machine_ids=list(machine_ids))
-
-
-async def bump_machines(tx: Tx, machine_ids: Iterable[UUID]) -> None:
-    await tx.send(QUERIES["bump_machines"], machine_ids=list(machine_ids))
+async def bump_machines(tx: Tx, machine_ids: Iterable[UUID]) -> Asked[RevisionRow]:
+    """What these shall run has changed; their new revisions."""
+    return await tx.ask(RevisionRow, QUERIES["bump_machines"], machine_ids=list(machine_ids))
 
 
 async def machine_revisions(tx: Tx, machine_ids: Sequence[UUID]) -> dict[UUID, int]:

@@ -27,6 +27,7 @@ from dantegpu.daemon.executors.base import (
     ExitStatus,
     Handle,
     JobAtFault,
+    Published,
     SandboxFailed,
     SandboxKind,
     Stats,
@@ -52,6 +53,7 @@ from dantegpu.daemon.executors.container.plan import (
     docker_body,
     podman_body,
 )
+from dantegpu.daemon.executors.container.ports import HostPorts, Pair
 from dantegpu.daemon.executors.container.profile import write_hardened
 from dantegpu.daemon.executors.processes import (
     descendants,
@@ -101,18 +103,20 @@ class _Place:
     user: User
     network: str = ""
     """Of its own, called like the container; empty: none."""
+    ports: tuple[Pair, ...] = ()
 
     def dumps(self) -> str:
         user = [self.user.inside, self.user.host, self.user.mapped_from]
-        place = {"container": self.container, "slot": self.slot, "user": user, "network": self.network}
-        return json.dumps({"version": 1, **place})
+        where = {"network": self.network, "ports": self.ports}
+        return json.dumps({"version": 1, "container": self.container, "slot": self.slot, "user": user, **where})
 
     @classmethod
     def loads(cls, text: str) -> "_Place":
         raw = json.loads(text)
         if raw.get("version") != 1:
             raise UnknownHandle(f"handle version {raw.get('version')!r} is not of this daemon's version")
-        return cls(raw["container"], raw["slot"], User(*raw["user"]), raw.get("network", ""))
+        ports = tuple((number, machine_port) for number, machine_port in raw.get("ports", ()))
+        return cls(raw["container"], raw["slot"], User(*raw["user"]), raw.get("network", ""), ports)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +174,8 @@ class ContainerExecutor(Executor):
         self._label = f"{checksum:08x}"
         allowed = self._limits.network
         self._networks = Networks(self._engine, self._label, allowed or NetworkPolicy())
+        self._publish = allowed.publish if allowed is not None else None
+        self._ports = HostPorts(self._publish)
         self._uid_base = FIRST_UID + checksum % UID_BLOCKS * MAPPED_UIDS
 
     # --- what works here ----------------------------------------------------------------------------------------------
@@ -220,7 +226,8 @@ class ContainerExecutor(Executor):
         if network and (lacking := await self._networks.problem(facts)):
             network = False
             missing["network"] = lacking
-        return _Known(facts, Capabilities(kind, limits, missing, network), findings.accepted)
+        ports = network and self._publish is not None
+        return _Known(facts, Capabilities(kind, limits, missing, network, ports), findings.accepted)
 
     @staticmethod
     def _problem_with_users(facts: EngineFacts) -> str:
@@ -234,7 +241,11 @@ class ContainerExecutor(Executor):
         for folder in self._workspace.attempts():
             handle = folder.read_handle()
             if handle is not None and Handle.loads(handle).executor == self.name:
-                self._slots.add(_Place.loads(Handle.loads(handle).data).slot)
+                self._hold(_Place.loads(Handle.loads(handle).data))
+
+    def _hold(self, place: _Place) -> None:
+        self._slots.add(place.slot)
+        self._ports.hold(place.ports)
 
     def _user(self, slot: int, facts: EngineFacts) -> User:
         """A job never runs as the host's root, whatever the image says."""
@@ -255,6 +266,12 @@ class ContainerExecutor(Executor):
         self._slots.add(slot)
         return slot
 
+    def _new_place(self, spec: AttemptSpec, facts: EngineFacts) -> _Place:
+        ports = self._ports.take(spec.ports)
+        slot = self._new_slot()
+        name = f"dante-{self._label}-{spec.attempt_id}"
+        return _Place(name, slot, self._user(slot, facts), name if spec.network else "", ports)
+
     # --- Executor -----------------------------------------------------------------------------------------------------
 
     async def prepare(self, spec: AttemptSpec, progress: Callable[[str], None] = untold) -> Handle:
@@ -270,28 +287,27 @@ class ContainerExecutor(Executor):
         if spec.network and not capabilities.network:
             why = capabilities.missing.get("network", "its owner allows none")
             raise AttemptRefused(f"this machine gives jobs with an image no network: {why}")
+        if spec.ports and not capabilities.ports:
+            raise AttemptRefused("this machine's owner lets jobs publish no ports")
         known = folder.read_handle()
         if known is not None:
-            handle = Handle.loads(known)
-            place, _ = self._open(handle)
-            if folder.started.exists() or await self._engine.inspect(place.container) is not None:
-                return handle
-        else:
-            slot = self._new_slot()
-            name = f"dante-{self._label}-{spec.attempt_id}"
-            place = _Place(name, slot, self._user(slot, facts), name if spec.network else "")
-            handle = Handle(self.name, spec.attempt_id, place.dumps())
+            prepared = self._open(Handle.loads(known))[0]
+            if folder.started.exists() or await self._engine.inspect(prepared.container) is not None:
+                return Handle.loads(known)
         devices = gpus.choose(spec.devices, facts, self._limits.cdi_folders)
         async with self._images.ready(spec.image, progress) as image:
-            if not Plan("", image, spec, folder, place.user, {}).command:
+            if not image.command_of(spec):
                 raise JobAtFault(f"the job names no command and the image {spec.image.reference} has none of its own")
+            place = self._open(Handle.loads(known))[0] if known is not None else self._new_place(spec, facts)
+            handle = Handle(self.name, spec.attempt_id, place.dumps())
             await self._make_folder(folder, place.user)
             # Before the container: what a crash leaves behind must be findable.
             folder.write_handle(handle.dumps())
             labels = {LABEL_WORKSPACE: self._label, LABEL_ATTEMPT: str(spec.attempt_id)}
             plan = Plan(
                 place.container, image, spec, folder, place.user, labels, place.network,
-                self._networks.resolvers if place.network else (), devices,
+                self._networks.resolvers if place.network else (), place.ports,
+                str(self._publish.address) if self._publish is not None else "", devices,
                 self._profile if facts.seccomp_profile is not None else None,
             )  # fmt: skip
             if place.network:
@@ -334,7 +350,7 @@ class ContainerExecutor(Executor):
 
     async def adopt(self, handle: Handle) -> Adoption:
         place, folder = self._open(handle)
-        self._slots.add(place.slot)
+        self._hold(place)
         if place.network:
             await self._filter_again(handle)
         state = await self._state(place)
@@ -435,6 +451,12 @@ class ContainerExecutor(Executor):
             await self._networks.remove(place.network)
         await asyncio.to_thread(folder.remove)
         self._slots.discard(place.slot)
+        self._ports.give_back(place.ports)
+
+    def published(self, handle: Handle) -> Sequence[Published]:
+        place, _ = self._open(handle)
+        told = self._publish.told if self._publish is not None else ""
+        return [Published(number, told, machine_port) for number, machine_port in place.ports]
 
     async def stats(self, handle: Handle) -> Stats:
         place, _ = self._open(handle)

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from dantegpu.daemon.executors.base import AttemptRefused
 from dantegpu.daemon.executors.container.engine import Engine, EngineError, EngineFacts
+from dantegpu.daemon.executors.container.ports import PublishPolicy
 
 type Range = ipaddress.IPv4Network | ipaddress.IPv6Network
 type Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -56,10 +57,11 @@ class FilterFailed(AttemptRefused):
 @dataclass(frozen=True, slots=True)
 class NetworkPolicy:
     """`open`: near ranges that the machine's owner opens to jobs. `resolvers`: asked for names; empty: the machine's
-    own where they are public, else public ones."""
+    own where they are public, else public ones. `publish`: where jobs' ports may be published; None: nowhere."""
 
     open: Sequence[Range] = ()
     resolvers: Sequence[Address] = ()
+    publish: PublishPolicy | None = None
 
 
 class Networks:
@@ -144,6 +146,8 @@ class Networks:
         sets += [_set(f"open{version}", f"ipv{version}_addr", opened[version]) for version in (4, 6)]
         separator = "\n    "
         bridges = f'"{self._bridges}*"'
+        # Only the engine sends packets for its own address elsewhere: to the ports that it publishes.
+        published = f"oifname {bridges} ct status dnat accept" if self._policy.publish is not None else ""
         return f"""
 table {table}
 delete table {table}
@@ -161,6 +165,7 @@ table {table} {{
         type filter hook forward priority -10; policy accept;
         iifname {bridges} jump out
         oifname {bridges} ct state established,related accept
+        {published}
         oifname {bridges} drop
     }}
     chain input {{

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dantegpu.daemon.executors.base import AttemptSpec
+from dantegpu.daemon.executors.container.ports import Pair
 from dantegpu.daemon.executors.sandbox import HOSTNAME, OUTPUT, WORK, environment, inside
 from dantegpu.daemon.workspace import AttemptFolder
 
@@ -73,6 +74,12 @@ class ImageConfig:
             tuple(image.get("RepoDigests") or ()),
         )
 
+    def command_of(self, spec: AttemptSpec) -> list[str]:
+        """What a job runs: the image's own program only where the job names none."""
+        if spec.command:
+            return [*spec.entrypoint, *spec.command]
+        return [*(spec.entrypoint or self.entrypoint), *self.command]
+
     @property
     def guarded(self) -> list[str]:
         """Names of variables that the image may not set."""
@@ -102,6 +109,9 @@ class Plan:
     """Name of the engine's network; empty: none."""
     resolvers: Sequence[str] = ()
     """Whom to ask for names, where there is a network."""
+    ports: Sequence[Pair] = ()
+    publish_at: str = ""
+    """The machine's address at which they are published."""
     gpus: Gpus = field(default_factory=Gpus)
     seccomp_profile: Path | None = None
 
@@ -109,15 +119,7 @@ class Plan:
     def arguments(self) -> list[str]:
         guarded = {name: text for name, text in self._variables.items() if name.startswith(GUARDED_PREFIXES)}
         exports = [f"{name}={text}" for name, text in guarded.items()]
-        return [str(len(exports)), *exports, inside(self.spec.working_dir), *self.command]
-
-    @property
-    def command(self) -> list[str]:
-        """The image's own program runs only where the job names none."""
-        spec = self.spec
-        if spec.command:
-            return [*spec.entrypoint, *spec.command]
-        return [*(spec.entrypoint or self.image.entrypoint), *self.image.command]
+        return [str(len(exports)), *exports, inside(self.spec.working_dir), *self.image.command_of(self.spec)]
 
     @property
     def _variables(self) -> dict[str, str]:
@@ -170,6 +172,10 @@ def docker_body(plan: Plan) -> Json:
     host: Json = {
         "NetworkMode": plan.network or "none",
         "Dns": list(plan.resolvers),
+        "PortBindings": {
+            f"{number}/tcp": [{"HostIp": plan.publish_at, "HostPort": str(machine_port)}]
+            for number, machine_port in plan.ports
+        },
         "ReadonlyRootfs": True,
         "Privileged": False,
         "CapDrop": ["ALL"],
@@ -203,6 +209,7 @@ def docker_body(plan: Plan) -> Json:
         "WorkingDir": WORK,
         "Labels": dict(plan.labels),
         "Healthcheck": {"Test": ["NONE"]},
+        "ExposedPorts": {f"{number}/tcp": {} for number, _ in plan.ports},
         "HostConfig": host,
     }
 
@@ -262,6 +269,10 @@ def podman_body(plan: Plan) -> Json:
         body["seccomp_profile_path"] = str(plan.seccomp_profile)
     if plan.network:
         body |= {"netns": {"nsmode": "bridge"}, "Networks": {plan.network: {}}, "dns_server": list(plan.resolvers)}
+        body["portmappings"] = [
+            {"container_port": number, "host_port": machine_port, "host_ip": plan.publish_at, "protocol": "tcp"}
+            for number, machine_port in plan.ports
+        ]
     else:
         body["netns"] = {"nsmode": "none"}
     if user.mapped_from is not None:

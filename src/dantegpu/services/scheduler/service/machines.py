@@ -23,6 +23,7 @@ from dantegpu.contracts.gen.dante.v1 import (
 from dantegpu.domain.clock import Clock
 from dantegpu.domain.ids import AttemptId, DeviceId, InvalidId, JobId, MachineId, TeamId
 from dantegpu.domain.job import StopReason
+from dantegpu.domain.ports import MAX_PORT, MAX_PORTS
 from dantegpu.kit import rpc
 from dantegpu.kit.actor import SERVICE
 from dantegpu.kit.bus import Bus
@@ -32,7 +33,7 @@ from dantegpu.kit.lifecycle import Pace, Tasks, Wakeup
 from dantegpu.kit.outbox import Outbox
 from dantegpu.services.scheduler import store, store_preemptions
 from dantegpu.services.scheduler.service.inventory import Inventory
-from dantegpu.services.scheduler.service.transitions import JobBatch, Wakeups
+from dantegpu.services.scheduler.service.transitions import JobBatch, Opened, Wakeups
 from dantegpu.services.scheduler.settings import SchedulerSettings
 from dantegpu.services.scheduler.store_preemptions import CheckpointRow
 
@@ -49,6 +50,7 @@ RENDEZVOUS_PORTS = 10_000
 """Below the range that kernels give to outgoing connections."""
 MAX_CHECKPOINTS = 1_000_000
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_HOST = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.:-]{0,252}[A-Za-z0-9])?", re.ASCII)
 _GOES_ON = frozenset({StopReason.PREEMPTED.value, StopReason.NO_FUNDS.value, StopReason.MACHINE_DRAINED.value})
 """A job that is stopped for one of these comes back to the queue."""
 _ENDED = frozenset({jobs_pb2.SUCCEEDED, jobs_pb2.FAILED, jobs_pb2.CANCELLED})
@@ -99,6 +101,9 @@ class Machines:
         if problem := self._checkpoint_problem(status.checkpoint):
             log.warning("reported_checkpoint_refused", machine_id=str(machine_id), problem=problem)
             status.ClearField("checkpoint")
+        if problem := ports_problem(status.ports):
+            log.warning("reported_ports_refused", machine_id=str(machine_id), problem=problem)
+            del status.ports[:]
         return True
 
     async def _fold(
@@ -163,20 +168,20 @@ class Machines:
         async with self._db.transaction() as tx:
             return await self._desired(tx, machine_ids, self._clock.now())
 
-    async def news(
-        self, attempts: Mapping[UUID, Sequence[UUID]], acks: Mapping[UUID, Sequence[machine_pb2.AttemptAck]]
+    def news(
+        self,
+        opened: Sequence[Opened],
+        revisions: Mapping[UUID, int],
+        acks: Mapping[UUID, Sequence[machine_pb2.AttemptAck]],
     ) -> dict[UUID, machine_pb2.DesiredState]:
-        """Only these attempts (machine -> those that it shall have) and what machines may forget."""
-        machine_ids = sorted(attempts.keys() | acks.keys())
-        attempt_ids = [attempt_id for of_machine in attempts.values() for attempt_id in of_machine]
+        """Only these attempts, as they were committed, and what machines may forget."""
         now = self._clock.now()
-        async with self._db.transaction() as tx:
-            # After the commits that this tells of, so the revision is one that has seen them.
-            revisions = await store.ask_machine_revisions(tx, machine_ids)
-            rows = await store.ask_desired_by_id(tx, attempt_ids, now)
-            leases = await store.leases_of_attempts(tx, attempt_ids)
-            seen = {row.machine_id: row.desired_revision for row in await revisions()}
-            states = await self._filled(tx, self._states(machine_ids, seen, now), await rows(), leases, now)
+        machine_ids = {each.row.machine_id for each in opened} | acks.keys()
+        states = self._states(sorted(machine_ids), revisions, now)
+        for each in opened:
+            desired = self._desired_attempt(each.row, each.leases, now)
+            if desired.lease_ms > 0:
+                states[each.row.machine_id].desired.append(desired)
         for machine_id, state in states.items():
             state.partial = True
             state.acknowledged.extend(acks.get(machine_id, ()))
@@ -361,6 +366,18 @@ class Machines:
         return ""
 
 
+def ports_problem(ports: Sequence[jobs_pb2.PublishedPort]) -> str:
+    """What is wrong with where a machine says that a job is reached; people open these addresses."""
+    if len(ports) > MAX_PORTS:
+        return f"{len(ports)} ports, a job publishes at most {MAX_PORTS}"
+    for port in ports:
+        if not _HOST.fullmatch(port.address):
+            return f"{port.address[:100]!r} is neither an address nor a name"
+        if not (0 < port.number <= MAX_PORT and 0 < port.machine_port <= MAX_PORT):
+            return f"port {port.number} at port {port.machine_port}"
+    return ""
+
+
 def is_safe_path(path: str) -> bool:
     """A relative POSIX path without `..`, empty parts or control characters."""
     parts = PurePosixPath(path).parts
@@ -405,7 +422,9 @@ class Dispatcher:
         self._bus = bus
         self._due: set[UUID] = set()
         """Machines that have to hear everything."""
-        self._opened: defaultdict[UUID, list[UUID]] = defaultdict(list)
+        self._opened: list[Opened] = []
+        self._revisions: dict[UUID, int] = {}
+        """Of the machines whose attempts these are."""
         self._acks: defaultdict[UUID, list[machine_pb2.AttemptAck]] = defaultdict(list)
         self._pushed: dict[UUID, int] = {}
         """The last revision that each machine was sent from here."""
@@ -417,10 +436,11 @@ class Dispatcher:
         self._due |= machine_ids
         self._wakeup.notify()
 
-    def opened(self, attempts: Mapping[UUID, Sequence[UUID]]) -> None:
+    def opened(self, attempts: Sequence[Opened], revisions: Mapping[UUID, int]) -> None:
         """These attempts are new on their machines."""
-        for machine_id, attempt_ids in attempts.items():
-            self._opened[machine_id].extend(attempt_ids)
+        self._opened.extend(attempts)
+        for machine_id, revision in revisions.items():
+            self._revisions[machine_id] = max(revision, self._revisions.get(machine_id, 0))
         self._wakeup.notify()
 
     def folded(self, reports: Sequence[tuple[MachineId, machine_pb2.AttemptStatus]]) -> None:
@@ -442,20 +462,25 @@ class Dispatcher:
         await self._wakeup.wait()
         self._pace.begin()
         due, self._due = self._due, set()
-        opened, self._opened = self._opened, defaultdict(list)
+        opened, self._opened = self._opened, []
+        revisions, self._revisions = self._revisions, {}
         acks, self._acks = self._acks, defaultdict(list)
-        for machine_id in due:
-            opened.pop(machine_id, None)
         try:
             if due:
                 await self._publish(await self._machines.desired(sorted(due)))
-            if opened or acks:
-                await self._publish(await self._machines.news(opened, acks))
+            news = [each for each in opened if each.row.machine_id not in due]
+            if news or acks:
+                await self._publish(self._machines.news(news, self._newest(revisions, acks), acks))
         except ServiceError:
             # All of it once more: what was pushed already is known there as old.
-            self.notify(due | opened.keys())
+            self.notify(due | {each.row.machine_id for each in opened})
             raise
         await self._pace.rest()
+
+    def _newest(self, revisions: Mapping[UUID, int], acks: Iterable[UUID]) -> dict[UUID, int]:
+        """A push never goes out under an older revision than the last one: commits may be told out of order."""
+        machine_ids = {*revisions, *acks}
+        return {each: max(revisions.get(each, 0), self._pushed.get(each, 0)) for each in machine_ids}
 
     async def _publish(self, states: Mapping[UUID, machine_pb2.DesiredState]) -> None:
         for machine_id, state in states.items():

@@ -106,6 +106,7 @@ def pending_of_spec(
         max_price_udgpu_per_hour=spec.max_price_udgpu_per_gpu_hour if has_limit else None,
         image=spec.image,
         network=spec.network,
+        ports=bool(spec.ports),
         nodes=max(spec.nodes, 1),
         spot=spot,
         price_percent=spot_price_percent if spot else FULL_PRICE_PERCENT,

@@ -17,13 +17,21 @@ from dantegpu.domain import job as lifecycle
 from dantegpu.domain.ids import AttemptId, JobId, MachineId, TeamId
 from dantegpu.domain.job import JobSnapshot, JobState, Outcome, QueueReason, RetryOn, RetryPolicy, StopReason
 from dantegpu.domain.pricing import billable_seconds
-from dantegpu.kit.db import Tx
+from dantegpu.kit.db import Asked, Tx
 from dantegpu.kit.outbox import Outbox
 from dantegpu.services.scheduler import store, store_preemptions
-from dantegpu.services.scheduler.store import AttemptRow, JobRow
+from dantegpu.services.scheduler.store import AttemptRow, DesiredRow, JobRow, LeaseRow, RevisionRow
 
 JOBS_PER_MESSAGE_MAX = 200
 """NATS bounds a message, and the text of a change may have MAX_MESSAGE_LENGTH characters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A new attempt, with what its machine has to hear of it."""
+
+    row: DesiredRow
+    leases: Sequence[LeaseRow]
 
 
 @dataclass(slots=True)
@@ -32,8 +40,8 @@ class Wakeups:
 
     machines: Callable[[set[UUID]], None] = field(default=lambda machine_ids: None)
     """These have to hear everything that they shall run."""
-    opened: Callable[[Mapping[UUID, Sequence[UUID]]], None] = field(default=lambda attempts: None)
-    """Machine -> attempts that are new there; of the others nothing has changed."""
+    opened: Callable[[Sequence[Opened], Mapping[UUID, int]], None] = field(default=lambda attempts, revisions: None)
+    """Attempts that are new on their machines, of whose others nothing has changed, and the machines' revisions."""
     folded: Callable[[Sequence[tuple[MachineId, machine_pb2.AttemptStatus]]], None] = field(
         default=lambda reports: None
     )
@@ -149,10 +157,13 @@ class JobBatch:
         """Whose desired attempts have changed."""
         self._to_tell: set[UUID] = set()
         """Those of them that do not know it yet, without the attempts that are new there."""
-        self._openings: dict[UUID, list[UUID]] = {}
+        self._openings: list[tuple[UUID, Opening]] = []
+        """Job and how its attempt was opened, where its machine need not hear anything else."""
+        self._revisions: Asked[RevisionRow] | None = None
         self._requeued: set[UUID] = set()
         self._out_of_lease: frozenset[AttemptId] = frozenset()
         self._checkpoints: dict[UUID, dict[str, Any]] = {}
+        self._ports: dict[UUID, bytes] = {}
 
     @staticmethod
     async def lock(tx: Tx, job_ids: Iterable[UUID], now: datetime) -> "JobBatch":
@@ -212,6 +223,9 @@ class JobBatch:
         if isinstance(folded, lifecycle.Folded):
             if status.checkpoint.number:
                 self._checkpoints[report.attempt_id.uuid] = _checkpoint(report.attempt_id, status.checkpoint)
+            if status.ports:
+                ports = machine_pb2.AttemptStatus(ports=status.ports)
+                self._ports[report.attempt_id.uuid] = ports.SerializeToString()
             self._take(before, folded.job, folded.effects, None, status)
 
     def _start_unseen(self, job_id: UUID, machine_id: MachineId, status: machine_pb2.AttemptStatus) -> None:
@@ -255,7 +269,11 @@ class JobBatch:
         if after.state is JobState.QUEUED and before.state is not JobState.QUEUED:
             self._requeued.add(job_id)
         if told := _event_text(before, after, opening):
-            self._tell(job_id, after, before.attempt_id or after.attempt_id, *told)
+            type_, text = told
+            if type_ == "running" and status is not None:
+                # Of a gang only the last node is known here; an attempt has its own.
+                text += "" if after.gang else _ports_text(status)
+            self._tell(job_id, after, before.attempt_id or after.attempt_id, type_, text)
 
     def _attempt(self, attempt_id: UUID, job: JobSnapshot) -> dict[str, Any]:
         record = self._attempts.setdefault(attempt_id, {"id": attempt_id})
@@ -287,7 +305,11 @@ class JobBatch:
                 self._opened.append({**opening.attempts[rank], **of_node})
                 self._leases.extend({**device, "attempt_id": attempt_id.uuid} for device in opening.devices[rank])
                 self._machines.add(machine_id.uuid)
-                self._openings.setdefault(machine_id.uuid, []).append(attempt_id.uuid)
+                if epoch == 1 and before.nodes == 1:
+                    self._openings.append((before.id.uuid, opening))
+                else:
+                    # It may have a checkpoint to go on from, or other nodes to find.
+                    self._to_tell.add(machine_id.uuid)
             case lifecycle.StopAttempt(attempt_id, machine_id, _, why):
                 record = (
                     self._attempts.setdefault(attempt_id.uuid, {"id": attempt_id.uuid})
@@ -358,6 +380,8 @@ class JobBatch:
             return
         if self._checkpoints:
             await store_preemptions.save_checkpoints(tx, list(self._checkpoints.values()), self._now)
+        if self._ports:
+            await store.save_ports(tx, self._ports)
         if self._attempts:
             await store.save_attempts(tx, [_complete(record) for record in self._attempts.values()])
         if self._closed:
@@ -369,15 +393,17 @@ class JobBatch:
         if self._events:
             await store.insert_events(tx, self._events)
         if self._machines:
-            await store.bump_machines(tx, self._machines)
+            self._revisions = await store.bump_machines(tx, self._machines)
         await outbox.add(tx, self._messages())
-        tx.after_commit.append(lambda: self._wake(wakeups))
+        lease_expires_at = self._now + timedelta(seconds=lease_seconds)
+        tx.after_commit.append(lambda: self._wake(wakeups, lease_expires_at))
 
-    def _wake(self, wakeups: Wakeups) -> None:
+    def _wake(self, wakeups: Wakeups, lease_expires_at: datetime) -> None:
         if self._to_tell:
             wakeups.machines(self._to_tell)
-        if self._openings:
-            wakeups.opened(self._openings)
+        if self._openings and self._revisions is not None:
+            revisions = {row.machine_id: row.desired_revision for row in self._revisions.known()}
+            wakeups.opened([self._opened_attempt(*each, lease_expires_at) for each in self._openings], revisions)
         if self._closed:
             wakeups.ended(self._closed)
             wakeups.placement()
@@ -385,6 +411,27 @@ class JobBatch:
             wakeups.settlement()
         if any(self._rows[job_id].array_id and self._jobs[job_id].state.terminal for job_id in self._changed):
             wakeups.arrays()
+
+    def _opened_attempt(self, job_id: UUID, opening: Opening, lease_expires_at: datetime) -> Opened:
+        job, row = self._jobs[job_id], self._rows[job_id]
+        assert job.attempt_id is not None, "it was opened in this transaction"
+        assert job.machine_id is not None, "it was opened in this transaction"
+        attempt_id = job.attempt_id.uuid
+        desired = DesiredRow(
+            id=attempt_id,
+            job_id=job_id,
+            team_id=row.team_id,
+            epoch=job.epoch,
+            machine_id=job.machine_id.uuid,
+            stop_reason=job.stop_reason.value if job.stop_reason else None,
+            lease_expires_at=lease_expires_at,
+            spec=row.spec,
+            traceparent=row.traceparent,
+            node_rank=0,
+            first_attempt_id=attempt_id,
+            node_machines=[],
+        )
+        return Opened(desired, [LeaseRow(attempt_id=attempt_id, **device) for device in opening.devices[0]])
 
     def _messages(self) -> list[tuple[str, Message]]:
         changes = [
@@ -428,6 +475,10 @@ def _checkpoint(attempt_id: AttemptId, saved: machine_pb2.Saved) -> dict[str, An
         "checkpoint_size_bytes": saved.size_bytes,
         "checkpoint_slot": saved.slot,
     }
+
+
+def _ports_text(status: machine_pb2.AttemptStatus) -> str:
+    return "".join(f"; port {port.number} is {port.address}:{port.machine_port}" for port in status.ports)
 
 
 _ATTEMPT_COLUMNS = (

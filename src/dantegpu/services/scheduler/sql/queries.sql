@@ -107,6 +107,11 @@ FROM jsonb_to_recordset(%(rows)s) AS new (
     report_seq bigint)
 WHERE attempts.id = new.id AND attempts.ended_at IS NULL;
 
+-- name: save_ports
+-- Before the ends of attempts are written: an ended one changes no more.
+UPDATE attempts SET ports = decode(new.ports, 'hex') FROM jsonb_to_recordset(%(rows)s) AS new (id uuid, ports text)
+WHERE attempts.id = new.id AND attempts.ended_at IS NULL;
+
 -- name: attempts_by_id
 SELECT * FROM attempts WHERE id = ANY(%(ids)s);
 
@@ -157,19 +162,11 @@ FROM attempts a JOIN jobs j ON j.id = a.job_id
 WHERE a.machine_id = ANY(%(machine_ids)s) AND a.ended_at IS NULL AND a.lease_expires_at > %(now)s
 ORDER BY a.id;
 
--- name: desired_by_id
-SELECT a.id, a.job_id, a.team_id, a.epoch, a.machine_id, a.stop_reason, a.lease_expires_at, j.spec, j.traceparent,
-    a.node_rank, j.attempt_id AS first_attempt_id, CASE WHEN a.nodes > 1 THEN ARRAY(
-        SELECT node.machine_id FROM attempts node WHERE node.job_id = a.job_id AND node.epoch = a.epoch
-        ORDER BY node.node_rank) ELSE '{}' END AS node_machines
-FROM attempts a JOIN jobs j ON j.id = a.job_id
-WHERE a.id = ANY(%(attempt_ids)s) AND a.ended_at IS NULL AND a.lease_expires_at > %(now)s
-ORDER BY a.id;
-
 -- name: bump_machines
 INSERT INTO machines AS m (machine_id, desired_revision)
 SELECT id, 1 FROM unnest(%(machine_ids)s::uuid[]) AS ids (id) ORDER BY id
-ON CONFLICT (machine_id) DO UPDATE SET desired_revision = m.desired_revision + 1;
+ON CONFLICT (machine_id) DO UPDATE SET desired_revision = m.desired_revision + 1
+RETURNING machine_id, desired_revision;
 
 -- name: machine_revisions
 SELECT machine_id, desired_revision FROM machines WHERE machine_id = ANY(%(machine_ids)s);

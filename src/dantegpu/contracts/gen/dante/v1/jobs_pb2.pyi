@@ -349,6 +349,7 @@ class JobSpec(message.Message):
     ENTRYPOINT_FIELD_NUMBER: builtins.int
     WORKING_DIR_FIELD_NUMBER: builtins.int
     REGISTRY_AUTH_FIELD_NUMBER: builtins.int
+    PORTS_FIELD_NUMBER: builtins.int
     name: builtins.str
     image: builtins.str
     """empty = the machine's sandbox"""
@@ -406,6 +407,10 @@ class JobSpec(message.Message):
 
     @builtins.property
     def registry_auth(self) -> RegistryAuth: ...
+    @builtins.property
+    def ports(self) -> containers.RepeatedCompositeFieldContainer[Port]:
+        """published on the machine; only with an image"""
+
     def __init__(
         self,
         *,
@@ -434,14 +439,65 @@ class JobSpec(message.Message):
         entrypoint: abc.Iterable[builtins.str] | None = ...,
         working_dir: builtins.str = ...,
         registry_auth: RegistryAuth | None = ...,
+        ports: abc.Iterable[Port] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["_max_price_udgpu_per_gpu_hour", b"_max_price_udgpu_per_gpu_hour", "array", b"array", "checkpoint", b"checkpoint", "deadline", b"deadline", "max_price_udgpu_per_gpu_hour", b"max_price_udgpu_per_gpu_hour", "registry_auth", b"registry_auth", "resources", b"resources", "retry", b"retry", "schedule", b"schedule"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_max_price_udgpu_per_gpu_hour", b"_max_price_udgpu_per_gpu_hour", "after", b"after", "argv", b"argv", "array", b"array", "checkpoint", b"checkpoint", "commands", b"commands", "deadline", b"deadline", "deadline_seconds", b"deadline_seconds", "entrypoint", b"entrypoint", "env", b"env", "image", b"image", "input_sha256", b"input_sha256", "input_size_bytes", b"input_size_bytes", "labels", b"labels", "max_duration_seconds", b"max_duration_seconds", "max_price_udgpu_per_gpu_hour", b"max_price_udgpu_per_gpu_hour", "name", b"name", "network", b"network", "nodes", b"nodes", "priority", b"priority", "registry_auth", b"registry_auth", "resources", b"resources", "retry", b"retry", "schedule", b"schedule", "spot_policy", b"spot_policy", "working_dir", b"working_dir"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_max_price_udgpu_per_gpu_hour", b"_max_price_udgpu_per_gpu_hour", "after", b"after", "argv", b"argv", "array", b"array", "checkpoint", b"checkpoint", "commands", b"commands", "deadline", b"deadline", "deadline_seconds", b"deadline_seconds", "entrypoint", b"entrypoint", "env", b"env", "image", b"image", "input_sha256", b"input_sha256", "input_size_bytes", b"input_size_bytes", "labels", b"labels", "max_duration_seconds", b"max_duration_seconds", "max_price_udgpu_per_gpu_hour", b"max_price_udgpu_per_gpu_hour", "name", b"name", "network", b"network", "nodes", b"nodes", "ports", b"ports", "priority", b"priority", "registry_auth", b"registry_auth", "resources", b"resources", "retry", b"retry", "schedule", b"schedule", "spot_policy", b"spot_policy", "working_dir", b"working_dir"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_price_udgpu_per_gpu_hour: _TypeAlias = typing.Literal["max_price_udgpu_per_gpu_hour"]  # noqa: Y015
     _WhichOneofArgType__max_price_udgpu_per_gpu_hour: _TypeAlias = typing.Literal["_max_price_udgpu_per_gpu_hour", b"_max_price_udgpu_per_gpu_hour"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_price_udgpu_per_gpu_hour) -> _WhichOneofReturnType__max_price_udgpu_per_gpu_hour | None: ...
+
+@typing.final
+class Port(message.Message):
+    """A TCP port that the job listens on."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: builtins.int
+    WISHED_FIELD_NUMBER: builtins.int
+    number: builtins.int
+    wished: builtins.int
+    """on the machine, where it is free; 0 = any"""
+    def __init__(
+        self,
+        *,
+        number: builtins.int = ...,
+        wished: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["number", b"number", "wished", b"wished"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class PublishedPort(message.Message):
+    """Where a port of an attempt can be reached while it runs."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: builtins.int
+    ADDRESS_FIELD_NUMBER: builtins.int
+    MACHINE_PORT_FIELD_NUMBER: builtins.int
+    number: builtins.int
+    """in the job"""
+    address: builtins.str
+    """of the machine"""
+    machine_port: builtins.int
+    def __init__(
+        self,
+        *,
+        number: builtins.int = ...,
+        address: builtins.str = ...,
+        machine_port: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "machine_port", b"machine_port", "number", b"number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 @typing.final
 class ResultFile(message.Message):
@@ -493,6 +549,7 @@ class Attempt(message.Message):
     SPOT_FIELD_NUMBER: builtins.int
     CHECKPOINTED_AT_FIELD_NUMBER: builtins.int
     RESUMED_EPOCH_FIELD_NUMBER: builtins.int
+    PORTS_FIELD_NUMBER: builtins.int
     id: builtins.str
     job_id: builtins.str
     epoch: builtins.int
@@ -528,6 +585,8 @@ class Attempt(message.Message):
     def checkpointed_at(self) -> timestamp_pb2.Timestamp:
         """when it saved its last checkpoint; unset = never"""
 
+    @builtins.property
+    def ports(self) -> containers.RepeatedCompositeFieldContainer[PublishedPort]: ...
     def __init__(
         self,
         *,
@@ -552,10 +611,11 @@ class Attempt(message.Message):
         spot: builtins.bool = ...,
         checkpointed_at: timestamp_pb2.Timestamp | None = ...,
         resumed_epoch: builtins.int = ...,
+        ports: abc.Iterable[PublishedPort] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["_exit_code", b"_exit_code", "checkpointed_at", b"checkpointed_at", "created_at", b"created_at", "ended_at", b"ended_at", "exit_code", b"exit_code", "started_at", b"started_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_exit_code", b"_exit_code", "billed_seconds", b"billed_seconds", "checkpointed_at", b"checkpointed_at", "cost_udgpu", b"cost_udgpu", "created_at", b"created_at", "device_ids", b"device_ids", "ended_at", b"ended_at", "epoch", b"epoch", "exit_code", b"exit_code", "id", b"id", "job_id", b"job_id", "machine_id", b"machine_id", "message", b"message", "node_rank", b"node_rank", "outcome", b"outcome", "rate_udgpu_per_hour", b"rate_udgpu_per_hour", "resumed_epoch", b"resumed_epoch", "sandbox", b"sandbox", "simulated", b"simulated", "spot", b"spot", "started_at", b"started_at", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_exit_code", b"_exit_code", "billed_seconds", b"billed_seconds", "checkpointed_at", b"checkpointed_at", "cost_udgpu", b"cost_udgpu", "created_at", b"created_at", "device_ids", b"device_ids", "ended_at", b"ended_at", "epoch", b"epoch", "exit_code", b"exit_code", "id", b"id", "job_id", b"job_id", "machine_id", b"machine_id", "message", b"message", "node_rank", b"node_rank", "outcome", b"outcome", "ports", b"ports", "rate_udgpu_per_hour", b"rate_udgpu_per_hour", "resumed_epoch", b"resumed_epoch", "sandbox", b"sandbox", "simulated", b"simulated", "spot", b"spot", "started_at", b"started_at", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exit_code: _TypeAlias = typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015

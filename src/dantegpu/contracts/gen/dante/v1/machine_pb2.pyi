@@ -246,7 +246,7 @@ class Inventory(message.Message):
 
     @builtins.property
     def networks(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
-        """jobs that may have one here: plain (without an image), image"""
+        """jobs that may have one here: plain (without an image), image; ports: may publish some"""
 
     def __init__(
         self,
@@ -390,6 +390,7 @@ class AttemptStatus(message.Message):
     SANDBOX_FIELD_NUMBER: builtins.int
     RAN_MS_FIELD_NUMBER: builtins.int
     CHECKPOINT_FIELD_NUMBER: builtins.int
+    PORTS_FIELD_NUMBER: builtins.int
     attempt_id: builtins.str
     job_id: builtins.str
     epoch: builtins.int
@@ -416,6 +417,10 @@ class AttemptStatus(message.Message):
     def checkpoint(self) -> Saved:
         """the last one that it uploaded"""
 
+    @builtins.property
+    def ports(self) -> containers.RepeatedCompositeFieldContainer[jobs_pb2.PublishedPort]:
+        """where they are reached, from RUNNING on"""
+
     def __init__(
         self,
         *,
@@ -432,10 +437,11 @@ class AttemptStatus(message.Message):
         sandbox: builtins.str = ...,
         ran_ms: builtins.int = ...,
         checkpoint: Saved | None = ...,
+        ports: abc.Iterable[jobs_pb2.PublishedPort] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["_exit_code", b"_exit_code", "checkpoint", b"checkpoint", "exit_code", b"exit_code"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_exit_code", b"_exit_code", "attempt_id", b"attempt_id", "checkpoint", b"checkpoint", "epoch", b"epoch", "exit_code", b"exit_code", "job_id", b"job_id", "log_bytes", b"log_bytes", "message", b"message", "outcome", b"outcome", "ran_ms", b"ran_ms", "results", b"results", "sandbox", b"sandbox", "seq", b"seq", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_exit_code", b"_exit_code", "attempt_id", b"attempt_id", "checkpoint", b"checkpoint", "epoch", b"epoch", "exit_code", b"exit_code", "job_id", b"job_id", "log_bytes", b"log_bytes", "message", b"message", "outcome", b"outcome", "ports", b"ports", "ran_ms", b"ran_ms", "results", b"results", "sandbox", b"sandbox", "seq", b"seq", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exit_code: _TypeAlias = typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015

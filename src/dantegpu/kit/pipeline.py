@@ -1,0 +1,232 @@
+"""Statements on one connection in libpq's pipeline mode, by its own interface.
+
+psycopg connects, adapts values and names errors. Its cursors are left out: they cost a service two to three times what
+the statements themselves do, and a platform's time is mostly small statements. See "Pipeline Mode" in libpq's manual.
+"""
+
+import asyncio
+import re
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import lru_cache
+from typing import Any, cast, override
+from uuid import UUID
+
+import psycopg
+from psycopg.adapt import Dumper, PyFormat, Transformer
+from psycopg.pq import ConnStatus, ExecStatus, Format, TransactionStatus
+from psycopg.pq.abc import PGresult
+
+MAX_PREPARED = 1000
+"""Statements that a connection keeps prepared; what comes after is sent whole each time."""
+RESET_SECONDS = 5.0
+"""A connection whose last statement cannot be ended within this time is given up."""
+_UUID_ARRAY_OID = 2951
+_PARAMETER = re.compile(rb"%(?:\((\w+)\)s|(%))")
+
+
+class Answer:
+    """What the server says to one statement: there after the next `Pipeline.sync`, if that raises nothing."""
+
+    __slots__ = ("result",)
+
+    def __init__(self) -> None:
+        self.result: PGresult | None = None
+
+
+class Pipeline:
+    """The statements of one connection. Its user has it alone from open() to close()."""
+
+    def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        connection.adapters.register_dumper(_Uuids, _UuidsDumper)
+        self._connection = connection
+        self._pgconn = connection.pgconn
+        self._adapt = Transformer(connection)
+        self._prepared: dict[tuple[str, tuple[int, ...]], bytes] = {}
+        self._seen: set[str] = set()
+        self._named = 0
+        self._unanswered: deque[Answer] = deque()
+        self._syncs = 0
+        """Sent, and not answered yet."""
+
+    def open(self) -> None:
+        self._pgconn.enter_pipeline_mode()
+
+    def close(self) -> None:
+        """Everything sent must be answered by now, or the connection closed."""
+        if self._pgconn.status != ConnStatus.BAD:
+            self._pgconn.exit_pipeline_mode()
+
+    async def put(self, sql: str, params: Mapping[str, object]) -> Answer:
+        """Send a statement and do not wait for its answer."""
+        query, names = _parsed(sql)
+        self._dump([params[name] for name in names])
+        types, formats = self._adapt.types or (), self._adapt.formats
+        name = self._prepared.get((sql, types))
+        if name is None and sql in self._seen and len(self._prepared) < MAX_PREPARED:
+            # Used again: worth preparing. A name is never used for another statement.
+            self._named += 1
+            name = self._prepared[sql, types] = f"dante_{self._named}".encode()
+            self._pgconn.send_prepare(name, query, types)
+            self._unanswered.append(Answer())
+        self._seen.add(sql)
+        if name is None:
+            self._pgconn.send_query_params(query, self._values, types, formats, Format.BINARY)
+        else:
+            self._pgconn.send_query_prepared(name, self._values, formats, Format.BINARY)
+        answer = Answer()
+        self._unanswered.append(answer)
+        await self._flush()
+        return answer
+
+    def _dump(self, values: Sequence[object]) -> None:
+        formats = [PyFormat.AUTO] * len(values)
+        self._values = self._adapt.dump_sequence([_fast(value) for value in values], formats)
+
+    async def sync(self) -> None:
+        """Wait until everything that was sent is answered. Raises the first error among the answers.
+
+        The server knows by it, too, that a transaction is idle now, and does not wait for the client in vain.
+        """
+        self._pgconn.pipeline_sync()
+        self._syncs += 1
+        await self._drain()
+
+    async def finish(self) -> None:
+        """Like sync(), where anything is unanswered."""
+        if self._unanswered:
+            await self.sync()
+
+    async def _drain(self) -> None:
+        await self._flush()
+        error: psycopg.Error | None = None
+        while self._syncs:
+            try:
+                result = await self._next_result()
+            except psycopg.OperationalError as broken:
+                # Why the server ended the session says more than that it did.
+                raise error or broken from None
+            if result is None:
+                continue
+            if result.status == ExecStatus.PIPELINE_SYNC:
+                self._syncs -= 1
+                continue
+            # A session that the server ends says so without having been asked.
+            answer = self._unanswered.popleft() if self._unanswered else Answer()
+            if result.status == ExecStatus.FATAL_ERROR:
+                error = error or psycopg.errors.error_from_result(result)
+            elif result.status != ExecStatus.PIPELINE_ABORTED:
+                answer.result = result
+        if error is not None:
+            # Among what failed may be a preparation; and a table may have changed under a prepared statement.
+            self._prepared.clear()
+            self._seen.clear()
+            raise error
+
+    async def _next_result(self) -> PGresult | None:
+        """None: between two statements."""
+        while self._pgconn.is_busy():
+            await self._ready(reading=True)
+            self._pgconn.consume_input()
+        result = self._pgconn.get_result()
+        if result is None and self._pgconn.status == ConnStatus.BAD:
+            raise psycopg.OperationalError("the connection is lost")
+        return result
+
+    async def _flush(self) -> None:
+        while self._pgconn.flush():
+            # The server may wait for its answers to be read before it reads on.
+            await self._ready(reading=True, writing=True)
+            self._pgconn.consume_input()
+
+    async def _ready(self, *, reading: bool, writing: bool = False) -> None:
+        loop, socket = asyncio.get_running_loop(), self._pgconn.socket
+        ready: asyncio.Future[None] = loop.create_future()
+        loop.add_reader(socket, _set, ready)
+        if writing:
+            loop.add_writer(socket, _set, ready)
+        try:
+            await ready
+        finally:
+            loop.remove_reader(socket)
+            if writing:
+                loop.remove_writer(socket)
+
+    async def abandon(self) -> None:
+        """After an error or a cancellation: end what is under way and roll back. Raises nothing; what cannot be
+        ended is closed."""
+        try:
+            async with asyncio.timeout(RESET_SECONDS):
+                if self._unanswered or self._syncs:
+                    await self._cancel()
+                if self._pgconn.transaction_status != TransactionStatus.IDLE:
+                    await self.put("ROLLBACK", {})
+                    await self.sync()
+        except (psycopg.Error, TimeoutError):
+            await self._connection.close()
+        except asyncio.CancelledError:
+            await self._connection.close()
+            raise
+
+    async def _cancel(self) -> None:
+        if self._pgconn.status == ConnStatus.BAD:
+            raise psycopg.OperationalError("the connection is lost")
+        if not self._syncs:
+            self._pgconn.pipeline_sync()
+            self._syncs += 1
+            await self._flush()
+        await self._connection.cancel_safe(timeout=RESET_SECONDS)
+        with suppress(psycopg.errors.QueryCanceled):
+            await self._drain()
+
+    def rows[T](self, answer: Answer, make: Callable[[PGresult], Callable[[Sequence[Any]], T]]) -> list[T]:
+        """All rows of an answer; `make` gives the maker of rows with the result's columns."""
+        result = answer.result
+        if result is None or result.status != ExecStatus.TUPLES_OK:
+            raise psycopg.ProgrammingError("the last operation didn't produce a result")
+        self._adapt.set_pgresult(result)
+        return self._adapt.load_rows(0, result.ntuples, make(result))
+
+
+def _set(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+@lru_cache(maxsize=2000)
+def _parsed(sql: str) -> tuple[bytes, tuple[str, ...]]:
+    """`%(name)s` as `$1`, and the names in the order of the numbers."""
+    names: dict[str, int] = {}
+
+    def number(match: re.Match[bytes]) -> bytes:
+        if match[2]:
+            return b"%"
+        return b"$%d" % names.setdefault(match[1].decode(), len(names) + 1)
+
+    query = _PARAMETER.sub(number, sql.encode())
+    return query, tuple(names)
+
+
+class _Uuids:
+    """An array of UUIDs as text. Ids are what most statements are about; psycopg adapts a list element by element."""
+
+    __slots__ = ("text",)
+
+    def __init__(self, text: bytes) -> None:
+        self.text = text
+
+
+class _UuidsDumper(Dumper):
+    oid = _UUID_ARRAY_OID
+
+    @override
+    def dump(self, obj: _Uuids) -> bytes:
+        return obj.text
+
+
+def _fast(value: object) -> object:
+    if type(value) is list and value and type(cast("list[object]", value)[0]) is UUID:
+        uuids = cast("list[UUID | None]", value)
+        return _Uuids(b"{%s}" % ",".join(["NULL" if uuid is None else uuid.hex for uuid in uuids]).encode())
+    return cast(object, value)
