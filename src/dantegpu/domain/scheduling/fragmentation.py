@@ -173,7 +173,7 @@ class FragmentationScorer:
         losses: Floats = np.multiply(pairs.free.sum(axis=1), _TIE_PER_FREE_GPU / MILLI_PER_UNIT, dtype=np.float64)
         losses += cpu * (_TIE_PER_FREE_CORE / MILLI_PER_UNIT)
         part = (pairs.milli > 0) & (pairs.milli < MILLI_PER_UNIT)
-        whole, parts = (~part).nonzero()[0], part.nonzero()[0]
+        whole, parts = np.flatnonzero(~part), np.flatnonzero(part)
         # One row per place that is tried: whole devices have one each, a fraction each unlike device.
         tried, (place, column, left, split) = self._left_by_whole(pairs, whole), self._left_by_part(pairs, parts)
         of = np.concatenate((whole, parts.take(place)))
@@ -198,7 +198,7 @@ class FragmentationScorer:
     def _look_at_changed(self) -> Ints:
         """Machines that changed since this was asked last; what their devices are worth is up to date after it."""
         board = self._board
-        changed = (board.last_change > self._seen).nonzero()[0]
+        changed = np.flatnonzero(board.last_change > self._seen)
         kinds = self._offsets.take(changed, axis=0) + board.capacity.device.take(changed, axis=0)
         self._devices[changed] = self._value.devices.take(kinds, axis=0).sum(axis=1)
         self._seen = board.clock
@@ -212,8 +212,8 @@ class FragmentationScorer:
         full = self._offsets.take(row, axis=0) + MILLI_PER_UNIT
         left = self._devices.take(row, axis=0)
         left -= self._value.devices.take(full[np.arange(len(row)), usable.argmax(axis=1)], axis=0) * count[:, None]
-        for place in (self._unlike.take(row) & (count > 0)).nonzero()[0].tolist() if self._any_unlike else ():
-            columns = usable[place].nonzero()[0].tolist()
+        for place in np.flatnonzero(self._unlike.take(row) & (count > 0)).tolist() if self._any_unlike else ():
+            columns = np.flatnonzero(usable[place]).tolist()
             if self._board.mixed[row[place]]:
                 models = self._board.snapshot.device_model[row[place]].tolist()
                 columns = tightest_group(models, columns, int(count[place]))
@@ -222,8 +222,9 @@ class FragmentationScorer:
         return left
 
     def _left_by_part(self, pairs: Pairs, parts: Ints) -> tuple[Ints, Ints, Ints, Floats]:
-        """Each device that these pairs may take a part of, as columns: the place in `parts`, the device's column, what is free
-        there, and what the machine's devices are worth afterwards.
+        """Each device that these pairs may take a part of, as columns.
+
+        The place in `parts`, the device's column, what is free there, and what the machine's devices are worth afterwards.
         """
         if not len(parts):
             return parts, parts, parts, self._devices[:0]
@@ -232,7 +233,8 @@ class FragmentationScorer:
         others = (free == MILLI_PER_UNIT) & (usable.cumsum(axis=1) > 1)
         if self._any_unlike:
             others &= ~self._unlike.take(row)[:, None]
-        place, column = (usable & ~others).nonzero()
+        found: tuple[Ints, ...] = (usable & ~others).nonzero()
+        place, column = found
         left = free[place, column]
         before = self._offsets[row.take(place), column] + left
         after = before - pairs.milli.take(parts).take(place)

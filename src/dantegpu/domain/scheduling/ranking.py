@@ -140,7 +140,7 @@ class ScoreTable:
         self._numbers: dict[tuple[object, ...], int] = {}
         self._conditions: dict[tuple[object, ...], _Conditions] = {}
         self._lines_of_team: dict[int, Ints] = {}
-        """Of each team its lines for parts of devices, (2, ...): the line and the one of free devices that it goes with."""
+        """Of each team the lines over devices that it has parts of, and the lines over free devices that they go with."""
         self._shown: Ints = np.zeros(0, dtype=np.int64)
         self._size = 0
         self._allocate(64)
@@ -335,7 +335,7 @@ class ScoreTable:
         fits &= capacity.memory.take(row) >= memory
         fits &= capacity.disk.take(row) >= disk
         fits &= (board.untouched.take(row) >= count) | (tenant != NOBODY)
-        some = fits.nonzero()[0]
+        some = np.flatnonzero(fits)
         row, line, cpu, memory = row.take(some), line.take(some), cpu.take(some), memory.take(some)
         count, milli, tenant = count.take(some), milli.take(some), tenant.take(some)
         free = capacity.device.take(row, axis=0)
@@ -343,10 +343,10 @@ class ScoreTable:
         usable &= capacity.tenant.take(row, axis=0) == tenant[:, None]
         usable &= self._eligible[line[:, None], board.classes.take(row, axis=0)]
         fits = usable.sum(axis=1) >= count
-        for place in (fits & board.mixed.take(row) & (count > 1)).nonzero()[0] if self._any_mixed else ():
+        for place in np.flatnonzero(fits & board.mixed.take(row) & (count > 1)) if self._any_mixed else ():
             models = board.snapshot.device_model[row[place]]
             fits[place] = has_count_of_one_model(usable[place][None], models[None], int(count[place]))[0]
-        kept = fits.nonzero()[0]
+        kept = np.flatnonzero(fits)
         if len(kept):
             pairs = Pairs(row, line, cpu, memory, count, milli, usable, free)
             if len(kept) < len(row):

@@ -43,6 +43,22 @@ class PastShares:
         self._shares = {team: share for team, share in shares.items() if share > _FORGOTTEN}
 
 
+def average_shares(snapshot: Snapshot, used: Mapping[TeamId, tuple[float, float, float]]) -> dict[TeamId, float]:
+    """Dominant shares of the fleet, of what teams used on average in milli-GPUs, milli-cores and bytes."""
+    totals = _totals(snapshot)
+    return {
+        team_id: max(use / total for use, total in zip(uses, totals, strict=True)) for team_id, uses in used.items()
+    }
+
+
+def _totals(snapshot: Snapshot) -> tuple[int, int, int]:
+    return (
+        max(int(snapshot.device_total.sum()), 1),
+        max(int(snapshot.cpu_total.sum()), 1),
+        max(int(snapshot.memory_total.sum()), 1),
+    )
+
+
 class Shares:
     """What each team uses of the whole fleet, while plans are made. Teams are numbers: a round asks very often."""
 
@@ -54,11 +70,7 @@ class Shares:
             team_id.uuid.int: [use.gpu_milli, use.cpu_milli, use.memory_bytes]
             for team_id, use in snapshot.team_use.items()
         }
-        self._totals = (
-            max(int(snapshot.device_total.sum()), 1),
-            max(int(snapshot.cpu_total.sum()), 1),
-            max(int(snapshot.memory_total.sum()), 1),
-        )
+        self._totals = _totals(snapshot)
         self.held = {team: self._dominant(use) for team, use in self._use.items()}
         """The dominant share of what each team holds now, 0..1."""
 
