@@ -224,7 +224,7 @@ class FragmentationScorer:
     def _left_by_part(self, pairs: Pairs, parts: Ints) -> tuple[Ints, Ints, Ints, Floats]:
         """Each device that these pairs may take a part of, as columns.
 
-        The place in `parts`, the device's column, what is free there, and what the machine's devices are worth afterwards.
+        The place in `parts`, the device's column, what is free there, and what the machine's devices are worth then.
         """
         if not len(parts):
             return parts, parts, parts, self._devices[:0]

@@ -70,9 +70,9 @@ class RequestMix:
         """The mix now, in an order that does not depend on the order of arrival.
 
         A shape's weight is its count over the square root of its GPUs. As `copies` counts GPUs, a request for 8 still
-        weighs nearly three times as much as one for 1. Requests for the same GPUs whose cores differ by less than a
-        factor of two, and whose memory by less than four, are one shape with their mean: half the shapes, and placements
-        no worse. Chosen by measurement: docs/performance.md.
+        weighs nearly three times as much as one for 1. Requests for the same GPUs whose cores round to one power of two
+        and whose memory to one of four are one shape with their mean: half the shapes, placements no worse.
+        Chosen by measurement: docs/performance.md.
         """
         self._due = self._total * REFRESH_GROWTH
         self._forget()

@@ -140,7 +140,7 @@ class ScoreTable:
         self._numbers: dict[tuple[object, ...], int] = {}
         self._conditions: dict[tuple[object, ...], _Conditions] = {}
         self._lines_of_team: dict[int, Ints] = {}
-        """Of each team the lines over devices that it has parts of, and the lines over free devices that they go with."""
+        """Of each team: lines over devices that it has parts of, and those over free devices that they go with."""
         self._shown: Ints = np.zeros(0, dtype=np.int64)
         self._size = 0
         self._allocate(64)
