@@ -32,6 +32,7 @@ from dantegpu.kit.nats_jwt import (
     sign_with_seed,
 )
 from dantegpu.kit.rpc import Channels
+from tests.fixtures.cluster import free_ports
 from tests.fixtures.servers import PostgresForTests
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -94,7 +95,11 @@ async def platform(postgres_server: PostgresForTests) -> AsyncGenerator[Platform
             "listen": grpc,
         },
         "auth-service": {"secrets_dir": secrets, "login_limit_per_address": "1000/minute"},
-        "storage-service": {"secrets_dir": secrets, "data_dir": folder / "objects"},
+        "storage-service": {
+            "secrets_dir": secrets,
+            "data_dir": folder / "objects",
+            "public_listen": f"127.0.0.1:{free_ports(1)[0]}",
+        },
         "siger-api-gateway": {
             "public_listen": "127.0.0.1:0",
             "public_nats_url": "nats://public.example:4222",

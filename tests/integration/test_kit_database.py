@@ -140,6 +140,22 @@ async def test_a_cancelled_transaction_is_rolled_back_and_its_connection_goes_on
     await one.stop()
 
 
+async def test_only_a_transaction_that_need_not_be_durable_leaves_the_disk_to_the_next_commit(
+    postgres_dsn: str, db: Database
+):
+    async with db.statement() as tx:
+        name = await tx.value("SELECT current_database()")
+    async with db.statement() as tx:
+        await tx.run(f'ALTER DATABASE "{name}" SET synchronous_commit = on')  # the tests' server has it off
+    fresh = Database(postgres_dsn, "kit", max_size=1)
+    await fresh.start()
+    async with fresh.transaction(durable=False) as tx:
+        assert await tx.value("SHOW synchronous_commit") == "off"
+    async with fresh.transaction() as tx:
+        assert await tx.value("SHOW synchronous_commit") == "on"
+    await fresh.stop()
+
+
 # --- idempotency ------------------------------------------------------------------------------------------------------
 
 

@@ -257,6 +257,8 @@ class Platform:
                 "ops_listen": f"127.0.0.1:{ports.ops}",
             },
             "auth-service": {"secrets_dir": secrets_dir},
+            # One PostgreSQL for all.
+            "billing-payment-service": {"holds_wait_for_disk": False},
             "storage-service": {
                 "data_dir": self._data / "objects",
                 "secrets_dir": secrets_dir,

@@ -48,7 +48,7 @@ class Tx:
 
     async def all[T](self, row: type[T], sql: str, **params: object) -> list[T]:
         """All rows as instances of the dataclass `row` (column names = field names)."""
-        answer = await self._pipeline.put(sql, params)
+        answer = self._pipeline.put(sql, params)
         await self._pipeline.sync()
         return self._pipeline.rows(answer, _rows_of(row))
 
@@ -58,29 +58,29 @@ class Tx:
 
     async def value(self, sql: str, **params: object) -> Any:
         """First column of the first row, or None."""
-        answer = await self._pipeline.put(sql, params)
+        answer = self._pipeline.put(sql, params)
         await self._pipeline.sync()
         found = self._pipeline.rows(answer, lambda _: itemgetter(0))
         return found[0] if found else None
 
     async def run(self, sql: str, **params: object) -> int:
         """Execute; the number of rows touched."""
-        answer = await self._pipeline.put(sql, params)
+        answer = self._pipeline.put(sql, params)
         await self._pipeline.sync()
         return answer.result.command_tuples or 0 if answer.result is not None else 0
 
     async def send(self, sql: str, **params: object) -> None:
         """Execute without waiting for the answer. What goes wrong is raised by a later statement or at the end."""
-        await self._pipeline.put(sql, params)
+        self._pipeline.put(sql, params)
 
     async def ask[T](self, row: type[T], sql: str, **params: object) -> "Asked[T]":
         """Like all(), but what it returns gives the rows: several questions share a round trip."""
-        return _Question(self._pipeline, await self._pipeline.put(sql, params), row)
+        return _Question(self._pipeline, self._pipeline.put(sql, params), row)
 
     async def run_many(self, sql: str, rows: Sequence[Params]) -> None:
         """Execute once per row, pipelined. For large batches prefer `unnest` of arrays in one statement."""
         for params in rows:
-            await self._pipeline.put(sql, params)
+            self._pipeline.put(sql, params)
 
 
 class Asked[T](Protocol):
@@ -146,17 +146,21 @@ class Database:
         await self._pool.close()
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncGenerator[Tx]:
+    async def transaction(self, *, durable: bool = True) -> AsyncGenerator[Tx]:
         """A transaction. Raises Unavailable when PostgreSQL does not answer or breaks off.
 
         After Unavailable the caller cannot know whether a commit in flight happened: what it does must be idempotent.
+        One that is not `durable` does not wait for the disk: a crash of PostgreSQL (not of this process) may undo it,
+        unless a durable commit on the same server came after it.
         """
         async with self._pipelined() as pipeline:
             tx = Tx(pipeline)
             # Each answer that nobody waits for is a round trip less: BEGIN goes along with the first statement.
-            await pipeline.put("BEGIN", {})
+            pipeline.put("BEGIN", {})
+            if not durable:
+                pipeline.put("SET LOCAL synchronous_commit = off", {})
             yield tx
-            await pipeline.put("COMMIT", {})
+            pipeline.put("COMMIT", {})
             await pipeline.sync()
         for callback in tx.after_commit:
             callback()

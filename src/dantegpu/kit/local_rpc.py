@@ -30,6 +30,9 @@ class LocalServices:
         for name, handler in handlers.items():
             self._handlers[f"/{service}/{name}"] = _bytes_handler(name, handler)
 
+    async def channel_ready(self) -> None:
+        """At once: who asks runs in the same process."""
+
     def unary_unary(
         self,
         path: str,

@@ -140,8 +140,9 @@ class Outbox:
         # A row stays until NATS has acknowledged it, so a crash repeats it; one that is refused holds up no other.
         sent = [row.id for row, result in zip(rows, results, strict=True) if result is None]
         if sent:
-            async with self._db.statement() as tx:
-                await tx.run("DELETE FROM outbox WHERE id = ANY(%(ids)s)", ids=sent)
+            # Should a crash bring them back, they are sent twice and known by their Nats-Msg-Id.
+            async with self._db.transaction(durable=False) as tx:
+                await tx.send("DELETE FROM outbox WHERE id = ANY(%(ids)s)", ids=sent)
         if failed := [result for result in results if result is not None]:
             self._sweep_at_seconds = 0.0
             raise failed[0]

@@ -58,8 +58,8 @@ class Pipeline:
         if self._pgconn.status != ConnStatus.BAD:
             self._pgconn.exit_pipeline_mode()
 
-    async def put(self, sql: str, params: Mapping[str, object]) -> Answer:
-        """Send a statement and do not wait for its answer."""
+    def put(self, sql: str, params: Mapping[str, object]) -> Answer:
+        """Add a statement to what is sent next; libpq sends when it has much, sync() the rest."""
         query, names = _parsed(sql)
         self._dump([params[name] for name in names])
         types, formats = self._adapt.types or (), self._adapt.formats
@@ -77,7 +77,6 @@ class Pipeline:
             self._pgconn.send_query_prepared(name, self._values, formats, Format.BINARY)
         answer = Answer()
         self._unanswered.append(answer)
-        await self._flush()
         return answer
 
     def _dump(self, values: Sequence[object]) -> None:
@@ -161,7 +160,7 @@ class Pipeline:
                 if self._unanswered or self._syncs:
                     await self._cancel()
                 if self._pgconn.transaction_status != TransactionStatus.IDLE:
-                    await self.put("ROLLBACK", {})
+                    self.put("ROLLBACK", {})
                     await self.sync()
         except (psycopg.Error, TimeoutError):
             await self._connection.close()

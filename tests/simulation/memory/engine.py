@@ -440,7 +440,7 @@ class MemoryDatabase(Database):
 
     @override
     @asynccontextmanager
-    async def transaction(self) -> AsyncGenerator[Tx]:
+    async def transaction(self, *, durable: bool = True) -> AsyncGenerator[Tx]:
         try:
             tx = MemoryTx(self._server, self._server.schemas[self.schema])
             try:

@@ -29,6 +29,8 @@ def build(deps: Deps, settings: BillingSettings) -> Service:
     return Service(
         name=settings.service_name,
         components=[Migrations(dsn, SCHEMA, MIGRATIONS), db, outbox],
-        register_rpc=lambda server: add_BillingServiceServicer_to_server(BillingRpc(db, billing), server),
+        register_rpc=lambda server: add_BillingServiceServicer_to_server(
+            BillingRpc(db, billing, holds_wait_for_disk=settings.holds_wait_for_disk), server
+        ),
         checks={"database": db.ready, "nats": deps.bus.ready},
     )

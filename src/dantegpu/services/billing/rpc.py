@@ -18,21 +18,22 @@ if TYPE_CHECKING:
 
 
 class BillingRpc(BillingServiceServicer):
-    def __init__(self, db: Database, billing: Billing) -> None:
+    def __init__(self, db: Database, billing: Billing, *, holds_wait_for_disk: bool = True) -> None:
         self._db = db
         self._billing = billing
+        self._holds_wait_for_disk = holds_wait_for_disk
 
     @override
     async def OpenHolds(self, request: pb.OpenHoldsRequest, context: "Context") -> pb.OpenHoldsResponse:
         asked = [_hold_request(hold) for hold in request.holds]
-        async with self._db.transaction() as tx:
+        async with self._db.transaction(durable=self._holds_wait_for_disk) as tx:
             outcomes = await self._billing.open_holds(tx, current_actor(), asked)
         return pb.OpenHoldsResponse(results=map(_hold_result, outcomes))
 
     @override
     async def CloseHolds(self, request: pb.CloseHoldsRequest, context: "Context") -> pb.CloseHoldsResponse:
         asked = [CloseRequest(AttemptId.parse(h.attempt_id), h.window, h.used_seconds) for h in request.holds]
-        async with self._db.transaction() as tx:
+        async with self._db.transaction(durable=self._holds_wait_for_disk) as tx:
             outcomes = await self._billing.close_holds(tx, current_actor(), asked)
         return pb.CloseHoldsResponse(results=map(_close_result, outcomes))
 

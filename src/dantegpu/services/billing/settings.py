@@ -18,6 +18,11 @@ class BillingSettings(ServiceSettings):
         le=BASIS_POINTS,
         description="the platform's part of each charge in 1/100 percent; locked when a hold is opened",
     )
+    holds_wait_for_disk: bool = Field(
+        default=True,
+        description="false only where billing and scheduler share one PostgreSQL server: the scheduler's commit that "
+        "follows each of its calls makes both durable, so one wait for the disk is enough",
+    )
     max_credit_udgpu: int = Field(
         default=10**12, ge=1, le=MAX_AMOUNT_UDGPU, description="most that one credit may add, in micro-$dGPU"
     )

@@ -58,6 +58,7 @@ def create_app(gateway: Gateway | None) -> FastAPI:
         telemetry=_NO_TELEMETRY,
     )
     app.state.gateway = gateway
+    app.router.routes.insert(0, jobs.SubmitRoute())
     for module in (accounts, machines, jobs, schedules, money, platform):
         app.include_router(module.router)
     app.include_router(pages.router)
