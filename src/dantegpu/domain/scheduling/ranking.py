@@ -336,6 +336,8 @@ class ScoreTable:
         fits &= capacity.disk.take(row) >= disk
         fits &= (board.untouched.take(row) >= count) | (tenant != NOBODY)
         some = np.flatnonzero(fits)
+        if not len(some):
+            return
         row, line, cpu, memory = row.take(some), line.take(some), cpu.take(some), memory.take(some)
         count, milli, tenant = count.take(some), milli.take(some), tenant.take(some)
         free = capacity.device.take(row, axis=0)
