@@ -86,8 +86,9 @@ class Fleet:
 
     async def remember(self, policy: Policy, now: datetime) -> None:
         """Once per leader: what teams held before it led, so that a change of leader makes nobody's past better."""
-        if self._remembers:
-            return
+        machines = self._inventory.machines()
+        if self._remembers or not machines:
+            return  # a share is one of the fleet; without one there is nothing to place on either
         shares: dict[TeamId, float] = {}
         if policy.fair_share and policy.half_life_seconds:
             since = now - timedelta(seconds=REMEMBERED_HALF_LIVES * policy.half_life_seconds)
@@ -96,7 +97,7 @@ class Fleet:
                     tx, now=now, since=since, half_life_seconds=policy.half_life_seconds, limit=MAX_REMEMBERED_ATTEMPTS
                 )
             used = {TeamId(row.team_id): (row.gpu_milli, row.cpu_milli, row.memory_bytes) for row in rows}
-            shares = average_shares(Snapshot.from_machines(self._inventory.machines()), used)
+            shares = average_shares(Snapshot.from_machines(machines), used)
         self.state.past.feed(shares, now)
         self._remembers = True
 
