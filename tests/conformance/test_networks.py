@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from dantegpu.daemon.executors.base import AttemptRefused, Published
+from dantegpu.daemon.executors.base import AttemptRefused, AttemptSpec, Handle, Published
 from dantegpu.daemon.executors.container import ContainerExecutor
 from dantegpu.daemon.executors.container.network import NetworkPolicy, public_resolvers
 from dantegpu.daemon.executors.container.ports import PublishPolicy
+from dantegpu.daemon.executors.gang import Gang
 from dantegpu.daemon.workspace import Workspace
 from dantegpu.domain.ports import Port
+from tests.fixtures.containers import ContainerServer, start_docker
 from tests.fixtures.executors import Bench, ContainerKind, a_job, a_python_job, container_limits
 from tests.fixtures.namespaces import a_namespace, ip, listen, run_in
 
@@ -210,3 +212,108 @@ def test_a_job_asks_only_resolvers_that_it_can_reach(tmp_path: Path):
     assert public_resolvers(path) == ["8.8.4.4"]
     path.write_text("nameserver 127.0.0.53\n")
     assert public_resolvers(path) == ["9.9.9.9", "1.1.1.1"]
+
+
+OTHER = "5.5.5.3"
+SITE_PORT = 47_890
+NODE = """
+import socket, sys, time
+mine, others = sys.argv[1], sys.argv[2:]
+server = socket.create_server((mine, 29500))
+print("mine", mine, flush=True)
+for other in others:
+    while True:
+        try:
+            talk = socket.create_connection((other, 29500), 2)
+            break
+        except OSError:
+            time.sleep(0.05)
+    talk.sendall(bytes(200_000))
+    talk.shutdown(socket.SHUT_WR)
+for _ in others:
+    talk, peer = server.accept()
+    got = 0
+    while data := talk.recv(65536):
+        got += len(data)
+    print("heard", peer[0], got, flush=True)
+time.sleep(600)
+"""
+
+
+class InASite(ContainerKind):
+    """The owner has put the machine into a site."""
+
+    def make(self, folder: Path) -> ContainerExecutor:
+        return ContainerExecutor(
+            Workspace(folder), self.socket, container_limits(network=NetworkPolicy(site_port=SITE_PORT))
+        )
+
+
+@pytest.fixture
+def other_machine(around: Around, router: str, image_archive: Path) -> Iterator[ContainerServer]:
+    """A second machine with a Docker of its own, on the same network as the first."""
+    for name in a_namespace(f"dante-other-{os.getpid()}"):
+        # The router becomes the switch between them.
+        ip("-n", router, "link", "add", "sw0", "type", "bridge")
+        ip("link", "add", "up1", "netns", name, "type", "veth", "peer", "name", "down1", "netns", router)
+        ip("-n", router, "address", "del", f"{ROUTER}/24", "dev", "down0")
+        for port in ("down0", "down1"):
+            ip("-n", router, "link", "set", port, "master", "sw0", "up")
+        ip("-n", router, "address", "add", f"{ROUTER}/24", "dev", "sw0")
+        ip("-n", router, "link", "set", "sw0", "up")
+        ip("-n", name, "address", "add", f"{OTHER}/24", "dev", "up1")
+        ip("-n", name, "link", "set", "up1", "up")
+        ip("-n", name, "route", "add", "default", "via", ROUTER)
+        server = start_docker(namespace=name)
+        server.load(image_archive)
+        yield server
+        server.stop()
+
+
+def other_namespace() -> str:
+    return f"dante-other-{os.getpid()}"
+
+
+@pytest.mark.needs("nft")
+def test_the_nodes_of_a_gang_on_two_machines_reach_one_another_and_nobody_else_does(
+    container_kind: ContainerKind, around: Around, other_machine: ContainerServer, short_dir: Path
+):
+    machines, number = (MACHINE, OTHER), 5 << 6
+    here, there = InASite(container_kind.socket), InASite(other_machine.socket)
+
+    def node(bench: Bench, rank: int) -> Handle:
+        gang = Gang(number, rank, machines)
+        command = ("python3", "-c", NODE, gang.address(rank), *(gang.address(other) for other in gang.others))
+        return asyncio.run(started(bench, a_job(*command, network=True, gang=gang)))
+
+    async def started(bench: Bench, spec: AttemptSpec) -> Handle:
+        assert (await bench.executor.probe()).gangs
+        handle = await bench.start(spec)
+        await bench.executor.close()
+        return handle
+
+    async def heard_by(bench: Bench, handle: Handle) -> str:
+        return (await bench.until_logged(handle, "heard")).splitlines()[-1]
+
+    async def alone(bench: Bench) -> dict[str, str]:
+        nodes = [f"{Gang(number, 0, machines).address(rank)}:29500" for rank in (0, 1)]
+        _, text = await bench.run(a_job("python3", "-c", PROBE, *nodes, network=True))
+        await bench.executor.close()
+        return json.loads(text)
+
+    async def gone(bench: Bench) -> list[str]:
+        await bench.executor.sweep(set())
+        await bench.executor.close()
+        return [name for _, name in socket.if_nameindex() if name.startswith(("dn", "dv"))]
+
+    first, second = Bench(here, short_dir / "a"), Bench(there, short_dir / "b")
+    one = run_in(around.machine, lambda: node(first, 0))
+    two = run_in(other_namespace(), lambda: node(second, 1))
+    gang = Gang(number, 0, machines)
+    assert asyncio.run(heard_by(first, one)) == f"heard {gang.address(1)} 200000"
+    assert asyncio.run(heard_by(second, two)) == f"heard {gang.address(0)} 200000"
+    stranger = Bench(here, short_dir / "c")
+    reached = run_in(around.machine, lambda: asyncio.run(alone(stranger)))
+    assert "reached" not in reached.values()
+    assert run_in(around.machine, lambda: asyncio.run(gone(Bench(here, short_dir / "a")))) == []
+    assert run_in(other_namespace(), lambda: asyncio.run(gone(Bench(there, short_dir / "b")))) == []

@@ -7,11 +7,13 @@ import psycopg
 import pytest
 
 from dantegpu.contracts.gen.dante.v1 import jobs_pb2, machine_pb2
-from dantegpu.domain.ids import AttemptId, JobId
+from dantegpu.domain.ids import AttemptId, JobId, TeamId
 from dantegpu.kit.actor import SERVICE
 from dantegpu.kit.errors import ServiceError
 from dantegpu.kit.rpc import call
 from tests.fixtures.scheduler import ENDED, WINDOW_UDGPU, Machine, World, a_spec, until
+
+IN_A_SITE: dict[str, Any] = {"executors": ["process", "container"], "networks": ["image", "gang"], "site": "hall-1"}
 
 type Nodes = list[tuple[Machine, machine_pb2.DesiredAttempt]]
 
@@ -223,3 +225,24 @@ async def test_small_jobs_wait_for_a_large_one_unless_they_end_before_it_starts(
     await world.reached(job_id, *ENDED)
     await machine.given(large)
     assert (await world.get(slow)).state == jobs_pb2.QUEUED
+
+
+async def test_containers_of_a_gang_meet_in_a_network_of_their_own_within_one_site(world: World) -> None:
+    owner = TeamId.new()
+    machines = [await world.machine(team=owner, address=f"10.0.0.{n}", **IN_A_SITE) for n in (1, 2)]
+    # Cheaper or not: another owner's site of the same name is another site.
+    await world.machine(address="10.0.0.3", **IN_A_SITE)
+    elsewhere: dict[str, Any] = IN_A_SITE | {"site": "hall-2"}
+    await world.machine(team=owner, address="10.0.0.4", **elsewhere)
+    job_id = await world.submit_one(a_spec(nodes=2, image="acme/train", network=True))
+    attempts = [attempt for _, attempt in await placed(world, machines, job_id)]
+    number = attempts[0].gang_number
+    assert number == attempts[1].gang_number
+    assert 0 < number < 1 << 24
+    assert number % 64 == 0
+    assert sorted(attempts[0].node_addresses) == ["10.0.0.1", "10.0.0.2"]
+    alone = await world.submit_one(a_spec(nodes=3, image="acme/train", network=True))
+    job = await world.when(alone, lambda job: job.reason == "too_few_machines")
+    assert "2 fit in one site, 3 are needed at once." in job.reason_text
+    why = await world.why(alone)
+    assert ("nodes", "3") in {(change.field, getattr(change, "from")) for change in why.relaxations}

@@ -1,9 +1,13 @@
 """What a job is told about itself and its nodes."""
 
+from ipaddress import IPv4Address, IPv4Network
 from typing import Any
+
+import pytest
 
 from dantegpu.contracts.gen.dante.v1 import jobs_pb2, machine_pb2
 from dantegpu.daemon.environment import job_environment
+from dantegpu.daemon.executors.gang import Gang
 from dantegpu.daemon.probe.machine import address_towards
 
 
@@ -52,3 +56,25 @@ def test_a_machine_finds_its_address_on_the_way_to_the_platform():
     assert address_towards("http://127.0.0.1:8400") == "127.0.0.1"
     assert address_towards("https://[::1]") in ("::1", "")
     assert address_towards("https://no-such-host.invalid") == ""
+
+
+def test_containers_of_a_gang_meet_at_the_addresses_of_their_own_network():
+    gang = 77 << 6
+    found = [
+        environment_of(gang_number=gang, node_rank=rank, node_addresses=["10.0.0.7", "10.0.0.9"]) for rank in (0, 1)
+    ]
+    addresses = found[0]["DANTE_NODES_IPS"].splitlines()
+    assert found[1]["DANTE_NODES_IPS"].splitlines() == addresses
+    assert found[1]["MASTER_ADDR"] == addresses[0]
+    assert all(address.startswith("198.19.") for address in addresses)
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 6, 7, 8, 63, 64])
+def test_each_node_and_each_machine_of_a_gang_has_an_address_of_its_own_in_its_network(nodes: int):
+    gangs = [Gang(0xFFFFC0, rank, ("10.0.0.1",) * nodes) for rank in range(nodes)]
+    subnet = gangs[0].subnet
+    used = [*gangs[0].addresses, *(gang.gateway for gang in gangs)]
+    assert len(set(used)) == 2 * nodes
+    assert all(IPv4Address(address) in list(subnet.hosts()) for address in used)
+    assert subnet.subnet_of(IPv4Network("198.19.0.0/16"))
+    assert max(gangs[0].vni(rank) for rank in range(nodes)) < 1 << 24

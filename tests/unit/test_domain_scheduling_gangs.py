@@ -231,3 +231,38 @@ def test_a_gang_within_its_teams_quota_goes_before_one_that_would_borrow():
     policy = Policy(quotas={ours.team_id: Quota(1000), THEM: Quota(2000)})
     found = plan_round(Snapshot.from_machines(machines), [], [ours, theirs], policy, now=T0)
     assert started(found) == {theirs.id}
+
+
+def in_site(site: str, address: str, *, gpus: int = 1, **fields: Any) -> MachineInfo:
+    kinds = frozenset({"image", "gang"})
+    return replace(a_machine(gpus=gpus, **fields), runs_images=True, networks=kinds, site=site, address=address)
+
+
+def of_containers(nodes: int, gpu: str | None = "1", **fields: Any) -> PendingJob:
+    return replace(a_gang(nodes, gpu, **fields), image="acme/train", network=True)
+
+
+def test_containers_of_a_gang_go_to_machines_of_one_site_and_to_each_host_once():
+    one = [in_site("a", "10.0.0.1"), in_site("a", "10.0.0.1"), in_site("b", "10.0.0.2")]
+    job = of_containers(2)
+    assert reasons(plan(one, [job])) == {job.id: QueueReason.TOO_FEW_MACHINES}
+    assert explain(Snapshot.from_machines(one), job, T0).reason == QueueReason.TOO_FEW_MACHINES
+    more = [*one, in_site("b", "10.0.0.3")]
+    found = plan(more, [job])
+    assert {placement.machine_id for placement in found.placements} == {more[2].id, more[3].id}
+    outside = replace(a_machine(gpus=1), runs_images=True, networks=frozenset({"image"}))
+    why = explain(Snapshot.from_machines([outside, replace(outside, id=a_machine(gpus=1).id)]), job, T0)
+    assert [count.constraint for count in why.constraints] == ["site"]
+    assert [change.field for change in why.relaxations] == ["network"]
+
+
+def test_a_gang_of_containers_has_its_reservation_within_one_site():
+    machines = [in_site("a", "10.0.0.1"), in_site("b", "10.0.0.2"), in_site("a", "10.0.0.3")]
+    running = [until(a_lease(machines[2], gpus=1), 600), until(a_lease(machines[1], gpus=1), 60)]
+    job = of_containers(2)
+    found = plan(machines, [job], running)
+    assert found.reservation is not None
+    assert {found.reservation.rows[i] for i in range(2)} == {
+        Snapshot.from_machines(machines).index_of[machines[row].id] for row in (0, 2)
+    }
+    assert found.reservation.start_at == at(600)

@@ -198,12 +198,6 @@ def test_ports_need_an_image_and_a_network():
     assert "add 'network: true'" in problems_of(a_document(image="acme/serve", ports=[80]))[""].message
 
 
-def test_several_nodes_with_an_image_and_a_network_are_refused_by_name():
-    problems = problems_of(a_document(image="acme/train", nodes=2, network=True))
-    assert "'nodes' of a job with an image cannot reach one another" in problems[""].message
-    assert JobSpec.model_validate(a_document(image="acme/train", nodes=2)).nodes == 2
-
-
 def test_the_password_of_a_registry_is_shown_in_no_answer():
     auth = {"username": "me", "password": "hunter2"}
     spec = JobSpec.model_validate(a_document(image="acme/train", registry_auth=auth))

@@ -195,6 +195,7 @@ def _print_machine(machine: "Machine") -> None:
         ("images", (", ".join(machine.allowed_images) or "yes") if "container" in machine.executors else "no"),
         ("container engine", machine.container_engine),
         ("network", ", ".join(machine.networks) or "no"),
+        ("site", machine.site),
         ("not limited", ", ".join(machine.limits_missing)),
         ("measured", _measured(machine)),
         ("running", machine.running_attempts),

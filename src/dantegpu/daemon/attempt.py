@@ -15,7 +15,7 @@ from dantegpu.daemon.checkpoints import CheckpointFailed, Checkpoints
 from dantegpu.daemon.devices import DeviceWatch
 from dantegpu.daemon.disk import DiskWatch
 from dantegpu.daemon.endings import Ended, judge, notice_of, saves, stopped
-from dantegpu.daemon.environment import job_environment
+from dantegpu.daemon.environment import gang_of, job_environment
 from dantegpu.daemon.executors.base import (
     Adoption,
     AlreadyStarted,
@@ -265,6 +265,7 @@ class Attempt:
                 checkpoint=job.checkpoint.path,
                 max_seconds=job.max_duration_seconds,
                 ports=tuple(Port(port.number, port.wished) for port in job.ports),
+                gang=gang_of(desired),
             )
         except (AttemptRefused, InvalidImage) as error:
             raise Ended(jobs_pb2.OUTCOME_FAILED, str(error)) from error

@@ -15,7 +15,7 @@ from dantegpu.daemon.workspace import Workspace
 
 OFF = "none"
 AUTO = "auto"
-_LACKING = {"network": "network of jobs with an image"}
+_LACKING = {"network": "network of jobs with an image", "site": "network of a job's nodes with an image"}
 GET_ENGINE = "install Docker or Podman and give the daemon's user its socket, for example: apt-get install docker.io"
 
 
@@ -29,7 +29,8 @@ class Containers:
     about: str
     """The engine, for people: its version, its runtime, whose users its jobs are."""
     networks: Sequence[str]
-    """What the inventory says of them: image where jobs with an image may have one, ports where they may publish."""
+    """What the inventory says of them: image where jobs with an image may have one, ports where they may publish,
+    gang where nodes on several machines reach one another."""
     notes: Sequence[str]
     """For people: why not, or which risks the owner has accepted."""
 
@@ -70,7 +71,7 @@ async def choose_containers(settings: DaemonSettings, workspace: Workspace) -> C
     engine = "" if capabilities.sandbox is SandboxKind.NONE else capabilities.sandbox.value
     facts = executor.facts
     about = facts.describe(daemon_is_root=os.geteuid() == 0) if facts is not None else ""
-    kinds = {"image": capabilities.network, "ports": capabilities.ports}
+    kinds = {"image": capabilities.network, "ports": capabilities.ports, "gang": capabilities.gangs}
     return Containers(executor, engine, about, [kind for kind, given in kinds.items() if given], notes)
 
 
@@ -78,4 +79,9 @@ def network_policy(settings: DaemonSettings) -> NetworkPolicy | None:
     """What the owner's settings say about the network of jobs with an image."""
     if not settings.allow_network:
         return None
-    return NetworkPolicy(settings.network_open_ranges, settings.resolver_addresses, settings.publish_policy)
+    return NetworkPolicy(
+        settings.network_open_ranges,
+        settings.resolver_addresses,
+        settings.publish_policy,
+        settings.site_port if settings.site else 0,
+    )

@@ -183,6 +183,7 @@ def inventory_report(inventory: machine_pb2.Inventory) -> InventoryReport:
         container_engine=inventory.container_engine,
         allowed_images=list(inventory.allowed_images),
         networks=list(inventory.networks),
+        site=inventory.site,
         daemon_version=inventory.daemon_version,
         region=inventory.region,
         simulated=inventory.simulated,

@@ -1,8 +1,16 @@
 """What a job is told about itself: its id, its nodes, and where they meet."""
 
 from dantegpu.contracts.gen.dante.v1 import machine_pb2
+from dantegpu.daemon.executors.gang import Gang
 
 LOOPBACK = "127.0.0.1"
+
+
+def gang_of(desired: machine_pb2.DesiredAttempt) -> Gang | None:
+    """The network that its nodes share; None where they use their machines' own, or there is only one."""
+    if not desired.gang_number:
+        return None
+    return Gang(desired.gang_number, desired.node_rank, tuple(desired.node_addresses))
 
 
 def job_environment(desired: machine_pb2.DesiredAttempt) -> dict[str, str]:
@@ -11,7 +19,8 @@ def job_environment(desired: machine_pb2.DesiredAttempt) -> dict[str, str]:
     MASTER_ADDR and so on are what torchrun and torch.distributed read; a job that sets them itself knows better.
     WORLD_SIZE counts processes, one per GPU, or one per node without GPUs.
     """
-    addresses = list(desired.node_addresses) or [LOOPBACK]
+    gang = gang_of(desired)
+    addresses = gang.addresses if gang is not None else list(desired.node_addresses) or [LOOPBACK]
     gpus = len(desired.devices)
     rendezvous = {
         "MASTER_ADDR": addresses[0],

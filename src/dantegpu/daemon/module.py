@@ -252,6 +252,7 @@ def inventory_message(
         networks=[*(["plain"] if capabilities.network else []), *containers.networks],
         daemon_version=_own_version(),
         region=settings.region,
+        site=settings.site,
         simulated=found.simulated,
         shares_devices=settings.share_gpus,
     )

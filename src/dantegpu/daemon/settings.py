@@ -90,6 +90,13 @@ class DaemonSettings(BaseSettings):
     publish_host: str = Field(
         default="", max_length=253, description="the name or address told to people for these ports; default: its own"
     )
+    site: str = Field(
+        default="", max_length=63, pattern=r"^[A-Za-z0-9._-]*$",
+        description="name of a trusted network that some of your machines form: gangs with an image run within it",
+    )  # fmt: skip
+    site_port: int = Field(
+        default=47_890, ge=1024, le=65_535, description="UDP port of the tunnels within the site; the same on all of it"
+    )
     containers: str = Field(
         default="auto", description="for jobs with an image: auto (the first engine found), none, or a socket's path"
     )
@@ -146,7 +153,8 @@ class DaemonSettings(BaseSettings):
     @model_validator(mode="after")
     def _fits_a_cluster(self) -> Self:
         """What would be done on the daemon's own machine says nothing about a cluster's nodes."""
-        useless = ("simulate_gpus", "share_gpus", "idle_command", "ops_listen", "max_gpu_celsius", "address", "publish")
+        useless = ("simulate_gpus", "share_gpus", "idle_command", "ops_listen", "max_gpu_celsius", "address")
+        useless += ("publish", "site")
         if self.executor == "slurm" and (given := [name for name in useless if getattr(self, name)]):
             raise ValueError(f"{given[0]} has no meaning with executor = slurm; leave it out")
         return self
@@ -157,6 +165,8 @@ class DaemonSettings(BaseSettings):
             PublishPolicy.parse(self.publish)
             if not self.allow_network:
                 raise ValueError("publish needs allow_network = true: a published port is part of a job's network")
+        if self.site and not self.allow_network:
+            raise ValueError("site needs allow_network = true: it is about the network of jobs with an image")
         return self
 
     @property

@@ -351,7 +351,8 @@ class MachineInfo:
 
     `schedulable`: alive and taking new work. `sandboxed` False or any simulated device: only its own team's jobs.
     `allowed_images`: patterns; empty: all. `networks`: jobs that may have one: plain (without an image), image;
-    ports: those with an image may publish some.
+    ports: those with an image may publish some; gang: their nodes reach one another within `site`, a name that means
+    something within the team only. `address`: where others reach it.
     """
 
     id: MachineId
@@ -368,6 +369,8 @@ class MachineInfo:
     runs_images: bool = False
     allowed_images: tuple[str, ...] = ()
     networks: frozenset[str] = frozenset()
+    site: str = ""
+    address: str = ""
     allows_fractions: bool = True
 
     @property

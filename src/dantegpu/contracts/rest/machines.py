@@ -61,6 +61,7 @@ class InventoryReport(Request):
     container_engine: str = Field(default="", max_length=255)
     allowed_images: list[str] = Field(default_factory=list, max_length=64)
     networks: list[str] = Field(default_factory=list, max_length=16)
+    site: str = Field(default="", max_length=63)
     daemon_version: str = Field(default="", max_length=50)
     region: str = Field(default="", max_length=50)
     simulated: bool = False
@@ -189,8 +190,10 @@ class Machine(Response):
     )
     networks: list[str] = Field(
         default_factory=list,
-        description="Jobs that may have one: plain (without an image), image; ports: may publish some",
+        description="Jobs that may have one: plain (without an image), image; ports: may publish some; "
+        "gang: their nodes reach one another within the site",
     )
+    site: str = Field(default="", description="Its owner's name for machines that form one network")
     daemon_version: str = ""
     region: str = ""
     simulated: bool

@@ -525,9 +525,6 @@ class JobSpec(Request):
         if self.ports and not self.network:
             text = "'ports' are part of a job's network: add 'network: true'"
             raise field_error("needs_network", text, expected="network: true")
-        if self.image and self.network and self.nodes > 1:
-            text = "'nodes' of a job with an image cannot reach one another yet; leave 'image' or 'network' out"
-            raise field_error("not_supported_yet", text, expected="one node, no network or no image")
         if self.entrypoint and self.commands:
             text = "'entrypoint' goes with 'command'; 'commands' are run by the image's own shell"
             raise field_error("entrypoint", text, expected="'command' instead of 'commands'")

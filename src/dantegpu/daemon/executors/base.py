@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from signal import Signals
 
+from dantegpu.daemon.executors.gang import Gang
 from dantegpu.domain.ids import AttemptId
 from dantegpu.domain.images import ImageReference
 from dantegpu.domain.ports import Port
@@ -111,6 +112,8 @@ class AttemptSpec:
     """Below the work folder: where the job saves its progress."""
     ports: tuple[Port, ...] = ()
     """To be published on the machine; only with an image."""
+    gang: Gang | None = None
+    """The network that it shares with the job's other nodes; only with an image."""
     max_seconds: int = 0
     """The daemon ends it then. A cluster is told too, for the time in which no daemon runs."""
 
@@ -230,6 +233,8 @@ class Capabilities:
     network: bool
     ports: bool = False
     """Whether jobs may publish ports."""
+    gangs: bool = False
+    """Whether a job's nodes on several machines may reach one another."""
 
 
 def untold(text: str) -> None:

@@ -23,6 +23,7 @@ from dantegpu.domain.scheduling.constraints import (
     eligible_devices,
     free_now,
     prices,
+    sites,
 )
 from dantegpu.domain.scheduling.gangs import Waits, after, place_gang
 from dantegpu.domain.scheduling.ordering import Draw, Order
@@ -276,24 +277,25 @@ def reserve(snapshot: Snapshot, running: Sequence[Running], job: PendingJob, now
     """The earliest start of a job that does not fit now; None when it does not fit however many jobs end."""
     gpu = job.request.gpu
     eligible = None if gpu is None else eligible_devices(snapshot, gpu)
-    candidates = np.flatnonzero(all_of(snapshot, constraint_masks(snapshot, job))).tolist()
+    candidates = np.flatnonzero(all_of(snapshot, constraint_masks(snapshot, job)))
     leases: dict[int, list[Running]] = {}
     for each in sorted(running, key=lambda it: it.ends_at):
         row = snapshot.index_of.get(each.lease.machine_id)
         if row is not None:
             leases.setdefault(row, []).append(each)
     price = prices(snapshot, job)
-    starts: dict[int, list[tuple[datetime, int, int]]] = {}
-    for row in candidates:
+    groups = sites(snapshot, candidates) if job.within_a_site else [candidates]
+    starts: dict[tuple[int, int], list[tuple[datetime, int, int]]] = {}
+    for number, row in ((number, row) for number, rows in enumerate(groups) for row in rows.tolist()):
         machine = _Machine(snapshot, row, leases.get(row, ()))
         for model, moment in _earliest(machine, job, eligible, now).items():
-            starts.setdefault(model, []).append((moment, int(price[row]), row))
+            starts.setdefault((model, number), []).append((moment, int(price[row]), row))
     enough = [sorted(found)[: job.nodes] for found in starts.values() if len(found) >= job.nodes]
     if not enough:
         return None
     best = min(enough, key=lambda found: (found[-1][0], sum(money for _, money, _ in found), found))
     start_at = best[-1][0]
-    model = next(model for model, found in starts.items() if sorted(found)[: job.nodes] == best)
+    model = next(model for (model, _), found in starts.items() if sorted(found)[: job.nodes] == best)
     rows = tuple(row for _, _, row in best)
     columns = tuple(
         _reserved(_Machine(snapshot, row, leases.get(row, ())), job, eligible, model, start_at) for row in rows

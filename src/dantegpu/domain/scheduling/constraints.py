@@ -47,6 +47,11 @@ class PendingJob:
     price_percent: int = FULL_PRICE_PERCENT
 
     @property
+    def within_a_site(self) -> bool:
+        """Its nodes are containers, and reach one another only on machines of one site."""
+        return self.nodes > 1 and self.network and bool(self.image)
+
+    @property
     def standing(self) -> int:
         """The higher goes first: by priority, then on-demand before spot, which would only be preempted again."""
         return 2 * self.priority + (not self.spot)
@@ -88,6 +93,7 @@ class Constraint(StrEnum):
     ALLOWED_IMAGES = "allowed_images"
     NETWORK = "network"
     PORTS = "ports"
+    SITE = "site"
     REGION = "region"
     EXCLUDED = "excluded"
     MAX_PRICE = "max_price"
@@ -118,6 +124,7 @@ _TEXTS: Mapping[Constraint, str] = {
     Constraint.ALLOWED_IMAGES: "its owner does not allow this image",
     Constraint.NETWORK: "gives such jobs no network",
     Constraint.PORTS: "publishes no ports of jobs",
+    Constraint.SITE: "is in no site in which nodes with an image reach one another",
     Constraint.REGION: "in another region",
     Constraint.EXCLUDED: "excluded for this job",
     Constraint.MAX_PRICE: "costs more than max_price",
@@ -139,6 +146,7 @@ _REASONS: Mapping[Constraint, QueueReason] = {
     Constraint.ALLOWED_IMAGES: QueueReason.NO_MATCHING_MACHINE,
     Constraint.NETWORK: QueueReason.NO_MATCHING_MACHINE,
     Constraint.PORTS: QueueReason.NO_MATCHING_MACHINE,
+    Constraint.SITE: QueueReason.NO_MATCHING_MACHINE,
     Constraint.REGION: QueueReason.RESTRICTED,
     Constraint.EXCLUDED: QueueReason.RESTRICTED,
     Constraint.MAX_PRICE: QueueReason.PRICE_ABOVE_MAX,
@@ -223,6 +231,8 @@ def constraint_masks(snapshot: Snapshot, job: PendingJob) -> dict[Constraint, Bo
         masks[Constraint.NETWORK] = np.array([kind in machine.networks for machine in snapshot.machines], np.bool_)
     if job.ports:
         masks[Constraint.PORTS] = np.array(["ports" in machine.networks for machine in snapshot.machines], np.bool_)
+    if job.within_a_site:
+        masks[Constraint.SITE] = np.array(["gang" in machine.networks for machine in snapshot.machines], np.bool_)
     if job.regions:
         masks[Constraint.REGION] = np.isin(snapshot.region, sorted(job.regions))
     if job.excluded_machines:
@@ -260,6 +270,22 @@ def free_now(snapshot: Snapshot, capacity: Capacity, job: PendingJob) -> Bools:
         )
         free &= has_count_of_one_model(usable, snapshot.device_model, gpu.count_min)
     return free
+
+
+def sites(snapshot: Snapshot, rows: Ints) -> list[Ints]:
+    """Of these machines, those of each site, in the order given: of several daemons on one host only the first."""
+    by_site: dict[tuple[TeamId, str], dict[str, int]] = {}
+    for row in map(int, rows):
+        machine = snapshot.machines[row]
+        by_site.setdefault((machine.team_id, machine.site), {}).setdefault(machine.address, row)
+    return [np.array(list(rows_of.values()), dtype=np.int64) for rows_of in by_site.values()]
+
+
+def most_at_once(snapshot: Snapshot, job: PendingJob, fitting: Bools) -> int:
+    """How many nodes of the job these machines could take together."""
+    if not job.within_a_site:
+        return int(fitting.sum())
+    return max((len(rows) for rows in sites(snapshot, np.flatnonzero(fitting))), default=0)
 
 
 def waiting_reason(snapshot: Snapshot, masks: Mapping[Constraint, Bools]) -> QueueReason:

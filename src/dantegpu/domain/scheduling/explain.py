@@ -16,6 +16,7 @@ from dantegpu.domain.scheduling.constraints import (
     constraint_counts,
     constraint_masks,
     free_now,
+    most_at_once,
     prices,
     waiting_reason,
 )
@@ -68,18 +69,19 @@ def explain(snapshot: Snapshot, job: PendingJob, now: datetime) -> Why:
     masks = constraint_masks(snapshot, job)
     fitting = all_of(snapshot, masks)
     free = fitting & free_now(snapshot, Capacity.of(snapshot), job)
-    starts = int(free.sum()) >= job.nodes
+    free_at_once = most_at_once(snapshot, job, free)
+    starts = free_at_once >= job.nodes
     relaxations: list[Relaxation] = []
     if job.not_before is not None and job.not_before > now:
         reason: QueueReason | None = QueueReason.WAITING_FOR_RETRY
-    elif not starts and 0 < fitting.sum() < job.nodes:
+    elif not starts and 0 < most_at_once(snapshot, job, fitting) < job.nodes:
         reason = QueueReason.TOO_FEW_MACHINES
     else:
         reason = None if starts else waiting_reason(snapshot, masks)
     if not starts:
-        fewer = int(free.sum()) or min(int(fitting.sum()), job.nodes - 1)
+        fewer = free_at_once or min(most_at_once(snapshot, job, fitting), job.nodes - 1)
         if fewer:
-            relaxations.append(Relaxation("nodes", str(job.nodes), str(fewer), fewer, bool(free.any())))
+            relaxations.append(Relaxation("nodes", str(job.nodes), str(fewer), fewer, free_at_once))
         for constraint in masks:
             change = _smallest_change(snapshot, job, constraint, all_of(snapshot, masks, but=constraint))
             if change is not None and (relaxation := _measure(snapshot, change, fitting)) is not None:
@@ -129,6 +131,8 @@ def _smallest_change(snapshot: Snapshot, job: PendingJob, constraint: Constraint
             whole = None if gpu is None else _with_gpu(job, replace(gpu, milli=MILLI_PER_UNIT))
             return None if gpu is None or whole is None else _Change("gpu", str(gpu), str(whole.request.gpu), whole)
         case Constraint.NETWORK:
+            return _Change("network", "true", "false", replace(job, network=False, ports=False))
+        case Constraint.SITE:
             return _Change("network", "true", "false", replace(job, network=False, ports=False))
         case Constraint.PORTS:
             return _Change("ports", "some", "none", replace(job, ports=False))

@@ -19,7 +19,9 @@ from dantegpu.domain.scheduling.constraints import (
     constraint_counts,
     constraint_masks,
     eligible_devices,
+    most_at_once,
     prices,
+    sites,
     usable_devices,
     waiting_reason,
 )
@@ -49,9 +51,10 @@ def place_gang(snapshot: Snapshot, job: PendingJob) -> tuple[Placement, ...] | W
     if best is not None:
         rows, model = best
         return tuple(placement_at(snapshot, job, row, rooms.devices(row, model)) for row in rows)
-    count = int(fitting.sum())
+    count = most_at_once(snapshot, job, fitting)
     if 0 < count < job.nodes:
-        return Waits(job.id, QueueReason.TOO_FEW_MACHINES, f"{count} fit, {job.nodes} are needed at once.")
+        where = " in one site" if job.within_a_site else ""
+        return Waits(job.id, QueueReason.TOO_FEW_MACHINES, f"{count} fit{where}, {job.nodes} are needed at once.")
     excluded = ", ".join(f"{count.machines_excluded} {count.text}" for count in constraint_counts(masks))
     numbers = [excluded, f"{count} that fit, of which {rooms.most_of_one_model} are free" if count else ""]
     detail = f"{job.nodes} machines are needed at once; {'; '.join(filter(None, numbers))}"
@@ -116,8 +119,12 @@ def _cheapest(snapshot: Snapshot, job: PendingJob, rooms: Rooms) -> tuple[list[i
     found: list[tuple[tuple[int, bool, int, int], list[int], int | None]] = []
     for number, model in enumerate(rooms.models()):
         rows = rooms.rows_with(model)
-        groups = [(False, rows[snapshot.region[rows] == region]) for region in np.unique(snapshot.region[rows])]
-        for scattered, group in (*groups, (True, rows)):
+        if job.within_a_site:
+            groups = [(False, group) for group in sites(snapshot, rows[np.argsort(price[rows], kind="stable")])]
+        else:
+            groups = [(False, rows[snapshot.region[rows] == region]) for region in np.unique(snapshot.region[rows])]
+            groups.append((True, rows))
+        for scattered, group in groups:
             if len(group) < job.nodes:
                 continue
             # The most important key last. The fullest machines first, so that whole ones stay whole.

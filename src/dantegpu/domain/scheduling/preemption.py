@@ -247,6 +247,8 @@ def preempt(
     """
     decided: list[Preemption] = []
     left = list(works)
+    # Room is looked for machine by machine: a job within one site could end work of several for nothing.
+    waiting = [job for job in waiting if not job.within_a_site]
     for job in sorted(waiting, key=lambda job: not _within_quota(ground, job, policy)):
         found = _Search(ground, left, job, policy, (barred or {}).get(job.id, frozenset())).run()
         if found is None:

@@ -232,18 +232,26 @@ class Engine:
             raise
         return True
 
-    async def create_network(self, name: str, bridge: str, subnet: str, labels: Mapping[str, str]) -> None:
+    async def create_network(
+        self, name: str, bridge: str, subnet: str, labels: Mapping[str, str], *, gateway: str = "", mtu: int = 0
+    ) -> None:
         """A bridge that is called `bridge` on the machine, with IPv4 only. Raises EngineError."""
+        own_gateway = {"gateway": gateway} if gateway else {}
         if self._libpod:
             body: Json = {
-                "name": name, "driver": "bridge", "network_interface": bridge, "subnets": [{"subnet": subnet}],
+                "name": name, "driver": "bridge", "network_interface": bridge,
+                "options": {"mtu": str(mtu)} if mtu else {},
+                "subnets": [{"subnet": subnet, **own_gateway}],
                 "dns_enabled": False, "ipv6_enabled": False, "labels": dict(labels),
             }  # fmt: skip
         else:
             body = {
                 "Name": name, "Driver": "bridge", "CheckDuplicate": True, "EnableIPv6": False, "Labels": dict(labels),
-                "IPAM": {"Driver": "default", "Config": [{"Subnet": subnet}]},
-                "Options": {"com.docker.network.bridge.name": bridge},
+                "IPAM": {"Driver": "default", "Config": [{"Subnet": subnet, **_capitalised(own_gateway)}]},
+                "Options": {
+                    "com.docker.network.bridge.name": bridge,
+                    **({"com.docker.network.driver.mtu": str(mtu)} if mtu else {}),
+                },
             }  # fmt: skip
         await self.call("POST", f"{self._libpod or self._prefix}/networks/create", body=body)
 
@@ -340,6 +348,11 @@ class Engine:
 
     def _unreachable(self, error: httpx.TransportError) -> EngineUnreachable:
         return EngineUnreachable(f"no container engine answers at {self.socket}: {error or type(error).__name__}")
+
+
+def _capitalised(words: Mapping[str, str]) -> Json:
+    """As Docker writes what Podman writes in small letters."""
+    return {name.capitalize(): text for name, text in words.items()}
 
 
 def _error(answer: httpx.Response) -> EngineError:

@@ -55,6 +55,7 @@ from dantegpu.daemon.executors.container.plan import (
 )
 from dantegpu.daemon.executors.container.ports import HostPorts, Pair
 from dantegpu.daemon.executors.container.profile import write_hardened
+from dantegpu.daemon.executors.gang import Gang
 from dantegpu.daemon.executors.processes import (
     descendants,
     handlers,
@@ -104,10 +105,12 @@ class _Place:
     network: str = ""
     """Of its own, called like the container; empty: none."""
     ports: tuple[Pair, ...] = ()
+    gang: Gang | None = None
 
     def dumps(self) -> str:
         user = [self.user.inside, self.user.host, self.user.mapped_from]
-        where = {"network": self.network, "ports": self.ports}
+        gang = [self.gang.number, self.gang.rank, self.gang.machines] if self.gang is not None else None
+        where = {"network": self.network, "ports": self.ports, "gang": gang}
         return json.dumps({"version": 1, "container": self.container, "slot": self.slot, "user": user, **where})
 
     @classmethod
@@ -116,7 +119,9 @@ class _Place:
         if raw.get("version") != 1:
             raise UnknownHandle(f"handle version {raw.get('version')!r} is not of this daemon's version")
         ports = tuple((number, machine_port) for number, machine_port in raw.get("ports", ()))
-        return cls(raw["container"], raw["slot"], User(*raw["user"]), raw.get("network", ""), ports)
+        node = raw.get("gang")
+        gang = Gang(node[0], node[1], tuple(node[2])) if node is not None else None
+        return cls(raw["container"], raw["slot"], User(*raw["user"]), raw.get("network", ""), ports, gang)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +232,11 @@ class ContainerExecutor(Executor):
             network = False
             missing["network"] = lacking
         ports = network and self._publish is not None
-        return _Known(facts, Capabilities(kind, limits, missing, network, ports), findings.accepted)
+        gangs = network and self._limits.network is not None and self._limits.network.site_port > 0
+        if gangs and (lacking := await self._networks.gang_problem()):
+            gangs = False
+            missing["site"] = lacking
+        return _Known(facts, Capabilities(kind, limits, missing, network, ports, gangs), findings.accepted)
 
     @staticmethod
     def _problem_with_users(facts: EngineFacts) -> str:
@@ -246,6 +255,8 @@ class ContainerExecutor(Executor):
     def _hold(self, place: _Place) -> None:
         self._slots.add(place.slot)
         self._ports.hold(place.ports)
+        if place.gang is not None:
+            self._networks.know(place.slot, place.gang)
 
     def _user(self, slot: int, facts: EngineFacts) -> User:
         """A job never runs as the host's root, whatever the image says."""
@@ -270,7 +281,7 @@ class ContainerExecutor(Executor):
         ports = self._ports.take(spec.ports)
         slot = self._new_slot()
         name = f"dante-{self._label}-{spec.attempt_id}"
-        return _Place(name, slot, self._user(slot, facts), name if spec.network else "", ports)
+        return _Place(name, slot, self._user(slot, facts), name if spec.network else "", ports, spec.gang)
 
     # --- Executor -----------------------------------------------------------------------------------------------------
 
@@ -289,6 +300,8 @@ class ContainerExecutor(Executor):
             raise AttemptRefused(f"this machine gives jobs with an image no network: {why}")
         if spec.ports and not capabilities.ports:
             raise AttemptRefused("this machine's owner lets jobs publish no ports")
+        if spec.gang is not None and not capabilities.gangs:
+            raise AttemptRefused("from this machine a job's nodes with an image do not reach one another")
         known = folder.read_handle()
         if known is not None:
             prepared = self._open(Handle.loads(known))[0]
@@ -310,7 +323,9 @@ class ContainerExecutor(Executor):
                 str(self._publish.address) if self._publish is not None else "", devices,
                 self._profile if facts.seccomp_profile is not None else None,
             )  # fmt: skip
-            if place.network:
+            if place.gang is not None:
+                await self._networks.make_shared(place.network, place.slot, labels, place.gang)
+            elif place.network:
                 await self._networks.make(place.network, place.slot, labels)
             await self._create(plan, facts)
         return handle
@@ -447,6 +462,7 @@ class ContainerExecutor(Executor):
     async def destroy(self, handle: Handle) -> None:
         place, folder = self._open(handle)
         await self._engine.remove(place.container)
+        await self._networks.leave(place.slot)
         if place.network:
             await self._networks.remove(place.network)
         await asyncio.to_thread(folder.remove)
@@ -492,6 +508,7 @@ class ContainerExecutor(Executor):
             handle = Handle.loads(text)
             if handle.executor == self.name:
                 await self.destroy(handle)
+        await self._networks.sweep(self._slots)
 
     async def close(self) -> None:
         self._known = None

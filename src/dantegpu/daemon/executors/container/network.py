@@ -15,13 +15,15 @@ import os
 import shutil
 import socket
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dantegpu.daemon.executors.base import AttemptRefused
 from dantegpu.daemon.executors.container.engine import Engine, EngineError, EngineFacts
+from dantegpu.daemon.executors.container.overlay import MTU, Overlay
 from dantegpu.daemon.executors.container.ports import PublishPolicy
+from dantegpu.daemon.executors.gang import Gang
 
 type Range = ipaddress.IPv4Network | ipaddress.IPv6Network
 type Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -35,8 +37,9 @@ NEAR4 = (
 FAR6 = "2000::/3"
 NEAR6 = ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")
 """Parts of FAR6 that lead into tunnels or nowhere."""
-JOBS = ipaddress.IPv4Network("198.18.0.0/15")
-"""Where jobs' own networks are cut from: set aside for tests of equipment, so nobody's network uses it (RFC 2544)."""
+JOBS = ipaddress.IPv4Network("198.18.0.0/16")
+"""Where jobs' own networks are cut from: set aside for tests of equipment, so nobody's network uses it (RFC 2544). The
+other half of that range is the gangs'."""
 _PREFIX = 28
 SUBNETS = 1 << (_PREFIX - JOBS.prefixlen)
 _OTHER_TRIES = 8
@@ -57,11 +60,13 @@ class FilterFailed(AttemptRefused):
 @dataclass(frozen=True, slots=True)
 class NetworkPolicy:
     """`open`: near ranges that the machine's owner opens to jobs. `resolvers`: asked for names; empty: the machine's
-    own where they are public, else public ones. `publish`: where jobs' ports may be published; None: nowhere."""
+    own where they are public, else public ones. `publish`: where jobs' ports may be published; None: nowhere.
+    `site_port`: of the tunnels between machines of the owner's site (UDP); 0: it belongs to none."""
 
     open: Sequence[Range] = ()
     resolvers: Sequence[Address] = ()
     publish: PublishPolicy | None = None
+    site_port: int = 0
 
 
 class Networks:
@@ -72,6 +77,9 @@ class Networks:
         self._policy = policy
         self._label = label
         self._first = int(label, 16)
+        self._overlay = Overlay(f"dv{label}", policy.site_port)
+        self._gangs: dict[int, Gang] = {}
+        """Slot -> the gang whose node is there."""
         self._tool = shutil.which("nft", path=f"{os.environ.get('PATH', '')}:{_TOOL_FOLDERS}") or ""
 
     @property
@@ -101,6 +109,32 @@ class Networks:
             return str(error)
         return ""
 
+    async def gang_problem(self) -> str:
+        """Why the nodes of a gang cannot reach one another from here, where jobs have a network; empty: they can."""
+        return await self._overlay.problem() if self._policy.site_port else "its owner names no site"
+
+    def know(self, slot: int, gang: Gang) -> None:
+        """An attempt that was found again is a node of this gang."""
+        self._gangs[slot] = gang
+
+    async def make_shared(self, name: str, slot: int, labels: Mapping[str, str], gang: Gang) -> None:
+        """The network of one node of a gang, connected with the others'. Raises AttemptRefused."""
+        for address in gang.machines:
+            try:
+                ipaddress.IPv4Address(address)
+            except ValueError:
+                raise AttemptRefused(f"{address!r} is no IPv4 address of a machine, which a site needs") from None
+        self._gangs[slot] = gang
+        await self._nft()
+        if not await self._engine.network(name):
+            try:
+                await self._engine.create_network(
+                    name, self.bridge(slot), str(gang.subnet), labels, gateway=gang.gateway, mtu=MTU
+                )
+            except EngineError as error:
+                raise AttemptRefused(f"no network could be made for the job's nodes: {error.message}") from error
+        await self._overlay.make(slot, self.bridge(slot), gang)
+
     async def make(self, name: str, slot: int, labels: Mapping[str, str]) -> str:
         """A network called `name` behind the filter; one that is there already is used again. Raises AttemptRefused."""
         await self._nft()
@@ -126,6 +160,15 @@ class Networks:
         """Idempotent. The table stays: another attempt may need it, and without bridges it judges nothing."""
         await self._engine.remove_network(name)
 
+    async def leave(self, slot: int) -> None:
+        """Nothing of the gang's node that was there is left. Idempotent."""
+        if self._gangs.pop(slot, None) is not None:
+            await self._overlay.remove(slot, self.bridge(slot))
+
+    async def sweep(self, slots: Iterable[int]) -> None:
+        """Remove the tunnels of all slots but these."""
+        await self._overlay.sweep(slots)
+
     async def _nft(self, *options: str) -> None:
         process = await asyncio.create_subprocess_exec(
             self._tool, *options, "-f", "-",
@@ -145,6 +188,12 @@ class Networks:
         sets = [_set(f"near{version}", f"ipv{version}_addr", near[version]) for version in (4, 6)]
         sets += [_set(f"open{version}", f"ipv{version}_addr", opened[version]) for version in (4, 6)]
         separator = "\n    "
+        # Only where bridges are filtered too (br_netfilter) does what stays on one come here.
+        inside = separator.join(
+            f'    iifname "{self.bridge(slot)}" oifname "{self.bridge(slot)}" accept' for slot in sorted(self._gangs)
+        )
+        port = self._policy.site_port
+        no_tunnel = f"udp dport {port} reject with icmpx type admin-prohibited" if port else ""
         bridges = f'"{self._bridges}*"'
         # Only the engine sends packets for its own address elsewhere: to the ports that it publishes.
         published = f"oifname {bridges} ct status dnat accept" if self._policy.publish is not None else ""
@@ -154,6 +203,7 @@ delete table {table}
 table {table} {{
     {separator.join(sets)}
     chain out {{
+        {no_tunnel}
         ct state established accept
         ip daddr @open4 accept
         ip6 daddr @open6 accept
@@ -163,6 +213,7 @@ table {table} {{
     }}
     chain forward {{
         type filter hook forward priority -10; policy accept;
+    {inside}
         iifname {bridges} jump out
         oifname {bridges} ct state established,related accept
         {published}
@@ -175,6 +226,23 @@ table {table} {{
         iifname {bridges} reject with icmpx type admin-prohibited
     }}
 }}
+{self._tunnel_rules()}"""
+
+    def _tunnel_rules(self) -> str:
+        """Tunnels are heard only from the gangs' machines. One table for all daemons of the machine, as one that knew
+        only its own would drop the others'. It forgets no machine: all are of sites that an owner trusts."""
+        machines = sorted({address for gang in self._gangs.values() for address in gang.machines})
+        if not machines:
+            return ""
+        port = self._policy.site_port
+        table = f"inet dante_site_{port}"
+        return f"""
+add table {table}
+add set {table} machines {{ type ipv4_addr; }}
+add chain {table} input {{ type filter hook input priority -10; policy accept; }}
+flush chain {table} input
+add rule {table} input udp dport {port} ip saddr != @machines drop
+add element {table} machines {{ {", ".join(machines)} }}
 """
 
 

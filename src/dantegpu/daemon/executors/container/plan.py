@@ -209,9 +209,20 @@ def docker_body(plan: Plan) -> Json:
         "WorkingDir": WORK,
         "Labels": dict(plan.labels),
         "Healthcheck": {"Test": ["NONE"]},
+        **_docker_address(plan),
         "ExposedPorts": {f"{number}/tcp": {} for number, _ in plan.ports},
         "HostConfig": host,
     }
+
+
+def _docker_address(plan: Plan) -> Json:
+    """A gang's node has the addresses that the others know."""
+    if (gang := plan.spec.gang) is None:
+        return {}
+    mac = gang.mac(gang.rank)
+    endpoint = {"IPAMConfig": {"IPv4Address": gang.address(gang.rank)}, "MacAddress": mac}
+    # The first is how Docker was told until its API 1.44.
+    return {"MacAddress": mac, "NetworkingConfig": {"EndpointsConfig": {plan.network: endpoint}}}
 
 
 def _cpu_quota_us(spec: AttemptSpec) -> int:
@@ -268,7 +279,11 @@ def podman_body(plan: Plan) -> Json:
     if plan.seccomp_profile is not None:
         body["seccomp_profile_path"] = str(plan.seccomp_profile)
     if plan.network:
-        body |= {"netns": {"nsmode": "bridge"}, "Networks": {plan.network: {}}, "dns_server": list(plan.resolvers)}
+        gang = spec.gang
+        own: Json = {} if gang is None else {
+            "static_ips": [gang.address(gang.rank)], "static_mac": gang.mac(gang.rank)
+        }  # fmt: skip
+        body |= {"netns": {"nsmode": "bridge"}, "Networks": {plan.network: own}, "dns_server": list(plan.resolvers)}
         body["portmappings"] = [
             {"container_port": number, "host_port": machine_port, "host_ip": plan.publish_at, "protocol": "tcp"}
             for number, machine_port in plan.ports

@@ -24,7 +24,7 @@ MAX_POWER_WATTS = 100_000.0
 
 _TEXTS = (
     "hostname", "os", "kernel", "driver_version", "cuda_version", "sandbox", "daemon_version", "region", "closed",
-    "container_engine",
+    "container_engine", "site",
 )  # fmt: skip
 _AMOUNTS = {"cpu_milli": MAX_CPU_MILLI, "memory_bytes": MAX_BYTES, "disk_bytes": MAX_BYTES}
 _DEVICE_TEXTS = (

@@ -163,6 +163,8 @@ class Inventory:
             runs_images="container" in inventory.executors,
             allowed_images=tuple(inventory.allowed_images),
             networks=frozenset(inventory.networks),
+            site=inventory.site,
+            address=inventory.address,
             sandboxed=inventory.sandbox not in ("", "none"),
             allows_fractions=inventory.shares_devices or any(device.simulated for device in inventory.devices),
         )

@@ -49,6 +49,8 @@ FIRST_RENDEZVOUS_PORT = 20_000
 RENDEZVOUS_PORTS = 10_000
 """Below the range that kernels give to outgoing connections."""
 MAX_CHECKPOINTS = 1_000_000
+MAX_GANG_NODES = 64
+GANG_NUMBERS = 1 << 18
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HOST = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.:-]{0,252}[A-Za-z0-9])?", re.ASCII)
 _GOES_ON = frozenset({StopReason.PREEMPTED.value, StopReason.NO_FUNDS.value, StopReason.MACHINE_DRAINED.value})
@@ -259,6 +261,7 @@ class Machines:
             node_rank=row.node_rank,
             node_addresses=[self._address(MachineId(machine)) for machine in row.node_machines],
             rendezvous_port=_rendezvous_port(row.first_attempt_id),
+            gang_number=_gang_number(row.first_attempt_id) if len(row.node_machines) > 1 and _share(spec) else 0,
         )
 
     def _stop_grace_ms(self, row: store.DesiredRow, spec: jobs_pb2.JobSpec) -> int:
@@ -403,6 +406,16 @@ def _presign_input(job: store.JobRow) -> storage_pb2.Presign:
 def _rendezvous_port(first_attempt_id: UUID) -> int:
     """A port on node 0 that all nodes agree on without asking, and that another job there hardly has."""
     return FIRST_RENDEZVOUS_PORT + first_attempt_id.int % RENDEZVOUS_PORTS
+
+
+def _share(spec: jobs_pb2.JobSpec) -> bool:
+    """Do the job's nodes need a network of their own?"""
+    return bool(spec.image) and spec.network
+
+
+def _gang_number(first_attempt_id: UUID) -> int:
+    """Of 24 bits, the last six zero; never 0. Another one for each attempt, so what clashes once does not again."""
+    return (1 + first_attempt_id.int % (GANG_NUMBERS - 1)) * MAX_GANG_NODES
 
 
 def _presign_result(prefix: str, result: jobs_pb2.ResultFile) -> storage_pb2.Presign:

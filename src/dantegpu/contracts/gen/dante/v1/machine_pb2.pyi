@@ -203,6 +203,7 @@ class Inventory(message.Message):
     SHARES_DEVICES_FIELD_NUMBER: builtins.int
     ALLOWED_IMAGES_FIELD_NUMBER: builtins.int
     NETWORKS_FIELD_NUMBER: builtins.int
+    SITE_FIELD_NUMBER: builtins.int
     CONTAINER_ENGINE_FIELD_NUMBER: builtins.int
     ADDRESS_FIELD_NUMBER: builtins.int
     hostname: builtins.str
@@ -224,6 +225,10 @@ class Inventory(message.Message):
     """why its owner takes no jobs now ("outside of its hours 22:00-06:00"); empty: it is open"""
     shares_devices: builtins.bool
     """its owner lets one team's jobs share a GPU by time-slicing"""
+    site: builtins.str
+    """gang: their nodes reach one another within `site`
+    machines of its owner that form one network for gangs with an image; empty: none
+    """
     container_engine: builtins.str
     """"podman 4.3.1, runc 1.1.5, a user namespace per job, GPUs by CDI"; for people"""
     address: builtins.str
@@ -246,7 +251,7 @@ class Inventory(message.Message):
 
     @builtins.property
     def networks(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
-        """jobs that may have one here: plain (without an image), image; ports: may publish some"""
+        """jobs that may have one here: plain (without an image), image; ports: may publish some;"""
 
     def __init__(
         self,
@@ -271,12 +276,13 @@ class Inventory(message.Message):
         shares_devices: builtins.bool = ...,
         allowed_images: abc.Iterable[builtins.str] | None = ...,
         networks: abc.Iterable[builtins.str] | None = ...,
+        site: builtins.str = ...,
         container_engine: builtins.str = ...,
         address: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["benchmark", b"benchmark"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "allowed_images", b"allowed_images", "benchmark", b"benchmark", "closed", b"closed", "container_engine", b"container_engine", "cpu_milli", b"cpu_milli", "cuda_version", b"cuda_version", "daemon_version", b"daemon_version", "devices", b"devices", "disk_bytes", b"disk_bytes", "driver_version", b"driver_version", "executors", b"executors", "hostname", b"hostname", "kernel", b"kernel", "limits_missing", b"limits_missing", "memory_bytes", b"memory_bytes", "networks", b"networks", "os", b"os", "region", b"region", "sandbox", b"sandbox", "shares_devices", b"shares_devices", "simulated", b"simulated"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "allowed_images", b"allowed_images", "benchmark", b"benchmark", "closed", b"closed", "container_engine", b"container_engine", "cpu_milli", b"cpu_milli", "cuda_version", b"cuda_version", "daemon_version", b"daemon_version", "devices", b"devices", "disk_bytes", b"disk_bytes", "driver_version", b"driver_version", "executors", b"executors", "hostname", b"hostname", "kernel", b"kernel", "limits_missing", b"limits_missing", "memory_bytes", b"memory_bytes", "networks", b"networks", "os", b"os", "region", b"region", "sandbox", b"sandbox", "shares_devices", b"shares_devices", "simulated", b"simulated", "site", b"site"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -571,6 +577,7 @@ class DesiredAttempt(message.Message):
     NODE_RANK_FIELD_NUMBER: builtins.int
     NODE_ADDRESSES_FIELD_NUMBER: builtins.int
     RENDEZVOUS_PORT_FIELD_NUMBER: builtins.int
+    GANG_NUMBER_FIELD_NUMBER: builtins.int
     RESUME_FIELD_NUMBER: builtins.int
     attempt_id: builtins.str
     job_id: builtins.str
@@ -590,6 +597,8 @@ class DesiredAttempt(message.Message):
     node_rank: builtins.int
     rendezvous_port: builtins.int
     """on node 0"""
+    gang_number: builtins.int
+    """of 24 bits, the last six zero: the nodes share a network of their own; 0 = they do not"""
     @builtins.property
     def spec(self) -> jobs_pb2.JobSpec: ...
     @builtins.property
@@ -621,11 +630,12 @@ class DesiredAttempt(message.Message):
         node_rank: builtins.int = ...,
         node_addresses: abc.Iterable[builtins.str] | None = ...,
         rendezvous_port: builtins.int = ...,
+        gang_number: builtins.int = ...,
         resume: Resume | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["resume", b"resume", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt_id", b"attempt_id", "devices", b"devices", "epoch", b"epoch", "job_id", b"job_id", "lease_ms", b"lease_ms", "log_limit_bytes", b"log_limit_bytes", "node_addresses", b"node_addresses", "node_rank", b"node_rank", "rendezvous_port", b"rendezvous_port", "results_limit_bytes", b"results_limit_bytes", "resume", b"resume", "spec", b"spec", "stop", b"stop", "stop_grace_ms", b"stop_grace_ms", "stop_reason", b"stop_reason", "team_id", b"team_id", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt_id", b"attempt_id", "devices", b"devices", "epoch", b"epoch", "gang_number", b"gang_number", "job_id", b"job_id", "lease_ms", b"lease_ms", "log_limit_bytes", b"log_limit_bytes", "node_addresses", b"node_addresses", "node_rank", b"node_rank", "rendezvous_port", b"rendezvous_port", "results_limit_bytes", b"results_limit_bytes", "resume", b"resume", "spec", b"spec", "stop", b"stop", "stop_grace_ms", b"stop_grace_ms", "stop_reason", b"stop_reason", "team_id", b"team_id", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
