@@ -1,5 +1,6 @@
 """The leader's queue in memory: the jobs of PostgreSQL that are QUEUED, and what has been told about each."""
 
+import gc
 import heapq
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,6 +27,12 @@ NO_FUNDS_RETRY_SECONDS = 10.0
 REASONS_EVERY_SECONDS = 0.25
 TEAM_PAUSE_SECONDS = 1.0
 """A team that could not pay is left out of rounds for so long: its other jobs must not keep the rounds busy."""
+
+FREEZE_FROM_JOBS, FREEZE_GROWTH = 50_000, 1.25
+"""A queue of this size, and one that has grown by so much since, is taken out of the garbage collector's sight.
+
+A walk through a million waiting jobs holds up a round for over a second. What leaves the queue is freed all the same.
+"""
 
 type Reason = tuple[str, str]
 """A reason and its detail, as the database has them."""
@@ -68,6 +75,7 @@ class WaitingJobs:
         self._tell_at_seconds = 0.0
         self._untold = False
         """Some wait for a reason that is not written yet."""
+        self._freeze_at = FREEZE_FROM_JOBS
 
     def __len__(self) -> int:
         return len(self._notes)
@@ -90,6 +98,10 @@ class WaitingJobs:
         self._notes[job.id.uuid] = note
         if note.deadline_at is not None:
             heapq.heappush(self._deadlines, (note.deadline_at, job.id.uuid))
+        if len(self._notes) >= self._freeze_at:
+            gc.collect(1)
+            gc.freeze()
+            self._freeze_at = int(len(self._notes) * FREEZE_GROWTH)
 
     def discard(self, job_id: UUID) -> None:
         self._notes.pop(job_id, None)
