@@ -262,6 +262,15 @@ async def lock_jobs(tx: Tx, ids: Iterable[UUID]) -> dict[UUID, JobRow]:
     return {row.id: row for row in await tx.all(JobRow, QUERIES["lock_jobs"], ids=list(ids))}
 
 
+async def lock_jobs_of_attempts(
+    tx: Tx, ids: Iterable[UUID], attempts: Sequence[UUID], now: datetime
+) -> tuple[dict[UUID, JobRow], set[UUID]]:
+    """lock_jobs, then out_of_lease, in one round trip."""
+    locked = await tx.ask(JobRow, QUERIES["lock_jobs"], ids=list(ids))
+    expired = await out_of_lease(tx, attempts, now)
+    return {row.id: row for row in locked.known()}, expired
+
+
 async def list_jobs(
     tx: Tx, *, team_id: UUID | None, before: UUID | None, states: list[str] | None, limit: int
 ) -> list[JobRow]:

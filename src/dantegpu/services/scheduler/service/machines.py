@@ -111,8 +111,7 @@ class Machines:
     async def _fold(
         self, tx: Tx, reports: Sequence[tuple[MachineId, machine_pb2.AttemptStatus]], now: datetime
     ) -> None:
-        batch = await JobBatch.lock(tx, [JobId.parse(status.job_id).uuid for _, status in reports], now)
-        await batch.find_out_of_lease(tx)
+        batch = await JobBatch.lock_reported(tx, [status for _, status in reports], now)
         for machine_id, status in reports:
             batch.fold(machine_id, status)
         await batch.save(tx, self._outbox, self._wakeups, lease_seconds=self._settings.lease_seconds)

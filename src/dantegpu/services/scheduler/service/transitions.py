@@ -175,18 +175,22 @@ class JobBatch:
         await batch.find_gangs(tx)
         return batch
 
+    @staticmethod
+    async def lock_reported(tx: Tx, statuses: Sequence[machine_pb2.AttemptStatus], now: datetime) -> "JobBatch":
+        """For fold(). What is reported of attempts whose lease has run out changes nothing (I2)."""
+        job_ids = {JobId.parse(status.job_id).uuid for status in statuses}
+        attempts = list({AttemptId.parse(status.attempt_id).uuid for status in statuses})
+        rows, expired = await store.lock_jobs_of_attempts(tx, job_ids, attempts, now)
+        batch = JobBatch(rows, now)
+        batch._out_of_lease = frozenset(map(AttemptId, expired))
+        await batch.find_gangs(tx)
+        return batch
+
     async def find_gangs(self, tx: Tx) -> None:
         """The attempts of the live gangs among the jobs; other jobs cost nothing here."""
         live = [job_id for job_id, job in self._jobs.items() if job.nodes > 1 and job.attempt_id is not None]
         for job_id, nodes in (await store.gang_nodes(tx, live)).items() if live else ():
             self._jobs[job_id] = self._jobs[job_id].but(gang=tuple(map(_gang_node, nodes)))
-
-    async def find_out_of_lease(self, tx: Tx) -> None:
-        """Before fold(): find the attempts whose lease has run out; what is reported of them changes nothing (I2)."""
-        live = [attempt_id.uuid for job in self._jobs.values() for attempt_id in _live_attempts(job)]
-        if live:
-            expired = await store.out_of_lease(tx, live, self._now)
-            self._out_of_lease = frozenset(AttemptId(attempt_id) for attempt_id in expired)
 
     def apply_to(self, job_id: UUID, attempt_id: UUID, event: lifecycle.LeaseExpired) -> None:
         """Like apply(), for what befalls one attempt of the job, which may be a node of a gang."""
