@@ -18,6 +18,7 @@ MAX_BOOK_SHAPES = 100_000
 """Shapes that are recognised. When there are more, an old shape may get a second object, and with it a second group."""
 MAX_BOOK_REQUESTS = 4096
 """Requests that are recognised as objects."""
+_MAX_RECENT = 100_000
 _COMPACT_AFTER = 64
 
 
@@ -101,8 +102,8 @@ class JobGroup:
     jobs: list[QueuedJob] = field(default_factory=list[QueuedJob])
     start: int = 0
     waiting: int = 0
-    version: int = 0
-    """Rises with every job that comes in."""
+    recent: list[QueuedJob] | None = field(default_factory=list[QueuedJob])
+    """What came in since take_recent(); None: too much for that."""
 
     @property
     def team_id(self) -> TeamId:
@@ -125,16 +126,25 @@ class JobGroup:
 
     def insert(self, job: QueuedJob) -> None:
         self.waiting += 1
-        self.version += 1
+        if self.recent is not None:
+            self.recent.append(job)
+            if len(self.recent) > _MAX_RECENT:
+                self.recent = None
         if not self.jobs or self.jobs[-1].age <= job.age:
             self.jobs.append(job)
         else:
             insort(self.jobs, job, lo=self.start, key=lambda it: it.age)
 
+    def take_recent(self) -> list[QueuedJob] | None:
+        """The jobs that came in since this was asked last; None: look at all."""
+        recent, self.recent = self.recent, []
+        return recent
+
     def left(self) -> None:
         """One of the jobs waits no more."""
         self.waiting -= 1
         if not self.waiting:
+            self.recent = []
             self.jobs.clear()
             self.start = 0
             return

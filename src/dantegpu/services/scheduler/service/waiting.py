@@ -60,7 +60,6 @@ class _Mark:
     """How far the jobs of a group have been told: `rest` are those that have not been looked at."""
 
     refusal: Refusal
-    version: int
     rest: Iterator[QueuedJob] | None
 
 
@@ -170,8 +169,11 @@ class WaitingJobs:
             if len(news) >= limit:
                 break
             mark = self._marks.get(it.group)
-            if mark is None or mark.refusal != it.refusal or (mark.rest is None and mark.version != it.group.version):
-                mark = self._marks[it.group] = _Mark(it.refusal, it.group.version, iter(it.jobs()))
+            if mark is None or mark.refusal != it.refusal:
+                it.group.take_recent()  # they are among all
+                mark = self._marks[it.group] = _Mark(it.refusal, iter(it.jobs()))
+            elif mark.rest is None and it.group.recent != []:
+                mark.rest = _recent_of(it)
             if mark.rest is not None:
                 self._tell(mark, news, limit)
         return news
@@ -224,6 +226,17 @@ class WaitingJobs:
                 if len(news) >= limit:
                     return
         mark.rest = None
+
+
+def _recent_of(blocked: Blocked) -> Iterator[QueuedJob]:
+    """Those of the jobs that came in since the last look: however many wait, only they have to hear the reason."""
+    group = blocked.group
+    recent = group.take_recent()
+    if recent is None:
+        return iter(blocked.jobs())
+    # Those before it are being placed.
+    first = next(iter(group.jobs[blocked.first : blocked.first + 1]), None)
+    return (job for job in recent if first and job.age >= first.age and job.group is group and job.until is None)
 
 
 def _is_news(note: Note, reason: Reason) -> bool:
