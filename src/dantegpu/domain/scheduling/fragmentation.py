@@ -219,11 +219,11 @@ class FragmentationScorer:
 
     def _left_by_whole(self, pairs: Pairs, whole: Ints) -> Floats:
         """What devices are worth once the whole ones are taken that each of these pairs would get."""
-        if not len(whole):
-            return self._devices[:0]
         row, count, usable = pairs.row.take(whole), pairs.count.take(whole), pairs.usable.take(whole, axis=0)
         full = self._offsets.take(row, axis=0) + MILLI_PER_UNIT
         left = self._devices.take(row, axis=0)
+        if not full.size:  # nothing asked for, or a fleet without any device
+            return left
         left -= self._value.devices.take(full[np.arange(len(row)), usable.argmax(axis=1)], axis=0) * count[:, None]
         for place in np.flatnonzero(self._unlike.take(row) & (count > 0)).tolist() if self._any_unlike else ():
             columns = np.flatnonzero(usable[place]).tolist()
