@@ -70,6 +70,7 @@ def measure(
     for machines, jobs in sizes:
         progress(f"{machines:,} machines, {jobs:,} waiting jobs")
         results.append(_measure(machines, jobs, rounds, Objective(objective)))
+        gc.unfreeze()
         gc.collect()
     return results
 
@@ -98,6 +99,7 @@ def _measure(machine_count: int, job_count: int, rounds: int, objective: Objecti
                 queue.add(job)
             placed = 0
             gc.collect()
+            gc.freeze()  # as the scheduler does with a long queue
         ended, arrived = _freed(live, source), _take(arrivals, JOBS_ARRIVED)
         started, started_cpu = time.perf_counter(), time.process_time()
         state.give_back(ended)

@@ -304,6 +304,31 @@ async def test_a_device_is_leased_up_to_its_whole_and_given_back_once(db: Databa
     assert live[(device,)] in ([600], [1000])
 
 
+async def test_past_use_is_an_average_in_which_a_half_life_ago_counts_half(db: Database):
+    other = TeamId.new().uuid
+    async with db.transaction() as tx:
+        ended, live = an_attempt(await a_job(tx)), an_attempt(await a_job(tx), team_id=other, memory_bytes=8)
+        await open_attempts(tx, ended, live)
+        devices = [
+            {"attempt_id": ended["id"], "device_id": DeviceId.new().uuid, "device_index": index, "milli": milli}
+            for index, milli in enumerate((1000, 600))
+        ]
+        await store.lease_devices(tx, devices)
+        end = a_change(ended["id"], state="SUCCEEDED", outcome="succeeded", exit_code=0, ended_at=at(100))
+        await store.save_attempts(tx, [end])
+        await store.release_devices(tx, [ended["id"]])
+
+    async def asked(since: float = 0, half_life: float = 100, limit: int = 10) -> dict[UUID, tuple[float, ...]]:
+        async with db.transaction() as tx:
+            rows = await store.past_use(tx, now=at(200), since=at(since), half_life_seconds=half_life, limit=limit)
+        return {row.team_id: (row.gpu_milli, row.cpu_milli, row.memory_bytes) for row in rows}
+
+    # From two half-lives ago until one ago; and from then until now.
+    assert await asked() == {TEAM.uuid: (400.0, 25.0, 0.25), other: (0.0, 75.0, 6.0)}
+    assert set(await asked(since=100)) == set(await asked(limit=1)) == {other}
+    assert (await asked(half_life=0.05))[other] == (0.0, 100.0, 8.0)
+
+
 async def test_an_attempt_that_has_ended_never_changes_again(db: Database):
     _, attempt = await running(db)
     end = a_change(attempt, state="SUCCEEDED", outcome="succeeded", exit_code=0, ended_at=at(5), billed_seconds=5)

@@ -9,10 +9,12 @@ import pytest
 from dantegpu.contracts import subjects
 from dantegpu.contracts.envelope import wrap
 from dantegpu.contracts.gen.dante.v1 import events_pb2, jobs_pb2, machine_pb2
-from dantegpu.domain.ids import EventId
+from dantegpu.domain.ids import EventId, TeamId
 from dantegpu.kit.db import Database
 from dantegpu.kit.errors import ErrorStatus, ServiceError, Unavailable, status_of
 from dantegpu.kit.rpc import call
+from dantegpu.services.scheduler.service.fleet import READ_AGAIN_SECONDS
+from tests.fixtures.actors import a_member
 from tests.fixtures.scheduler import Machine, World, a_spec, until
 from tests.fixtures.servers import NatsForTests, PostgresForTests
 
@@ -196,6 +198,22 @@ async def test_another_replica_takes_over_when_the_leader_stops(world: World) ->
     await machine.ends(other)
     assert (await world.settled(job_id)).state == jobs_pb2.SUCCEEDED
     assert [a.attempt_id for a in (await machine.renews(attempt)).desired] == [attempt.attempt_id]
+
+
+async def test_a_new_leader_knows_which_team_used_much_lately(world: World) -> None:
+    them = a_member(TeamId.new())
+    await world.credit(team=them.team_id)
+    machine = await world.machine()
+    _, attempt = await world.running(machine)
+    world.clock.advance(20)
+    ours, theirs = await world.submit_one(), await world.submit_one(actor=them)
+    await world.stop_leading(world.schedulers[0])
+    await world.start_scheduler()
+    await machine.ends(attempt, ran_ms=20_000)
+    # Whichever replica heard of the end: the leader looks again every few seconds.
+    world.clock.advance(READ_AGAIN_SECONDS)
+    await machine.given(theirs)
+    assert (await world.get(ours)).state == jobs_pb2.QUEUED
 
 
 async def test_a_job_that_placement_cannot_read_keeps_no_other_from_being_placed(world: World) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from dantegpu.daemon.executors.base import (
     Adoption,
+    AlreadyStarted,
     AttemptSpec,
     ExitStatus,
     Handle,
@@ -91,4 +92,50 @@ async def test_a_daemon_that_restarts_keeps_what_runs_in_the_groups_of_what_is_o
     await other.stop(running, grace_seconds=0, reason=StopReason.REQUESTED)
     assert (await other.wait(running)).exit_code == 137
     await other.sweep(set())
+    await other.close()
+
+
+async def test_the_groups_of_what_ended_while_the_next_daemon_started_are_removed(tmp_path: Path):
+    executor = an_executor(tmp_path)
+    handle = await started(executor, "sh", "-c", "until [ -e go ]; do sleep 0.01; done")
+    folders = [Path(entry[0]) for entry in json.loads(handle.data)["groups"].values()]
+    await executor.close()
+    other = an_executor(tmp_path)
+    await other.probe()
+    folder = Workspace(tmp_path).attempt(handle.attempt_id)
+    (folder.work / "go").touch()
+    await until(folder.exit.exists)
+    assert await other.adopt(handle) is Adoption.ENDED
+    await other.sweep({handle.attempt_id})
+    assert await other.wait(handle) == ExitStatus(0)
+    await other.destroy(handle)
+    assert not [path for path in folders if path.exists()]
+    await other.close()
+
+
+@pytest.mark.parametrize("started_late", [False, True])
+async def test_the_groups_of_what_another_daemon_had_prepared_are_removed(tmp_path: Path, started_late: bool):
+    executor = an_executor(tmp_path)
+    spec = AttemptSpec(AttemptId.new(), ("true",))
+    handle = await executor.prepare(spec)
+    folders = [Path(entry[0]) for entry in json.loads(handle.data)["groups"].values()]
+    cell = executor._runs[handle.attempt_id].cell  # pyright: ignore[reportPrivateUsage]
+    other = an_executor(tmp_path)
+    assert await other.adopt(handle) is Adoption.NOT_STARTED
+    await other.sweep({handle.attempt_id})
+    if started_late:
+        # The first daemon died right after it had told its cell.
+        assert cell is not None
+        await cell.start(Workspace(tmp_path).attempt(handle.attempt_id).root, Launch(["true"], {}, "/"))
+        await cell.ended
+        await executor.close()
+        with pytest.raises(AlreadyStarted):
+            await other.start(handle, spec)
+        assert await other.adopt(handle) is Adoption.ENDED
+    else:
+        await executor.close()
+        await other.start(handle, spec)
+    assert await other.wait(handle) == ExitStatus(0)
+    await other.destroy(handle)
+    assert not [path for path in folders if path.exists()]
     await other.close()

@@ -132,8 +132,8 @@ def test_the_value_is_the_formula():
         MixShape(20_000, GIB, parse_gpu_spec("1"), 0.5),
     ]
     value = FragmentationValue(snapshot, np.zeros((1, 3), dtype=np.int64), 1, shapes)
-    free = np.array([[1000, 1000, 650]])
-    whole, copies = value.of(np.array([0]), np.array([10_000]), np.array([8 * GIB]), free)[0]
+    devices = value.devices[[1000, 1000, 650]].sum(axis=0)
+    whole, copies = value.of(devices[None], np.array([10_000]), np.array([8 * GIB]))[:, 0]
     # Copies: two whole devices; 8 GiB / 5 GiB of 0.3; one pair; half of the one with 20 cores.
     # Reach: 2 GPUs, all 2.65, 2, none of an A100, and none for 20 cores.
     assert copies == pytest.approx(0.5 * 2 + 0.25 * 0.3 * 1.6 + 0.125 * 2 + 0.5 * 0.5)
@@ -163,6 +163,16 @@ def test_a_mix_is_bounded_and_fades():
     for cpus in range(1, 3 * MAX_SHAPES):
         mix.count(a_job("1", cpus=cpus).request)
     assert len(mix.shapes()) <= MAX_SHAPES
+
+
+def test_requests_for_the_same_gpus_are_one_shape_unless_their_cores_differ_much():
+    mix = RequestMix()
+    for gpu, cpus, times in (("1", 4, 3), ("1", 5, 1), ("1", 16, 1), ("2", 4, 1)):
+        mix.count(a_job(gpu, cpus=cpus).request, times)
+    shapes = {(str(shape.gpu), shape.cpu_milli): shape.weight for shape in mix.shapes()}
+    # The mean by weight: three requests with 4 cores, one with 5.
+    assert set(shapes) == {("1", 4250), ("1", 16_000), ("2", 4000)}
+    assert shapes["1", 4250] == pytest.approx(4 * shapes["1", 16_000])
 
 
 def test_the_mix_does_not_depend_on_the_order_of_arrival():

@@ -16,6 +16,7 @@ from dantegpu.domain.scheduling import (
     SchedulerState,
     Snapshot,
     TeamUse,
+    average_shares,
     borrowed,
     schedule,
 )
@@ -72,6 +73,13 @@ def test_a_team_that_used_much_lately_waits_behind_one_that_did_not():
         queue.add(job)
     (placed,) = schedule(snapshot, queue, policy, now=after_an_hour, state=state).placements
     assert placed.team_id == THEM
+
+
+def test_an_average_use_is_measured_by_what_the_team_had_most_of_in_the_whole_fleet():
+    machines = [a_machine(gpus=2), a_machine(gpus=2)]
+    cores, memory = (sum(getattr(it, name) for it in machines) for name in ("cpu_milli", "memory_bytes"))
+    used = {US: (1000.0, cores / 2, 0.0), THEM: (1000.0, 0.0, memory / 8)}
+    assert average_shares(Snapshot.from_machines(machines), used) == {US: 0.5, THEM: 0.25}
 
 
 def test_what_was_used_long_ago_counts_no_more():

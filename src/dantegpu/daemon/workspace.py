@@ -39,6 +39,8 @@ class AttemptFolder:
     root: Path
     spares: Path | None = None
     """Where folders lie that can be had instead of new ones. Each is complete: it was moved there last of all."""
+    parked: Path | None = None
+    """Where those lie for which a sandbox waits already."""
 
     @property
     def work(self) -> Path:
@@ -104,18 +106,16 @@ class AttemptFolder:
         return fresh
 
     def _take_spare(self) -> bool:
-        if self.spares is None:
-            return False
-        try:
-            with os.scandir(self.spares) as found:
-                spare = next(found, None)
-            if spare is None:
-                return False
-            # Refused when the attempt's folder is there and not empty.
-            os.rename(spare.path, self.root)
-        except OSError:
-            return False
-        return True
+        for place in (self.parked, self.spares):
+            try:
+                name = next(iter(os.listdir(place)), None) if place is not None else None
+                if name is not None:
+                    # Refused when the attempt's folder is there and not empty.
+                    os.rename(f"{place}/{name}", self.root)
+                    return True
+            except OSError:
+                continue
+        return False
 
     def read_handle(self) -> str | None:
         """None while nothing was prepared."""
@@ -163,6 +163,12 @@ class AttemptFolder:
         """`remove`, in a thread when it may take long. `used_again`: nobody can have kept a descriptor of it."""
         if not (used_again and self._made_spare()) and not self._removed_empty():
             await asyncio.to_thread(self.remove)
+
+    def unpark(self) -> None:
+        """Nothing waits for it any more; it may be an attempt's by now."""
+        if self.spares is not None:
+            with contextlib.suppress(OSError):
+                os.rename(self.root, self.spares / self.root.name)
 
     def _made_spare(self) -> bool:
         """Move it to the spares if the job left nothing in it and on it; False when it has to be removed."""
@@ -341,14 +347,25 @@ class Workspace:
     root: Path
 
     def create(self) -> None:
-        for name in ("attempts", "spare"):
+        for name in ("attempts", "spare", "parked"):
             (self.root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def attempt(self, attempt_id: AttemptId) -> AttemptFolder:
-        return AttemptFolder(self.root / "attempts" / str(attempt_id), self.root / "spare")
+        return AttemptFolder(self.root / "attempts" / str(attempt_id), self.root / "spare", self.root / "parked")
 
     def attempts(self) -> list[AttemptFolder]:
         folder = self.root / "attempts"
         if not folder.is_dir():
             return []
         return [AttemptFolder(path, self.root / "spare") for path in sorted(folder.iterdir()) if path.is_dir()]
+
+    def park(self) -> AttemptFolder:
+        """A folder for the next attempt, for which something may be made ready."""
+        folder = AttemptFolder(self.root / "parked" / str(AttemptId.new()), self.root / "spare")
+        folder.create()
+        return folder
+
+    def unpark_all(self) -> None:
+        """What a daemon before this one had parked."""
+        shutil.rmtree(self.root / "parked", ignore_errors=True)
+        self.create()

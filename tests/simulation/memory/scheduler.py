@@ -466,6 +466,28 @@ async def _live_leases(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
     return found
 
 
+@statement("past_use")
+async def _past_use(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
+    def kept(moment: datetime) -> float:
+        return 0.5 ** (max(0.0, (params["now"] - moment).total_seconds()) / params["half_life_seconds"])
+
+    milli: dict[UUID, int] = {}
+    for row in tx.scan("device_leases"):
+        milli[row["attempt_id"]] = milli.get(row["attempt_id"], 0) + row["milli"]
+    recent = [row for row in tx.scan("attempts") if row["ended_at"] is None or row["ended_at"] > params["since"]]
+    recent.sort(key=lambda row: row["ended_at"] or params["now"], reverse=True)
+    found: dict[UUID, Row] = {}
+    for row in recent[: params["limit"]]:
+        weight = kept(row["ended_at"] or params["now"]) - kept(row["created_at"])
+        team = found.setdefault(
+            row["team_id"], {"team_id": row["team_id"], "gpu_milli": 0.0, "cpu_milli": 0.0, "memory_bytes": 0.0}
+        )
+        team["gpu_milli"] += weight * milli.get(row["id"], 0)
+        team["cpu_milli"] += weight * row["cpu_milli"]
+        team["memory_bytes"] += weight * row["memory_bytes"]
+    return list(found.values())
+
+
 # --- timers and settlement --------------------------------------------------------------------------------------------
 
 

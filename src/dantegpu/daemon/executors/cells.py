@@ -38,8 +38,10 @@ class Launch:
     arguments: Mapping[int, Sequence[str]] = field(default_factory=dict[int, Sequence[str]])
     files: Mapping[int, str] = field(default_factory=dict[int, str])
     sandbox: bool = False
+    script: str = ""
+    """For the sandbox that waits in the cell, if there is one."""
 
-    def payload(self, directory: Path) -> bytes:
+    def payload(self, directory: Path, *, park: bool = False) -> bytes:
         """Raises AttemptRefused."""
         request = {
             "directory": str(directory),
@@ -49,6 +51,8 @@ class Launch:
             "arguments": {number: list(parts) for number, parts in self.arguments.items()},
             "files": dict(self.files),
             "sandbox": self.sandbox,
+            "park": park,
+            "script": self.script,
         }
         text = json.dumps(request).encode()
         if len(text) > MAX_PAYLOAD_BYTES:
@@ -104,6 +108,18 @@ class Cell:
                 await self._started
         except TimeoutError as error:
             raise SandboxFailed(f"it did not start within {START_TIMEOUT_SECONDS:.0f} s") from error
+
+    def park(self, directory: Path, launch: Launch) -> bool:
+        """Have it make a sandbox ahead, whose log and folders are those of `directory`. False: it cannot now."""
+        payload = launch.payload(directory, park=True)
+        try:
+            if self._open and self._line.send(payload) == len(payload):
+                return True
+        except OSError:
+            pass
+        # Half a request may have gone out.
+        self.close()
+        return False
 
     def close(self) -> None:
         """Let go of it: it leaves as soon as nothing runs in it. Idempotent."""

@@ -8,6 +8,9 @@ Daemon to keeper, one packet per cell: the files to join the groups by, with one
 Daemon to cell: 4 bytes of length and a JSON object per attempt, see `Request`.
 Cell to daemon, a line each: `parked PID TICKS` or `broken WHY`, then per attempt `running` or `failed WHY` and at its
 end `exit CODE`, or only `already`.
+
+While a cell waits, it may keep a sandbox ready (`park`), in which a shell waits for its script. It is for one attempt:
+the next one, or nobody.
 """
 
 import errno
@@ -20,13 +23,13 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
-from typing import NoReturn, TypedDict
+from typing import NamedTuple, NoReturn, TypedDict
 
 CONTROL = 3
 FIRST_FREE_DESCRIPTOR = 10
 MAX_CELL_BYTES = 16 << 10
 KILL_TIMEOUT_SECONDS = 5.0
-READY = 9
+READY, LOG = 9, 8
 # In a folder that is used again lie the files of the last attempt under these names; each is as long as its successor.
 SPARE_STARTED, SPARE_EXIT = "started.spare", "exit.spare"
 MARK_BYTES, EXIT_BYTES = 40, 16
@@ -37,7 +40,11 @@ _DEFAULT_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
 class Request(TypedDict):
-    """One attempt: what to execute. `arguments`: descriptor -> what the program reads from it, NUL between parts."""
+    """One attempt: what to execute. `arguments`: descriptor -> what the program reads from it, NUL between parts.
+
+    `park`: only make the sandbox, whose shell is to read its script from its standard input. `script`: what to tell the
+    shell of the sandbox that was made so; without one, or when that has died, a new sandbox is made.
+    """
 
     directory: str
     argv: list[str]
@@ -46,6 +53,17 @@ class Request(TypedDict):
     arguments: dict[str, list[str]]
     files: dict[str, str]
     sandbox: bool
+    park: bool
+    script: str
+
+
+class Sandbox(NamedTuple):
+    """One that was started. `ready`: a byte comes when its command runs, nothing when it has died before."""
+
+    pid: int
+    ready: int
+    script: int
+    """Where its shell reads its script from; -1: it has one."""
 
 
 class CellProcess:
@@ -58,6 +76,7 @@ class CellProcess:
         self._ticks = 0
         self._null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         self._may_protect = os.geteuid() == 0
+        self._ready_made: Sandbox | None = None
 
     def live(self) -> None:
         """Park, serve, and return when the daemon is gone and nothing runs."""
@@ -65,7 +84,11 @@ class CellProcess:
         self.join()
         self.say(f"parked {self._pid} {self._ticks}")
         while (request := self._receive()) is not None:
-            self.run(request)
+            if request["park"]:
+                self._park(request)
+            else:
+                self.run(request)
+        self._unpark()
 
     def join(self) -> None:
         """Become a member of the groups. Raises OSError."""
@@ -158,28 +181,78 @@ class CellProcess:
         self.say("running")
         return _exit_code(pid)
 
+    def _park(self, request: Request) -> None:
+        """Nobody waits for this: where it fails, the attempt gets a sandbox of its own."""
+        self._unpark()
+        try:
+            log = os.open(f"{request['directory']}/output.log", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        except OSError:
+            return
+        stdin, script = os.pipe()
+        try:
+            # What goes wrong while it is made is nothing for a job's log, which its script opens.
+            pid, ready = self._spawn_sandbox(request, self._null, [(stdin, 0), (log, LOG)])
+            self._ready_made = Sandbox(pid, ready, script)
+        except OSError:
+            os.close(script)
+        finally:
+            os.close(log)
+            os.close(stdin)
+
+    def _unpark(self) -> None:
+        """By its process, not by its groups: after a restart of the daemon, another cell may have joined those."""
+        made, self._ready_made = self._ready_made, None
+        if made is not None:
+            os.kill(made.pid, signal.SIGKILL)
+            self._end(made)
+
+    @staticmethod
+    def _end(sandbox: Sandbox) -> int:
+        os.close(sandbox.ready)
+        if sandbox.script >= 0:
+            os.close(sandbox.script)
+        return _exit_code(sandbox.pid)
+
     def _sandboxed(self, request: Request, log: int) -> int:
         """The sandbox stays in the cell's session; the job has one of its own. It says by a pipe that it runs."""
-        ready, said = os.pipe()
-        opened = [(said, READY)]
-        for number, parts in request["arguments"].items():
-            opened.append((_in_memory(parts), int(number)))
-        for number, path in request["files"].items():
-            opened.append((os.open(path, os.O_RDONLY | os.O_CLOEXEC), int(number)))
+        made, self._ready_made = (self._ready_made, None) if request["script"] else (None, self._ready_made)
+        self._unpark()
+        if made is not None:
+            told = _told(made.script, request["script"])
+            made = made._replace(script=-1)
+            if told and os.read(made.ready, 1) == b"r":
+                self.say("running")
+                return self._end(made)
+            # It has died before its command began.
+            self._end(made)
         try:
-            command = request["argv"]
-            pid = self._spawn(command[0], command, request["env"], log, opened, setsid=False)
+            made = Sandbox(*self._spawn_sandbox(request, log, []), -1)
         except OSError as error:
-            os.close(ready)
             self.say(f"failed {request['argv'][0]}: {error.strerror}")
             return _NOT_EXECUTABLE
+        self.say("running" if os.read(made.ready, 1) == b"r" else "failed ")
+        return self._end(made)
+
+    def _spawn_sandbox(self, request: Request, log: int, more: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        """Its process, and where it says that its command runs. Raises OSError."""
+        ready, said = os.pipe()
+        opened = [*more, (said, READY)]
+        mine = [said]
+        try:
+            for number, parts in request["arguments"].items():
+                mine.append(_in_memory(parts))
+                opened.append((mine[-1], int(number)))
+            for number, path in request["files"].items():
+                mine.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+                opened.append((mine[-1], int(number)))
+            command = request["argv"]
+            return self._spawn(command[0], command, request["env"], log, opened, setsid=False), ready
+        except OSError:
+            os.close(ready)
+            raise
         finally:
-            for descriptor, _ in opened:
+            for descriptor in mine:
                 os.close(descriptor)
-        runs = os.read(ready, 1) == b"r"
-        os.close(ready)
-        self.say("running" if runs else "failed ")
-        return _exit_code(pid)
 
     def _spawn(
         self,
@@ -238,6 +311,19 @@ def _exit_code(pid: int) -> int:
     """As a shell counts: 128 and more for a signal."""
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     return code if code >= 0 else 128 - code
+
+
+def _told(script: int, text: str) -> bool:
+    """Give a shell its script, and its end, so that it need not ask for more."""
+    content = os.fsencode(text)
+    try:
+        while content:
+            content = content[os.write(script, content) :]
+    except BrokenPipeError:
+        return False
+    finally:
+        os.close(script)
+    return True
 
 
 def _in_memory(parts: Sequence[str]) -> int:

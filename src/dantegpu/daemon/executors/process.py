@@ -49,11 +49,12 @@ from dantegpu.daemon.executors.sandbox import (
     Bubblewrap,
     Layout,
     PythonRuntime,
+    parked,
     sandboxed,
     unsandboxed,
     write_etc,
 )
-from dantegpu.daemon.executors.slots import SLOTS_MAX, Slot, Slots
+from dantegpu.daemon.executors.slots import SLOTS_MAX, Parked, Slot, Slots
 from dantegpu.daemon.workspace import AttemptFolder, Workspace
 from dantegpu.domain.ids import AttemptId
 
@@ -123,6 +124,8 @@ class _Run:
     pidfd: int = -1
     """Of the cell of an earlier daemon."""
     cell_pid: int = 0
+    ready: bool = False
+    """A sandbox waits for it in the cell."""
     asked: bool = False
     """To start: from then on the cell may say something about it."""
     started: bool = False
@@ -156,6 +159,9 @@ class ProcessExecutor(Executor):
         self._filter: Path | None = None
         self._capabilities: Capabilities | None = None
         self._slots = Slots()
+        self._found: set[int] = set()
+        self._taken_over: dict[AttemptId, int] = {}
+        """Attempts of an earlier daemon that had not ended when this one came, and their slots."""
         self._runs: dict[AttemptId, _Run] = {}
         block = zlib.crc32(os.fsencode(workspace.root.absolute())) % UID_BLOCKS
         self._uid_base = FIRST_UID + block * SLOTS_MAX
@@ -166,7 +172,7 @@ class ProcessExecutor(Executor):
     async def probe(self) -> Capabilities:
         if self._capabilities is not None:
             return self._capabilities
-        self._workspace.create()
+        self._workspace.unpark_all()
         if not self._workspace.attempts() or not self._etc.is_dir():
             # Not below the feet of jobs that run: they see this folder.
             await asyncio.to_thread(write_etc, self._etc)
@@ -181,7 +187,8 @@ class ProcessExecutor(Executor):
         else:
             self._filter = self._workspace.root / "seccomp.bpf"
             self._filter.write_bytes(code)
-        self._take_slots()
+        self._found = self._held()
+        self._slots.taken |= self._found
         kind = SandboxKind.NONE
         if self._wanted is SandboxKind.BUBBLEWRAP:
             tools = await asyncio.to_thread(Bubblewrap.find, self._search_path)
@@ -195,6 +202,8 @@ class ProcessExecutor(Executor):
         if kind is SandboxKind.BUBBLEWRAP and (problem := await self._self_test()):
             missing["sandbox"] = problem
             self._capabilities = Capabilities(SandboxKind.NONE, self._tree.limits, missing, self._allow_network)
+        elif kind is SandboxKind.BUBBLEWRAP:
+            self._slots.park_with(self._park)
         return self._capabilities
 
     def _choose_uids(self) -> None:
@@ -219,7 +228,9 @@ class ProcessExecutor(Executor):
         finally:
             await self.destroy(handle)
 
-    def _take_slots(self) -> None:
+    def _held(self) -> set[int]:
+        """Numbers of the slots in which attempts of earlier daemons may still run."""
+        held: set[int] = set()
         for folder in self._workspace.attempts():
             if (known := folder.read_handle()) is not None:
                 handle = Handle.loads(known)
@@ -227,7 +238,8 @@ class ProcessExecutor(Executor):
                     continue
                 place = _Place.loads(handle.data)
                 if not _over(place, folder):
-                    self._slots.taken.add(place.slot)
+                    held.add(place.slot)
+        return held
 
     @property
     def _etc(self) -> Path:
@@ -254,7 +266,9 @@ class ProcessExecutor(Executor):
         for path in (path for device in spec.devices for path in device.paths):
             if not Path(path).exists():
                 raise AttemptRefused(f"the device node {path} is not there")
-        slot = await self._slots.take()
+        if not folder.root.is_dir():
+            folder.create()
+        slot = await self._slots.take(folder)
         limits = cgroup.Limits(
             spec.cpu_milli,
             spec.memory_bytes + CELL_MEMORY_BYTES if spec.memory_bytes else 0,
@@ -266,9 +280,7 @@ class ProcessExecutor(Executor):
         uid = self._uid_base + slot.number
         counted = (slot.oom_kills, slot.groups.count_anew() if slot.idle_since else 0.0)
         place = _Place(slot.number, uid, boot_id(), capabilities.sandbox, slot.groups, *counted)
-        self._runs[spec.attempt_id] = _Run(place, slot, slot.cell, cell_pid=slot.cell.pid)
-        if not folder.root.is_dir():
-            folder.create()
+        self._runs[spec.attempt_id] = _Run(place, slot, slot.cell, cell_pid=slot.cell.pid, ready=slot.claim(folder))
         if self._as_another_user(place):
             await folder.give_to(place.uid)
         handle = Handle(self.name, spec.attempt_id, place.dumps())
@@ -292,7 +304,8 @@ class ProcessExecutor(Executor):
             run.cell_pid = run.cell.pid
         run.asked = True
         try:
-            await run.cell.start(folder.root, self._launch(run.place, folder, spec))
+            launch = self._launch(run.place, folder, spec)
+            await run.cell.start(folder.root, launch if run.ready else replace(launch, script=""))
         except AlreadyStarted:
             # By a daemon before this one, in the same groups: this cell must not be given to others.
             run.cell.close()
@@ -308,8 +321,27 @@ class ProcessExecutor(Executor):
     def _launch(self, place: _Place, folder: AttemptFolder, spec: AttemptSpec) -> Launch:
         if place.sandbox is SandboxKind.NONE or self._tools is None:
             return unsandboxed(folder.work, folder.output, spec, self._python.host_search_path)
-        layout = Layout(folder.work, folder.output, self._etc, self._python, self._filter)
-        return sandboxed(self._tools, layout, spec, place.uid)
+        return sandboxed(self._tools, self._layout(folder), spec, place.uid)
+
+    def _layout(self, folder: AttemptFolder) -> Layout:
+        return Layout(folder.work, folder.output, self._etc, self._python, self._filter)
+
+    def _park(self, slot: Slot) -> Parked | None:
+        """Make the sandbox of the slot's next attempt ahead: that takes longer than all else of a start."""
+        if self._tools is None:
+            return None
+        uid = self._uid_base + slot.number
+        try:
+            folder = self._workspace.park()
+            if os.geteuid() == 0:
+                for top in (folder.work, folder.output):
+                    os.chown(top, uid, uid, follow_symlinks=False)
+            made = Parked.of(folder)
+        except OSError as error:
+            log.warning("no_sandbox_made_ahead", error=str(error))
+            return None
+        launch = parked(self._tools, self._layout(folder), AttemptSpec(AttemptId.new(), ("true",)), uid)
+        return made if slot.cell.park(folder.root, launch) else None
 
     async def adopt(self, handle: Handle) -> Adoption:
         place, folder = self._open(handle)
@@ -320,6 +352,7 @@ class ProcessExecutor(Executor):
             return Adoption.RUNNING
         if _over(place, folder):
             return Adoption.ENDED
+        self._taken_over[handle.attempt_id] = place.slot
         self._slots.taken.add(place.slot)
         if place.boot != boot_id():
             return Adoption.ENDED if folder.started.exists() else Adoption.NOT_STARTED
@@ -351,7 +384,8 @@ class ProcessExecutor(Executor):
         if run.cell is not None and run.cell.alive and exit_code is not None:
             self._release(run)
         elif run.cell is None and run.pidfd < 0 and _over(run.place, folder):
-            run.released = True  # Under a daemon before this one.
+            # Under a daemon before this one; unless that was at this moment.
+            run.released = handle.attempt_id not in self._taken_over
         return run.status
 
     async def _gone(self, run: _Run) -> None:
@@ -404,11 +438,12 @@ class ProcessExecutor(Executor):
                 await self._destroy_running(handle, run)
         elif folder.read_handle() is not None and not _over(place, folder):
             await self._destroy_running(handle, _Run(place))
+        self._taken_over.pop(handle.attempt_id, None)
         await folder.removed(used_again=run is not None and run.released and run.alone)
 
     async def _destroy_running(self, handle: Handle, run: _Run) -> None:
         """Kill what there may be of it; also the cell, unless it says that nothing else is left."""
-        if run.started and run.cell is not None and run.cell.alive:
+        if run.slot is not None and run.started and run.cell is not None and run.cell.alive:
             await self._kill_all(handle, run)
             await asyncio.wait({run.cell.ended}, timeout=KILL_TIMEOUT_SECONDS)
             if run.cell.alive and run.cell.ended.done():
@@ -448,6 +483,8 @@ class ProcessExecutor(Executor):
                     await self.destroy(handle)
             else:
                 await asyncio.to_thread(folder.remove)
+        # What has ended since `probe` looked has left its groups to nobody.
+        self._slots.taken -= self._found - self._held() - set(self._taken_over.values())
         used = {f"slot-{slot}" for slot in self._slots.taken}
         for name in self._tree.groups() - used:
             await self._tree.group(name).remove()

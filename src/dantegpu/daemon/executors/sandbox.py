@@ -8,12 +8,13 @@ An ordinary user's daemon needs one stage only.
 """
 
 import os
+import shlex
 import shutil
 import stat
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dantegpu.daemon.executors.base import AttemptSpec
@@ -27,7 +28,7 @@ HOSTNAME = "dante"
 SEARCH_PATH = "/usr/local/bin:/usr/bin:/bin"
 RELOCATED_PREFIX = "/opt/dante/venv"
 GET_BUBBLEWRAP = "install it, for example with: apt-get install bubblewrap"
-_READY, _SECCOMP = 9, 7
+_READY, _LOG, _SECCOMP = 9, 8, 7
 _FIRST_STAGE, _SECOND_STAGE = 4, 5
 
 _MERGED = ("bin", "lib", "lib32", "lib64", "sbin")
@@ -50,6 +51,9 @@ _OWN_ETC = {
 # Tells the daemon on descriptor 9 that the command runs, then becomes it; a missing command ends with 127, as in a
 # shell.
 _ENTRY = f'echo r >&{_READY}; exec "$@" {_READY}>&-'
+_MAX_SCRIPT_LENGTH = 16 << 10
+_SHELLS_OWN = {"IFS", "LINENO", "OLDPWD", "OPTIND", "PPID", "PWD", "UID", "EUID", "SHELLOPTS", "BASHOPTS", "ENV"}
+"""Variables that a shell refuses to set, or that change what it makes of the rest of its script."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +209,36 @@ def sandboxed(tools: Bubblewrap, layout: Layout, spec: AttemptSpec, uid: int) ->
     """How to start `spec` inside. As root, the job runs as the host's `uid`, else as the daemon's own user."""
     variables = environment(spec, work=WORK, output=OUTPUT, search_path=layout.python.search_path)
     command = _from(inside(spec.working_dir) if spec.working_dir else "", spec.command)
-    entry = ["/bin/sh", "-c", _ENTRY, "sh", *command]
+    launch = _launch(tools, layout, spec, uid, ["/bin/sh", "-c", _ENTRY, "sh", *command], variables)
+    return replace(launch, script=_script(variables, command)) if is_plain(spec) else launch
+
+
+def parked(tools: Bubblewrap, layout: Layout, spec: AttemptSpec, uid: int) -> Launch:
+    """A sandbox for any attempt that `is_plain`, made ahead: its shell waits for the attempt's `script`."""
+    variables = {"PATH": SEARCH_PATH}
+    return _launch(tools, layout, spec, uid, ["/bin/sh", "-s"], variables)
+
+
+def is_plain(spec: AttemptSpec) -> bool:
+    """Whether it sees of the machine what all such attempts see."""
+    usual = AttemptSpec(spec.attempt_id, spec.command)
+    return not (spec.devices or spec.network) and (spec.tmp_bytes, spec.shm_bytes) == (usual.tmp_bytes, usual.shm_bytes)
+
+
+def _script(variables: Mapping[str, str], command: Sequence[str]) -> str:
+    """For the shell that waits; nothing where a script could not say the same."""
+    if _SHELLS_OWN & variables.keys() or any(name.startswith("BASH") for name in variables):
+        return ""
+    exports = "".join(f"export {name}={shlex.quote(value)};" for name, value in variables.items())
+    text = (
+        f"exec >&{_LOG} 2>&1 {_LOG}>&-; {exports} echo r >&{_READY}; exec {shlex.join(command)} {_READY}>&- </dev/null"
+    )
+    return text if len(text) <= _MAX_SCRIPT_LENGTH else ""
+
+
+def _launch(
+    tools: Bubblewrap, layout: Layout, spec: AttemptSpec, uid: int, entry: Sequence[str], variables: Mapping[str, str]
+) -> Launch:
     user = ["--unshare-user", "--uid", str(INSIDE_UID), "--gid", str(INSIDE_UID), "--new-session", "--clearenv"]
     user += [part for name, value in variables.items() for part in ("--setenv", name, value)]
     user += ["--chdir", WORK, "--cap-drop", "ALL"]

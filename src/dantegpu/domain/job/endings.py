@@ -89,7 +89,7 @@ def what_follows(
         # Whatever its retries say, and without a pause: it was there before those that came meanwhile.
         return back_to_queue(freed, QueueReason.PREEMPTED, f"Preempted {job.stop_by}."), effects
     if _may_retry(freed, outcome, now):
-        freed = replace(freed, avoided_machines=avoid(job, *at_fault))
+        freed = freed.but(avoided_machines=avoid(job, *at_fault))
         return _retry_later(freed, outcome, now, effects)
     if ending.results_uploaded:
         effects += (PublishResults(attempt_id, job.epoch),)
@@ -117,12 +117,12 @@ def _may_retry(job: JobSnapshot, outcome: Outcome, now: datetime) -> bool:
 def _retry_later(job: JobSnapshot, outcome: Outcome, now: datetime, effects: tuple[Effect, ...]) -> Step:
     at = now + timedelta(seconds=job.retry.backoff_seconds(job.attempts_used))
     detail = f"the last attempt ended {outcome.value}" + (f": {job.message}" if job.message else "")
-    waiting = replace(back_to_queue(job, QueueReason.WAITING_FOR_RETRY, detail), not_before=at)
+    waiting = back_to_queue(job, QueueReason.WAITING_FOR_RETRY, detail).but(not_before=at)
     return waiting, (*effects, ScheduleRetry(at))
 
 
 def back_to_queue(job: JobSnapshot, reason: QueueReason, detail: str) -> JobSnapshot:
-    return replace(job, state=JobState.QUEUED, queue_reason=reason, queue_detail=detail, stop_reason=None, stop_by="")
+    return job.but(state=JobState.QUEUED, queue_reason=reason, queue_detail=detail, stop_reason=None, stop_by="")
 
 
 def end(job: JobSnapshot, outcome: Outcome, now: datetime) -> Step:
@@ -133,14 +133,12 @@ def end(job: JobSnapshot, outcome: Outcome, now: datetime) -> Step:
             state = JobState.CANCELLED
         case Outcome.FAILED | Outcome.LOST | Outcome.PREEMPTED | Outcome.TIMED_OUT | Outcome.PROVIDER_FAULT:
             state = JobState.FAILED
-    ended = replace(
-        job, state=state, outcome=outcome, ended_at=now, queue_reason=None, queue_detail="", not_before=None
-    )
+    ended = job.but(state=state, outcome=outcome, ended_at=now, queue_reason=None, queue_detail="", not_before=None)
     return ended, (EndJob(state, outcome),)
 
 
 def without_attempt(job: JobSnapshot) -> JobSnapshot:
-    return replace(job, attempt_id=None, machine_id=None, placed_at=None, running_at=None, gang=())
+    return job.but(attempt_id=None, machine_id=None, placed_at=None, running_at=None, gang=())
 
 
 def avoid(job: JobSnapshot, *machines: MachineId) -> tuple[MachineId, ...]:

@@ -101,7 +101,7 @@ def on_node(job: JobSnapshot, event: OnNode, now: datetime) -> Step:
 
 
 def _with(job: JobSnapshot, rank: int, node: GangNode) -> JobSnapshot:
-    return replace(job, gang=(*job.gang[:rank], node, *job.gang[rank + 1 :]))
+    return job.but(gang=(*job.gang[:rank], node, *job.gang[rank + 1 :]))
 
 
 def _together(job: JobSnapshot, now: datetime) -> JobSnapshot:
@@ -110,9 +110,9 @@ def _together(job: JobSnapshot, now: datetime) -> JobSnapshot:
         return job
     if all(node.running_at is not None or node.outcome is Outcome.SUCCEEDED for node in job.gang):
         first_running_at = job.first_running_at or now
-        return replace(job, state=JobState.RUNNING, running_at=now, first_running_at=first_running_at)
+        return job.but(state=JobState.RUNNING, running_at=now, first_running_at=first_running_at)
     begun = any(node.state is not JobState.PLACED for node in job.gang)
-    return replace(job, state=JobState.STARTING) if begun else job
+    return job.but(state=JobState.STARTING) if begun else job
 
 
 def _node_ended(job: JobSnapshot, rank: int, node: GangNode, event: AttemptEnded | LeaseExpired, now: datetime) -> Step:

@@ -56,7 +56,7 @@ def fold_report(job: JobSnapshot, report: AttemptReport, now: datetime) -> Folde
     if report.seq <= job.report_seq:
         return Stale(f"report {report.seq} was already folded (the last was {job.report_seq})")
     after, effects = transition(job, report.event, now)
-    return Folded(replace(after, report_seq=report.seq), effects)
+    return Folded(after.but(report_seq=report.seq), effects)
 
 
 def _fold_node(job: JobSnapshot, report: AttemptReport, now: datetime) -> Folded | Stale:
@@ -72,4 +72,4 @@ def _fold_node(job: JobSnapshot, report: AttemptReport, now: datetime) -> Folded
     gang = tuple(
         replace(each, report_seq=report.seq) if number == rank else each for number, each in enumerate(after.gang)
     )
-    return Folded(replace(after, gang=gang), effects)
+    return Folded(after.but(gang=gang), effects)

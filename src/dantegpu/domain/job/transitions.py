@@ -1,7 +1,7 @@
 """The one table of what is allowed, and the handlers behind it. `transition` is the only way to a new state."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from types import MappingProxyType
 from typing import Any
@@ -52,19 +52,18 @@ def _unchanged(job: JobSnapshot, event: Event, now: datetime) -> Step:
 
 
 def _still_waiting(job: JobSnapshot, event: StillWaiting, now: datetime) -> Step:
-    return replace(job, queue_reason=event.reason, queue_detail=event.detail), ()
+    return job.but(queue_reason=event.reason, queue_detail=event.detail), ()
 
 
 def _retry_due(job: JobSnapshot, event: RetryDue, now: datetime) -> Step:
     if job.not_before is None:
         return job, ()
-    return replace(job, not_before=None, queue_reason=QueueReason.NEW, queue_detail=""), ()
+    return job.but(not_before=None, queue_reason=QueueReason.NEW, queue_detail=""), ()
 
 
 def _placed(job: JobSnapshot, event: Placed, now: datetime) -> Step:
     gang, opened = open_nodes(job, event)
-    placed = replace(
-        job,
+    placed = job.but(
         state=JobState.PLACED,
         epoch=job.epoch + 1,
         attempt_id=event.attempt_id,
@@ -85,33 +84,33 @@ def _placed(job: JobSnapshot, event: Placed, now: datetime) -> Step:
 def _cancel_queued(job: JobSnapshot, event: StopRequested, now: datetime) -> Step:
     if event.why not in ENDS_JOB:
         return job, ()
-    asked = replace(job, stop_reason=event.why, stop_by=event.by, message=event.message or job.message)
+    asked = job.but(stop_reason=event.why, stop_by=event.by, message=event.message or job.message)
     return end(asked, stop_outcome(event.why), now)
 
 
 def _stop_live(job: JobSnapshot, event: StopRequested, now: datetime) -> Step:
-    stopping = replace(job, state=JobState.STOPPING, stop_reason=event.why, stop_by=event.by, gang=stopping_nodes(job))
+    stopping = job.but(state=JobState.STOPPING, stop_reason=event.why, stop_by=event.by, gang=stopping_nodes(job))
     return stopping, stop_attempts(job, event.why)
 
 
 def _stop_stopping(job: JobSnapshot, event: StopRequested, now: datetime) -> Step:
     # A user's stop outranks a preemption that is under way: the job must not come back.
     if event.why in ENDS_JOB and job.stop_reason not in ENDS_JOB:
-        return replace(job, stop_reason=event.why, stop_by=event.by), ()
+        return job.but(stop_reason=event.why, stop_by=event.by), ()
     return job, ()
 
 
 def _starting(job: JobSnapshot, event: AttemptStarting, now: datetime) -> Step:
-    return replace(job, state=JobState.STARTING), ()
+    return job.but(state=JobState.STARTING), ()
 
 
 def _running(job: JobSnapshot, event: AttemptRunning, now: datetime) -> Step:
-    return replace(job, state=JobState.RUNNING, running_at=now, first_running_at=job.first_running_at or now), ()
+    return job.but(state=JobState.RUNNING, running_at=now, first_running_at=job.first_running_at or now), ()
 
 
 def _running_while_stopping(job: JobSnapshot, event: AttemptRunning, now: datetime) -> Step:
     # The stop overtook the report; billing still needs the start.
-    return replace(job, running_at=job.running_at or now, first_running_at=job.first_running_at or now), ()
+    return job.but(running_at=job.running_at or now, first_running_at=job.first_running_at or now), ()
 
 
 def _revoked(job: JobSnapshot, event: PlacementRevoked, now: datetime) -> Step:
@@ -121,7 +120,7 @@ def _revoked(job: JobSnapshot, event: PlacementRevoked, now: datetime) -> Step:
         ended, more = end(without_attempt(job), stop_outcome(job.stop_reason), now)
         return ended, effects + more
     waiting = back_to_queue(without_attempt(job), event.reason, event.detail)
-    return replace(waiting, avoided_machines=avoid(job, machine_id)), effects
+    return waiting.but(avoided_machines=avoid(job, machine_id)), effects
 
 
 def _attempt_ended(job: JobSnapshot, event: AttemptEnded, now: datetime) -> Step:

@@ -21,7 +21,7 @@ from dantegpu.domain.scheduling.preemption import (
 )
 from dantegpu.domain.scheduling.queue import JobGroup, JobQueue, QueuedJob
 from dantegpu.domain.scheduling.ranking import Refusal
-from dantegpu.domain.scheduling.shares import PastShares
+from dantegpu.domain.scheduling.shares import PastShares, average_shares
 from dantegpu.domain.scheduling.snapshot import Lease, Snapshot, SnapshotBuilder, TeamUse
 
 __all__ = [
@@ -59,6 +59,7 @@ __all__ = [
     "TeamUse",
     "Unplaced",
     "Why",
+    "average_shares",
     "borrowed",
     "claimed_rate",
     "explain",

@@ -9,7 +9,7 @@ from dantegpu.domain.ids import DeviceId, JobId, MachineId, TeamId
 from dantegpu.domain.pricing import FULL_PRICE_PERCENT, rate_udgpu_per_hour
 from dantegpu.domain.resources import ResourceRequest
 from dantegpu.domain.scheduling.constraints import Capacity
-from dantegpu.domain.scheduling.snapshot import NOBODY, Ints, Lease, Snapshot
+from dantegpu.domain.scheduling.snapshot import NOBODY, Bools, Ints, Lease, Snapshot
 from dantegpu.domain.units import MILLI_PER_UNIT, MicroDgpu
 
 
@@ -71,6 +71,8 @@ class Board:
         models = np.where(snapshot.device_total > 0, snapshot.device_model, -1)
         self.mixed = ((models != models.max(axis=1, initial=-1)[:, None]) & (models >= 0)).any(axis=1)
         """(M,): machines with devices of several models."""
+        self.untouched: Ints = _untouched(snapshot.device_free, snapshot.device_tenant).sum(axis=1)
+        """(M,): devices that nobody has a part of."""
         # Teams that own and hold nothing yet get a number here, or two of them could share a device.
         self._teams = dict(snapshot.team_index)
         self._shares: dict[tuple[int, int, int], DeviceShare] = {}
@@ -100,7 +102,9 @@ class Board:
             team = self.team_number(team_id)
             for column in columns:
                 free[column] -= milli
-                tenant[column] = team
+                if tenant[column] == NOBODY:
+                    tenant[column] = team
+                    self.untouched[row] -= 1
             devices = tuple([self._share(row, column, milli) for column in columns])
             gpu_milli = milli * len(columns)
         self.clock += 1
@@ -142,6 +146,7 @@ class Board:
                 capacity.device[row, column] += milli
                 if capacity.device[row, column] >= MILLI_PER_UNIT:
                     capacity.tenant[row, column] = NOBODY
+            self.untouched[row] = _untouched(capacity.device[row], capacity.tenant[row]).sum()
             self.last_change[row] = self.clock
 
     def _column_of(self, row: int, device_id: DeviceId) -> int | None:
@@ -156,6 +161,10 @@ class Board:
             device = self.snapshot.machines[row].devices[column]
             share = self._shares[row, column, milli] = DeviceShare(device.id, device.index, milli)
         return share
+
+
+def _untouched(free_milli: Ints, tenant: Ints) -> Bools:
+    return (free_milli >= MILLI_PER_UNIT) & (tenant == NOBODY)
 
 
 def device_classes(snapshot: Snapshot) -> tuple[Ints, int]:

@@ -45,7 +45,7 @@ _TIE_PER_FREE_GPU = 1e-6
 _TIE_PER_FREE_CORE = 1e-9
 _TIE_PRICE = 1e-12
 
-_LEVELS = MILLI_PER_UNIT + 1
+LEVELS = MILLI_PER_UNIT + 1
 _DEDUPE_PAIRS = 1024
 _BLOCK_ROWS = 256
 
@@ -54,27 +54,26 @@ class FragmentationValue:
     """V(s) for one mix, over rows of one snapshot. Immutable; made anew when the mix has moved on."""
 
     def __init__(self, snapshot: Snapshot, classes: Ints, class_count: int, shapes: Sequence[MixShape]) -> None:
-        self._offsets = classes * _LEVELS
         lanes: dict[tuple[GpuRequest, int], int] = {}
         for shape in shapes:
             lanes.setdefault(_lane(shape.gpu), len(lanes))
-        # Table row (device class, free milli-GPUs): copies that fit a device, then its free GPUs when one fits.
-        table = np.zeros((class_count, _LEVELS, 2 * len(lanes)))
-        levels = np.arange(_LEVELS)
+        # Row (device class, free milli-GPUs): copies that fit a device, then its free GPUs when one fits.
+        table = np.zeros((class_count, LEVELS, 2 * len(lanes)))
+        levels = np.arange(LEVELS)
         for (gpu, milli), lane in lanes.items():
             eligible = eligible_devices(snapshot, gpu)
             fitting = np.unique(classes[eligible])
             table[fitting, :, lane] = levels // milli
             table[fitting, :, len(lanes) + lane] = np.where(levels >= milli, levels, 0) / MILLI_PER_UNIT
-        self._table = table.reshape(class_count * _LEVELS, 2 * len(lanes))
-        self._lanes = len(lanes)
+        self.devices: Floats = table.reshape(class_count * LEVELS, 2 * len(lanes))
+        """What a device adds to its machine: row `class * LEVELS + free milli-GPUs`."""
         # Sorted by device count: only the tail needs a division.
         ordered = sorted(shapes, key=lambda shape: shape.gpu.count_min)
-        self._lane_of = np.array([lanes[_lane(shape.gpu)] for shape in ordered], dtype=np.int64)
-        self._reach_of = self._lane_of + len(lanes)
+        self._slots_of = np.array([lanes[_lane(shape.gpu)] for shape in ordered], dtype=np.int64)
+        self._reach_of = self._slots_of + len(lanes)
         counts = np.array([shape.gpu.count_min for shape in ordered], dtype=np.float64)
         self._single = int((counts == 1).sum())
-        self._counts = counts[self._single :]
+        self._counts = counts[self._single :, None]
         self._per_cpu = 1.0 / np.array([shape.cpu_milli for shape in ordered], dtype=np.float64)
         self._per_byte = 1.0 / np.array([max(shape.memory_bytes, 1) for shape in ordered], dtype=np.float64)
         weights = np.array([shape.weight for shape in ordered], dtype=np.float64)
@@ -82,31 +81,35 @@ class FragmentationValue:
         sizes = np.array([shape.gpu.total_milli for shape in ordered], dtype=np.float64) / MILLI_PER_UNIT
         self._copies_weight = weights * sizes
 
-    def of(self, rows: Ints, cpu: Ints, memory: Ints, free: Ints) -> Floats:
-        """(B, 2): the whole of V, and `copies` alone, in GPUs, of machines `rows` if they had so much free."""
-        values = np.empty((len(rows), 2))
-        # So many rows at a time stay in the processor's cache between the steps.
-        for first in range(0, len(rows), _BLOCK_ROWS):
+    def of(self, devices: Floats, cpu: Ints, memory: Ints) -> Floats:
+        """(2, B): the whole of V, and `copies` alone, in GPUs, of machines with so much free.
+
+        `devices` (B, ...) are sums of what each of a machine's devices adds.
+        """
+        values = np.empty((2, len(cpu)))
+        # So many machines at a time stay in the processor's cache between the steps.
+        for first in range(0, len(cpu), _BLOCK_ROWS):
             block = slice(first, first + _BLOCK_ROWS)
-            self._block(rows[block], cpu[block], memory[block], free[block], values[block])
+            self._block(devices[block], cpu[block], memory[block], values[:, block])
         return values
 
-    def _block(self, rows: Ints, cpu: Ints, memory: Ints, free: Ints, values: Floats) -> None:
-        devices = self._table.take(self._offsets.take(rows, axis=0) + free, axis=0).sum(axis=1)
-        slots = devices.take(self._lane_of, axis=1)
+    def _block(self, devices: Floats, cpu: Ints, memory: Ints, values: Floats) -> None:
+        # Shapes down, machines across: what is looked up are whole rows then.
+        lanes = devices.T.copy()
+        slots = lanes.take(self._slots_of, axis=0)
         if len(self._counts):
-            tail = slots[:, self._single :]
+            tail = slots[self._single :]
             tail /= self._counts
             np.floor(tail, out=tail)
-        copies = np.multiply.outer(cpu, self._per_cpu)
-        np.minimum(copies, np.multiply.outer(memory, self._per_byte), out=copies)
+        copies = np.multiply.outer(self._per_cpu, cpu)
+        np.minimum(copies, np.multiply.outer(self._per_byte, memory), out=copies)
         np.minimum(copies, slots, out=copies)
-        reach = devices.take(self._reach_of, axis=1)
+        reach = lanes.take(self._reach_of, axis=0)
         # A hair below 1: cpu * (1 / cpu) may round down.
         reach *= copies > 1 - 1e-9
-        values[:, 1] = copies @ self._copies_weight
-        values[:, 0] = reach @ self._reach_weight
-        values[:, 0] += (1 - ALPHA) * values[:, 1]
+        values[1] = self._copies_weight @ copies
+        values[0] = self._reach_weight @ reach
+        values[0] += (1 - ALPHA) * values[1]
 
 
 def _lane(gpu: GpuRequest) -> tuple[GpuRequest, int]:
@@ -116,23 +119,28 @@ def _lane(gpu: GpuRequest) -> tuple[GpuRequest, int]:
 
 
 class FragmentationScorer:
-    """Scores a place by how far V falls there. The values of machines as they are now are kept."""
+    """Scores a place by how far V falls there. What machines are worth as they are now is kept."""
 
     def __init__(self, board: Board, shapes: Sequence[MixShape]) -> None:
         self._board = board
         snapshot = board.snapshot
         price = snapshot.price_gpu
         self._prices = price * (_TIE_PRICE / max(int(price.max(initial=0)), 1))
-        self._values = np.zeros((len(snapshot.machines), 2))
+        there = snapshot.device_total > 0
+        self._unlike: Bools = (there & (board.classes != board.classes[:, :1])).any(axis=1)
+        self._any_unlike = bool(self._unlike.any())
+        self._offsets = board.classes * LEVELS
         # Odd random weights: two states with one sum are as good as impossible, and would only share a score.
-        random = np.random.default_rng(1).integers(1, 1 << 62, 3 + 3 * snapshot.device_free.shape[1], dtype=np.int64)
+        random = np.random.default_rng(1).integers(1, 1 << 62, 3 + 2 * snapshot.device_free.shape[1], dtype=np.int64)
         self._weights = random << 1 | 1
         self.use(shapes)
 
     def use(self, shapes: Sequence[MixShape]) -> None:
         """Score by this mix from now on."""
-        board = self._board
+        board, machines = self._board, len(self._unlike)
         self._value = FragmentationValue(board.snapshot, board.classes, board.class_count, shapes)
+        self._values = np.zeros((2, machines))
+        self._devices = np.zeros((machines, self._value.devices.shape[1]))
         self._seen = 0
 
     def score(self, pairs: Pairs) -> tuple[Floats, Columns]:
@@ -142,87 +150,95 @@ class FragmentationScorer:
             # Machines in the same state have the same score; an empty fleet has as many states as models.
             _, first, inverse = np.unique(self._states(pairs), return_index=True, return_inverse=True)
             losses, columns = self._loss(pairs.take(first))
-            losses, columns = losses[inverse], columns[inverse]
+            losses, columns = losses.take(inverse), columns.take(inverse)
         losses += self._prices.take(pairs.row)
         return losses, columns
 
     def _states(self, pairs: Pairs) -> Ints:
-        capacity, weights, width = self._board.capacity, self._weights, pairs.free.shape[1]
+        capacity, weights, row = self._board.capacity, self._weights, pairs.row
+        width = pairs.free.shape[1]
         states = pairs.line * weights[0]
-        states += capacity.cpu.take(pairs.row) * weights[1]
-        states += capacity.memory.take(pairs.row) * weights[2]
-        for column in range(width):
-            states += pairs.free[:, column] * weights[3 + column]
-            states += pairs.usable[:, column] * weights[3 + width + column]
-            states += self._board.classes[pairs.row, column] * weights[3 + 2 * width + column]
+        states += capacity.cpu.take(row) * weights[1]
+        states += capacity.memory.take(row) * weights[2]
+        states += (self._offsets @ weights[3 + width :]).take(row)
+        states += pairs.free @ weights[3 : 3 + width]
+        states += pairs.usable @ weights[3 : 3 + width]
         return states
 
     def _loss(self, pairs: Pairs) -> tuple[Floats, Columns]:
         """What V falls by, with its tie-breakers, and the device to take of a fraction's candidates (else -1)."""
-        capacity, row, free = self._board.capacity, pairs.row, pairs.free
+        capacity, row = self._board.capacity, pairs.row
+        changed = self._look_at_changed()
         cpu, memory = capacity.cpu.take(row), capacity.memory.take(row)
-        losses: Floats = np.multiply(free.sum(axis=1), _TIE_PER_FREE_GPU / MILLI_PER_UNIT, dtype=np.float64)
+        losses: Floats = np.multiply(pairs.free.sum(axis=1), _TIE_PER_FREE_GPU / MILLI_PER_UNIT, dtype=np.float64)
         losses += cpu * (_TIE_PER_FREE_CORE / MILLI_PER_UNIT)
-        cpu -= pairs.cpu_milli
-        memory -= pairs.memory_bytes
-        columns: Columns = np.full(len(row), -1, dtype=np.int16)
         part = (pairs.milli > 0) & (pairs.milli < MILLI_PER_UNIT)
         whole, parts = np.flatnonzero(~part), np.flatnonzero(part)
         # One row per place that is tried: whole devices have one each, a fraction each unlike device.
-        tried = free.take(whole, axis=0) - self._taken(pairs.take(whole)) * MILLI_PER_UNIT
-        place, column = _first_of_its_kind(
-            pairs.usable.take(parts, axis=0),
-            free.take(parts, axis=0) * self._board.class_count + self._board.classes.take(row.take(parts), axis=0),
-        ).nonzero()
-        split = free.take(parts.take(place), axis=0)
-        every = np.arange(len(place))
-        left = split[every, column]
-        split[every, column] = left - pairs.milli.take(parts.take(place))
+        tried, (place, column, left, split) = self._left_by_whole(pairs, whole), self._left_by_part(pairs, parts)
         of = np.concatenate((whole, parts.take(place)))
-        after = self._values_after(row.take(of), cpu.take(of), memory.take(of), np.concatenate((tried, split)))
-        falls = self._values.take(row.take(of), axis=0) - after
-        count = pairs.count.take(whole)
-        losses[whole] += np.where(count > 0, falls[: len(whole), 0], falls[: len(whole), 1])
+        # One call for the values after and for the present values of machines that changed: calls are what is dear.
+        values = self._value.of(
+            np.concatenate((self._devices.take(changed, axis=0), tried, split)),
+            np.concatenate((capacity.cpu.take(changed), (cpu - pairs.cpu_milli).take(of))),
+            np.concatenate((capacity.memory.take(changed), (memory - pairs.memory_bytes).take(of))),
+        )
+        self._values[:, changed] = values[:, : len(changed)]
+        falls = self._values.take(row.take(of), axis=1) - values[:, len(changed) :]
+        losses[whole] += np.where(pairs.count.take(whole) > 0, falls[0, : len(whole)], falls[1, : len(whole)])
+        columns: Columns = np.full(len(row), -1, dtype=np.int16)
         if len(parts):
-            options: Floats = np.full((len(parts), free.shape[1]), np.inf)
-            options[place, column] = falls[len(whole) :, 0] + left * (_TIE_PER_FREE_GPU / MILLI_PER_UNIT)
+            options: Floats = np.full((len(parts), pairs.free.shape[1]), np.inf)
+            options[place, column] = falls[0, len(whole) :] + left * (_TIE_PER_FREE_GPU / MILLI_PER_UNIT)
             best = options.argmin(axis=1)
             losses[parts] += options[np.arange(len(parts)), best]
             columns[parts] = best
         return losses, columns
 
-    def _taken(self, pairs: Pairs) -> Bools:
-        """(K, G): the whole devices that a job of each pair would get."""
-        taken = pairs.usable & (pairs.usable.cumsum(axis=1, dtype=np.int16) <= pairs.count[:, None])
-        for place in np.flatnonzero(self._board.mixed.take(pairs.row) & (pairs.count > 0)):
-            models = self._board.snapshot.device_model[pairs.row[place]].tolist()
-            usable = np.flatnonzero(pairs.usable[place]).tolist()
-            taken[place] = False
-            taken[place, tightest_group(models, usable, int(pairs.count[place]))] = True
-        return taken
-
-    def _values_after(self, rows: Ints, cpu: Ints, memory: Ints, free: Ints) -> Floats:
-        board, capacity = self._board, self._board.capacity
+    def _look_at_changed(self) -> Ints:
+        """Machines that changed since this was asked last; what their devices are worth is up to date after it."""
+        board = self._board
         changed = np.flatnonzero(board.last_change > self._seen)
+        kinds = self._offsets.take(changed, axis=0) + board.capacity.device.take(changed, axis=0)
+        self._devices[changed] = self._value.devices.take(kinds, axis=0).sum(axis=1)
         self._seen = board.clock
-        if not len(changed):
-            return self._value.of(rows, cpu, memory, free)
-        # One call for the values after and for the present values of machines that changed: calls are what is dear.
-        values = self._value.of(
-            np.concatenate((changed, rows)),
-            np.concatenate((capacity.cpu.take(changed), cpu)),
-            np.concatenate((capacity.memory.take(changed), memory)),
-            np.concatenate((capacity.device.take(changed, axis=0), free)),
-        )
-        self._values[changed] = values[: len(changed)]
-        return values[len(changed) :]
+        return changed
 
+    def _left_by_whole(self, pairs: Pairs, whole: Ints) -> Floats:
+        """What devices are worth once the whole ones are taken that each of these pairs would get."""
+        if not len(whole):
+            return self._devices[:0]
+        row, count, usable = pairs.row.take(whole), pairs.count.take(whole), pairs.usable.take(whole, axis=0)
+        full = self._offsets.take(row, axis=0) + MILLI_PER_UNIT
+        left = self._devices.take(row, axis=0)
+        left -= self._value.devices.take(full[np.arange(len(row)), usable.argmax(axis=1)], axis=0) * count[:, None]
+        for place in np.flatnonzero(self._unlike.take(row) & (count > 0)).tolist() if self._any_unlike else ():
+            columns = np.flatnonzero(usable[place]).tolist()
+            if self._board.mixed[row[place]]:
+                models = self._board.snapshot.device_model[row[place]].tolist()
+                columns = tightest_group(models, columns, int(count[place]))
+            taken = full[place, columns[: int(count[place])]]
+            left[place] = self._devices[row[place]] - self._value.devices[taken].sum(axis=0)
+        return left
 
-def _first_of_its_kind(usable: Bools, kinds: Ints) -> Bools:
-    """(rows, G): usable devices but those that have an equal one in an earlier column."""
-    first = usable.copy()
-    for column in range(1, usable.shape[1]):
-        same = kinds[:, :column] == kinds[:, column : column + 1]
-        same &= usable[:, :column]
-        first[:, column] &= ~same.any(axis=1)
-    return first
+    def _left_by_part(self, pairs: Pairs, parts: Ints) -> tuple[Ints, Ints, Ints, Floats]:
+        """Each device that these pairs may take a part of, as columns.
+
+        The place in `parts`, the device's column, what is free there, and what the machine's devices are worth then.
+        """
+        if not len(parts):
+            return parts, parts, parts, self._devices[:0]
+        row, free, usable = pairs.row.take(parts), pairs.free.take(parts, axis=0), pairs.usable.take(parts, axis=0)
+        # Of devices that nobody uses the first one will do, where all are alike.
+        others = (free == MILLI_PER_UNIT) & (usable.cumsum(axis=1) > 1)
+        if self._any_unlike:
+            others &= ~self._unlike.take(row)[:, None]
+        found: tuple[Ints, ...] = (usable & ~others).nonzero()
+        place, column = found
+        left = free[place, column]
+        before = self._offsets[row.take(place), column] + left
+        after = before - pairs.milli.take(parts).take(place)
+        split = self._devices.take(row.take(place), axis=0)
+        split -= self._value.devices.take(before, axis=0)
+        split += self._value.devices.take(after, axis=0)
+        return place, column, left, split

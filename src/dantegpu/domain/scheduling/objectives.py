@@ -66,10 +66,11 @@ def scorer_of(objective: Objective, board: Board, mix: RequestMix) -> Scorer:
 
 def _fullest(pairs: Pairs) -> Columns:
     """Of a fraction's candidates the device with the least free, else -1."""
-    if not pairs.free.shape[1]:
+    part = (pairs.count > 0) & (pairs.milli < MILLI_PER_UNIT)
+    if not part.any():
         return np.full(len(pairs.row), -1, dtype=np.int16)
     fullest = np.where(pairs.usable, pairs.free, np.iinfo(np.int64).max).argmin(axis=1)
-    return np.where((pairs.count > 0) & (pairs.milli < MILLI_PER_UNIT), fullest, -1).astype(np.int16)
+    return np.where(part, fullest, -1).astype(np.int16)
 
 
 def _rank(prices: Ints) -> Ints:

@@ -79,11 +79,17 @@ class _Level:
 
     def take_turn(self, team: int, shares: Shares) -> None:
         """The team's turn comes by what it has now; it loses the turn that it had."""
+        turn = self.next_turn(team, shares)
+        if turn is not None and self.turns is not None:
+            heapq.heappush(self.turns, turn)
+
+    def next_turn(self, team: int, shares: Shares) -> "_Turn | None":
+        """The same for a caller that looks at the turn itself. None: the team has nobody left."""
         stamp = self._stamps[team] = self._stamps.get(team, 0) + 1
         head = self.head(team)
-        if head is not None and self.turns is not None:
-            share = 0.0 if team == _EVERYBODY else shares.of(team)
-            heapq.heappush(self.turns, (share, head[0], head[1], team, stamp))
+        if head is None:
+            return None
+        return (0.0 if team == _EVERYBODY else shares.of(team)), head[0], head[1], team, stamp
 
     def is_true(self, turn: _Turn) -> bool:
         return self._stamps[turn[3]] == turn[4]
@@ -145,9 +151,17 @@ class Order:
     def _draw_from(self, level: _Level, own: bool, count: int, drawn: list[Draw]) -> None:
         shares, closed = self._shares, self._closed
         turns = level.turns if level.turns is not None else level.line_up(shares)
-        while turns and len(drawn) < count:
-            turn = heapq.heappop(turns)
+        turn: _Turn | None = None
+        while len(drawn) < count:
+            # A team that is still the first goes on without a way through the heap.
+            if turn is None:
+                if not turns:
+                    break
+                turn = heapq.heappop(turns)
+            elif turns and turns[0] < turn:
+                turn = heapq.heapreplace(turns, turn)
             if not level.is_true(turn):
+                turn = None
                 continue
             team = turn[3]
             head = level.head(team)
@@ -158,12 +172,15 @@ class Order:
                 self.refused.append((run.group, place))
                 level.leave(head)
             elif own and not shares.within_quota(shape.team, shape.request, shape.nodes):
+                turn = None
                 continue  # until what is left is given to all
             else:
                 drawn.append(Draw(self._step, run, shape, run.group.jobs[place], place))
                 shares.add(shape.team, shape.request, shape.nodes)
                 level.advance(head)
-            level.take_turn(team, shares)
+            turn = level.next_turn(team, shares)
+        if turn is not None:
+            heapq.heappush(turns, turn)
 
     def pass_over(self, draws: Iterable[Draw]) -> None:
         """These found no place: their teams hold less than was thought when they were drawn."""

@@ -98,7 +98,7 @@ class SchedulerState:
         self.mix = RequestMix()
         self.past = past or PastShares()
         self._book = ShapeBook()
-        self._waiting: set[JobId] = set()
+        self._waiting: set[int] = set()
         self._round: _Round | None = None
 
     def give_back(self, leases: Iterable[Lease]) -> None:
@@ -124,13 +124,14 @@ class SchedulerState:
         for job in jobs:
             queue.add(job)
         arrivals = queue.take_arrivals()
-        for job in queue:
-            if job.id in self._waiting and job.group is not None:
+        waiting = self._waiting
+        for job in queue if waiting else ():
+            if job.id.uuid.int in waiting and job.group is not None:
                 arrivals[job.group.shape] -= 1
         return queue, arrivals
 
     def end(self, unplaced: Sequence[Unplaced]) -> None:
-        self._waiting = {job.job_id for job in unplaced}
+        self._waiting = {job.job_id.uuid.int for job in unplaced}
 
 
 def schedule(

@@ -16,6 +16,9 @@ from dantegpu.domain.scheduling.constraints import PendingJob
 
 MAX_BOOK_SHAPES = 100_000
 """Shapes that are recognised. When there are more, an old shape may get a second object, and with it a second group."""
+MAX_BOOK_REQUESTS = 4096
+"""Requests that are recognised as objects."""
+_MAX_RECENT = 100_000
 _COMPACT_AFTER = 64
 
 
@@ -40,15 +43,33 @@ class ShapeBook:
 
     def __init__(self) -> None:
         self._shapes: dict[tuple[object, ...], Shape] = {}
+        self._requests: dict[int, tuple[ResourceRequest, int]] = {}
+        self._numbers: dict[ResourceRequest, int] = {}
 
     def shape_of(self, job: PendingJob) -> Shape:
-        key = (*job.shape, job.avoided_machines)
+        # Ids and numbers instead of what they stand for: to hash a request costs as much as all the rest.
+        key = (job.team_id.uuid.int, self._number_of(job.request), *job.shape[2:], job.avoided_machines)
         shape = self._shapes.get(key)
         if shape is None:
             if len(self._shapes) >= MAX_BOOK_SHAPES:
                 self._shapes.clear()
             shape = self._shapes[key] = Shape(job)
         return shape
+
+    def _number_of(self, request: ResourceRequest) -> int:
+        """Equal requests have one number; those that are one object are recognised at once."""
+        known = self._requests.get(id(request))
+        if known is not None and known[0] is request:
+            return known[1]
+        if len(self._requests) >= MAX_BOOK_REQUESTS:
+            self._requests.clear()
+        if len(self._numbers) >= MAX_BOOK_SHAPES:
+            self._numbers.clear()
+            self._requests.clear()
+            self._shapes.clear()
+        number = self._numbers.setdefault(request, len(self._numbers))
+        self._requests[id(request)] = request, number
+        return number
 
 
 @dataclass(slots=True, eq=False)
@@ -81,8 +102,8 @@ class JobGroup:
     jobs: list[QueuedJob] = field(default_factory=list[QueuedJob])
     start: int = 0
     waiting: int = 0
-    version: int = 0
-    """Rises with every job that comes in."""
+    recent: list[QueuedJob] | None = field(default_factory=list[QueuedJob])
+    """What came in since take_recent(); None: too much for that."""
 
     @property
     def team_id(self) -> TeamId:
@@ -105,16 +126,25 @@ class JobGroup:
 
     def insert(self, job: QueuedJob) -> None:
         self.waiting += 1
-        self.version += 1
+        if self.recent is not None:
+            self.recent.append(job)
+            if len(self.recent) > _MAX_RECENT:
+                self.recent = None
         if not self.jobs or self.jobs[-1].age <= job.age:
             self.jobs.append(job)
         else:
             insort(self.jobs, job, lo=self.start, key=lambda it: it.age)
 
+    def take_recent(self) -> list[QueuedJob] | None:
+        """The jobs that came in since this was asked last; None: look at all."""
+        recent, self.recent = self.recent, []
+        return recent
+
     def left(self) -> None:
         """One of the jobs waits no more."""
         self.waiting -= 1
         if not self.waiting:
+            self.recent = []
             self.jobs.clear()
             self.start = 0
             return

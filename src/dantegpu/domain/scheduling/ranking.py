@@ -132,13 +132,15 @@ class ScoreTable:
         self._board = board
         self._scorer = scorer
         self._machines = len(board.snapshot.machines)
+        self._any_mixed = bool(board.mixed.any())
         self._limit = max(MAX_CELLS // max(self._machines, 1), 256)
         self._places: dict[Shape, Place] = {}
         self._closed: set[int] = set()
         self._closed_at = 0
         self._numbers: dict[tuple[object, ...], int] = {}
         self._conditions: dict[tuple[object, ...], _Conditions] = {}
-        self._lines_of_team: dict[int, list[tuple[int, int]]] = {}
+        self._lines_of_team: dict[int, Ints] = {}
+        """Of each team: lines over devices that it has parts of, and those over free devices that they go with."""
         self._shown: Ints = np.zeros(0, dtype=np.int64)
         self._size = 0
         self._allocate(64)
@@ -214,8 +216,9 @@ class ScoreTable:
 
     def joined(self, team: int, row: int) -> None:
         """The team holds a part of a device there now, and may take more of it."""
-        for line, base in self._lines_of_team.get(team, ()):
-            self._possible[line, row] = self._possible[base, row]
+        lines = self._lines_of_team.get(team)
+        if lines is not None:
+            self._possible[lines[0], row] = self._possible[lines[1], row]
 
     def rescore(self) -> None:
         """Scores mean something else now."""
@@ -294,7 +297,8 @@ class ScoreTable:
         self._possible[line] = conditions.possible
         if base is not None:
             self._possible[line] &= (self._board.capacity.tenant == tenant).any(axis=1)
-            self._lines_of_team.setdefault(tenant, []).append((line, base))
+            lines = self._lines_of_team.get(tenant, np.zeros((2, 0), dtype=np.int64))
+            self._lines_of_team[tenant] = np.column_stack((lines, (line, base)))
         return line
 
     def _forget_lines(self) -> None:
@@ -326,21 +330,29 @@ class ScoreTable:
         board, capacity = self._board, self._board.capacity
         self._scores[line, row] = NEVER
         cpu, memory, disk, count, milli, tenant = self._asked.take(line, axis=1)
+        # What needs no look at each device first: most machines lack cores or have no device that is free.
         fits = capacity.cpu.take(row) >= cpu
         fits &= capacity.memory.take(row) >= memory
         fits &= capacity.disk.take(row) >= disk
+        fits &= (board.untouched.take(row) >= count) | (tenant != NOBODY)
+        some = np.flatnonzero(fits)
+        if not len(some):
+            return
+        row, line, cpu, memory = row.take(some), line.take(some), cpu.take(some), memory.take(some)
+        count, milli, tenant = count.take(some), milli.take(some), tenant.take(some)
         free = capacity.device.take(row, axis=0)
         usable = free >= milli[:, None]
         usable &= capacity.tenant.take(row, axis=0) == tenant[:, None]
         usable &= self._eligible[line[:, None], board.classes.take(row, axis=0)]
-        fits &= usable.sum(axis=1) >= count
-        unlike = np.flatnonzero(fits & board.mixed.take(row) & (count > 1))
-        for place in unlike:
+        fits = usable.sum(axis=1) >= count
+        for place in np.flatnonzero(fits & board.mixed.take(row) & (count > 1)) if self._any_mixed else ():
             models = board.snapshot.device_model[row[place]]
             fits[place] = has_count_of_one_model(usable[place][None], models[None], int(count[place]))[0]
         kept = np.flatnonzero(fits)
         if len(kept):
-            pairs = Pairs(row, line, cpu, memory, count, milli, usable, free).take(kept)
+            pairs = Pairs(row, line, cpu, memory, count, milli, usable, free)
+            if len(kept) < len(row):
+                pairs = pairs.take(kept)
             self._scores[pairs.line, pairs.row], self._columns[pairs.line, pairs.row] = self._scorer.score(pairs)
 
 

@@ -4,7 +4,7 @@ Sources: Ghodsi et al., "Dominant Resource Fairness", NSDI 2011; the decay is th
 Scheduler", CACM 31(1), 1988.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 
 from dantegpu.domain.ids import TeamId
@@ -13,7 +13,7 @@ from dantegpu.domain.scheduling.policy import Policy
 from dantegpu.domain.scheduling.snapshot import Lease, Snapshot, TeamUse
 
 _FORGOTTEN = 1e-6
-_NOTHING = TeamUse()
+_NOTHING = (0, 0, 0)
 
 
 class PastShares:
@@ -43,18 +43,34 @@ class PastShares:
         self._shares = {team: share for team, share in shares.items() if share > _FORGOTTEN}
 
 
+def average_shares(snapshot: Snapshot, used: Mapping[TeamId, tuple[float, float, float]]) -> dict[TeamId, float]:
+    """Dominant shares of the fleet, of what teams used on average in milli-GPUs, milli-cores and bytes."""
+    totals = _totals(snapshot)
+    return {
+        team_id: max(use / total for use, total in zip(uses, totals, strict=True)) for team_id, uses in used.items()
+    }
+
+
+def _totals(snapshot: Snapshot) -> tuple[int, int, int]:
+    return (
+        max(int(snapshot.device_total.sum()), 1),
+        max(int(snapshot.cpu_total.sum()), 1),
+        max(int(snapshot.memory_total.sum()), 1),
+    )
+
+
 class Shares:
     """What each team uses of the whole fleet, while plans are made. Teams are numbers: a round asks very often."""
 
     def __init__(self, snapshot: Snapshot, policy: Policy, past: PastShares) -> None:
         self._past = past
         self._quotas = {team_id.uuid.int: quota for team_id, quota in policy.quotas.items()}
-        self._use = {team_id.uuid.int: use for team_id, use in snapshot.team_use.items()}
-        self._totals = (
-            max(int(snapshot.device_total.sum()), 1),
-            max(int(snapshot.cpu_total.sum()), 1),
-            max(int(snapshot.memory_total.sum()), 1),
-        )
+        # Plain lists of milli-GPUs, milli-cores and bytes: they change with every job that is drawn.
+        self._use = {
+            team_id.uuid.int: [use.gpu_milli, use.cpu_milli, use.memory_bytes]
+            for team_id, use in snapshot.team_use.items()
+        }
+        self._totals = _totals(snapshot)
         self.held = {team: self._dominant(use) for team, use in self._use.items()}
         """The dominant share of what each team holds now, 0..1."""
 
@@ -65,7 +81,7 @@ class Shares:
     def within_quota(self, team: int, request: ResourceRequest, nodes: int = 1) -> bool:
         """May the team take this, `nodes` times, as its own? A team without a quota borrows everything."""
         quota = self._quotas.get(team)
-        return quota is not None and quota.allows(self._use.get(team, _NOTHING), request, nodes)
+        return quota is not None and quota.allows(TeamUse(*self._use.get(team, _NOTHING)), request, nodes)
 
     def add(self, team: int, request: ResourceRequest, times: int = 1) -> None:
         """The team holds so much more (less, when `times` is negative)."""
@@ -78,9 +94,14 @@ class Shares:
         self._change(lease.team_id.uuid.int, -milli, -lease.cpu_milli, -lease.memory_bytes)
 
     def _change(self, team: int, gpu_milli: int, cpu_milli: int, memory_bytes: int) -> None:
-        use = self._use[team] = self._use.get(team, _NOTHING).plus(gpu_milli, cpu_milli, memory_bytes)
+        use = self._use.get(team)
+        if use is None:
+            use = self._use[team] = [0, 0, 0]
+        use[0] += gpu_milli
+        use[1] += cpu_milli
+        use[2] += memory_bytes
         self.held[team] = self._dominant(use)
 
-    def _dominant(self, use: TeamUse) -> float:
+    def _dominant(self, use: Sequence[int]) -> float:
         gpu, cpu, memory = self._totals
-        return max(use.gpu_milli / gpu, use.cpu_milli / cpu, use.memory_bytes / memory)
+        return max(use[0] / gpu, use[1] / cpu, use[2] / memory)

@@ -2,11 +2,15 @@
 
 import json
 import re
+import secrets
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from uuid import uuid4
 
 from google.protobuf.timestamp_pb2 import Timestamp
+from pydantic import TypeAdapter
 
 from dantegpu.contracts.gen.dante.v1 import (
     auth_pb2,
@@ -68,44 +72,82 @@ def job(proto: jobs_pb2.Job) -> jobs.Job:
 
 
 _MARKS: Mapping[str, str] = {name: f"m{uuid4().hex}" for name in ("id", "name", "env", "commands", "argv")}
+_time_json = TypeAdapter(datetime).dump_json
+_CREATED_AT = datetime(1971, 1, 1, tzinfo=UTC) + timedelta(microseconds=10 * secrets.randbelow(10**13) + 1)
+"""Stands for the time of a submission, as the marks stand for texts: nobody can know them and write them himself."""
+_CREATED_TEXT = _time_json(_CREATED_AT).decode().strip('"')
 _MARK = re.compile("|".join((
     f'"({_MARKS["id"]})"', f'"({_MARKS["name"]})"', f'{{"({_MARKS["env"]})":""}}',
-    f'\\["({_MARKS["commands"]})"\\]', f'\\["({_MARKS["argv"]})"\\]',
+    f'\\["({_MARKS["commands"]})"\\]', f'\\["({_MARKS["argv"]})"\\]', f'"({re.escape(_CREATED_TEXT)})"',
 )))  # fmt: skip
+_NUMBERS = {mark: number for number, mark in enumerate((*_MARKS.values(), _CREATED_TEXT))}
 
 
-_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-_EMPTY = ('""', '""', "{}", "[]", "[]")
+_string = json.encoder.encode_basestring
+"""A JSON string, as pydantic writes it."""
 
 
-def new_jobs_json(protos: Iterable[jobs_pb2.Job]) -> str:
-    """The body of Jobs: what many jobs have in common is written out once. The messages are used up."""
-    bodies: dict[tuple[bool, bool, bytes], list[str | int]] = {}
-    answers: list[str] = []
-    for proto in protos:
+@lru_cache(maxsize=1000)
+def _time_text(seconds: int, nanos: int) -> str:
+    """Of jobs that are submitted together it is the same."""
+    return _time_json(when(Timestamp(seconds=seconds, nanos=nanos))).decode()
+
+
+MAX_BODIES = 200
+MAX_COMMON_BYTES = 4096
+
+
+class NewJobsJson:
+    """Bodies of jobs that were just submitted: what many of them have in common is written out once."""
+
+    def __init__(self) -> None:
+        self._bodies: OrderedDict[tuple[bool, bool, bytes], list[str | int]] = OrderedDict()
+
+    def many(self, protos: Iterable[jobs_pb2.Job]) -> str:
+        """The body of Jobs. The messages are used up."""
+        return f'{{"jobs":[{",".join(map(self.one, protos))}]}}'
+
+    def one(self, proto: jobs_pb2.Job) -> str:
+        """The body of Job. The message is used up."""
         spec = proto.spec
-        own = (proto.id, spec.name, dict(spec.env), list(spec.commands), list(spec.argv))
+        env, commands, argv, time = spec.env, spec.commands, spec.argv, proto.created_at
+        texts = (
+            _string(proto.id),
+            _string(spec.name),
+            f"{{{','.join([f'{_string(name)}:{_string(env[name])}' for name in env])}}}" if env else "{}",
+            f"[{','.join(map(_string, commands))}]",
+            f"[{','.join(map(_string, argv))}]",
+            _time_text(time.seconds, time.nanos),
+        )
+        given = bool(commands), bool(argv)
         proto.id = spec.name = ""
-        spec.env.clear()
-        del spec.commands[:], spec.argv[:]
-        common = (bool(own[3]), bool(own[4]), proto.SerializeToString())
-        body = bodies.get(common)
-        if body is None:
-            body = bodies[common] = _body_of(proto, commands=common[0], argv=common[1])
-        texts = [_json(part) if part else empty for part, empty in zip(own, _EMPTY, strict=True)]
-        answers.append("".join([part if isinstance(part, str) else texts[part] for part in body]))
-    return f'{{"jobs":[{",".join(answers)}]}}'
+        # Not ClearField: what has been looked at would be copied first.
+        time.seconds = time.nanos = 0
+        if env:
+            env.clear()
+        del commands[:], argv[:]
+        body = self._body(proto, commands=given[0], argv=given[1])
+        return "".join([part if isinstance(part, str) else texts[part] for part in body])
+
+    def _body(self, proto: jobs_pb2.Job, *, commands: bool, argv: bool) -> list[str | int]:
+        common = (commands, argv, proto.SerializeToString())
+        body = self._bodies.pop(common, None) or _body_of(proto, commands=commands, argv=argv)
+        if len(common[2]) <= MAX_COMMON_BYTES and not proto.spec.HasField("registry_auth"):
+            self._bodies[common] = body
+            if len(self._bodies) > MAX_BODIES:
+                self._bodies.popitem(last=False)
+        return body
 
 
 def _body_of(proto: jobs_pb2.Job, *, commands: bool, argv: bool) -> list[str | int]:
-    """The JSON of a job in pieces; between them the numbers of what is its own, in the order of `_MARKS`."""
+    """The JSON of a job in pieces; between them the numbers of what is its own."""
     proto.id, proto.spec.name = _MARKS["id"], _MARKS["name"]
+    proto.created_at.FromDatetime(_CREATED_AT)
     proto.spec.env[_MARKS["env"]] = ""
     proto.spec.commands.extend([_MARKS["commands"]] if commands else [])
     proto.spec.argv.extend([_MARKS["argv"]] if argv else [])
-    numbers = {mark: number for number, mark in enumerate(_MARKS.values())}
     pieces = [piece for piece in _MARK.split(job(proto).model_dump_json()) if piece]
-    return [numbers.get(piece, piece) for piece in pieces]
+    return [_NUMBERS.get(piece, piece) for piece in pieces]
 
 
 def schedule(proto: jobs_pb2.Schedule) -> jobs.Schedule:

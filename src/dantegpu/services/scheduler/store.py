@@ -143,6 +143,16 @@ class EventRow:
 
 
 @dataclass(frozen=True, slots=True)
+class PastUseRow:
+    """Decayed averages; a team that held one GPU for a half-life has 500 milli-GPUs."""
+
+    team_id: UUID
+    gpu_milli: float
+    cpu_milli: float
+    memory_bytes: float
+
+
+@dataclass(frozen=True, slots=True)
 class LiveLeaseRow:
     attempt_id: UUID
     machine_id: UUID
@@ -404,6 +414,13 @@ async def machine_revisions(tx: Tx, machine_ids: Sequence[UUID]) -> dict[UUID, i
 async def live_leases(tx: Tx) -> list[LiveLeaseRow]:
     """What every live attempt holds."""
     return await tx.all(LiveLeaseRow, QUERIES["live_leases"])
+
+
+async def past_use(tx: Tx, *, now: datetime, since: datetime, half_life_seconds: float, limit: int) -> list[PastUseRow]:
+    """What teams held on average, of attempts that live or ended after `since`, at most `limit`."""
+    return await tx.all(
+        PastUseRow, QUERIES["past_use"], now=now, since=since, half_life_seconds=half_life_seconds, limit=limit
+    )
 
 
 # --- timers -----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, cast, override
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from starlette.responses import StreamingResponse
 from starlette.routing import Match, Route
 from starlette.types import Scope
@@ -75,6 +75,7 @@ class _Submitted:
 
 
 _reader = SpecReader()
+_bodies = convert.NewJobsJson()
 
 
 async def _submitted(request: Request) -> _Submitted:
@@ -153,13 +154,10 @@ async def _accept(platform: Gateway, submitted: _Submitted, key: str, *, no_wait
     accepted = await platform.submissions.submit(request)
     # Written out here: the models were just made, and FastAPI would validate them once more.
     if submitted.many:
-        return Response(convert.new_jobs_json(accepted.jobs), status_code=201, media_type="application/json")
-    made = convert.job(accepted.jobs[0])
-    return _created(made, location=f"/v1/jobs/{made.id}")
-
-
-def _created(answer: BaseModel, **headers: str) -> Response:
-    return Response(answer.model_dump_json(), status_code=201, headers=headers, media_type="application/json")
+        return Response(_bodies.many(accepted.jobs), status_code=201, media_type="application/json")
+    (made,) = accepted.jobs
+    headers = {"location": f"/v1/jobs/{made.id}"}
+    return Response(_bodies.one(made), status_code=201, headers=headers, media_type="application/json")
 
 
 @router.get("/v1/jobs", summary="Your team's jobs, newest first")

@@ -6,18 +6,23 @@ plan that the database refuses (or a wait of those seconds), never a device that
 """
 
 from collections.abc import Iterable
+from datetime import datetime, timedelta
 from uuid import UUID
 
 from dantegpu.domain.clock import Clock
 from dantegpu.domain.ids import DeviceId, MachineId, TeamId
 from dantegpu.domain.resources import MachineInfo
-from dantegpu.domain.scheduling import Lease, SchedulerState, Snapshot
+from dantegpu.domain.scheduling import Lease, Policy, SchedulerState, Snapshot, average_shares
 from dantegpu.kit.db import Database, Tx
 from dantegpu.services.scheduler import store
 from dantegpu.services.scheduler.service.inventory import Inventory
 from dantegpu.services.scheduler.store import LiveLeaseRow
 
 READ_AGAIN_SECONDS = 5.0
+REMEMBERED_HALF_LIVES = 6
+"""What ended longer ago than this counts less than 2 % of what it was."""
+MAX_REMEMBERED_ATTEMPTS = 500_000
+"""The most that a new leader adds up, the latest first."""
 _READ_COST_FACTOR = 50
 """Reading everything takes at most one part in so many of the time, however much there is."""
 
@@ -52,10 +57,12 @@ class Fleet:
         self._snapshot: Snapshot | None = None
         self._read_again_at = 0.0
         self._watching = False
+        self._remembers = False
 
     def watch(self, watching: bool) -> None:
         """Only a leader needs to know; whoever becomes one reads everything first."""
         self._watching = watching
+        self._remembers = False
         self.forget()
         self._ended.clear()
 
@@ -76,6 +83,23 @@ class Fleet:
     def came_to_nothing(self, leases: Iterable[Lease]) -> None:
         """Placements of the last plan that are not made."""
         self._give_back(list(leases))
+
+    async def remember(self, policy: Policy, now: datetime) -> None:
+        """Once per leader: what teams held before it led, so that a change of leader makes nobody's past better."""
+        machines = self._inventory.machines()
+        if self._remembers or not machines:
+            return  # a share is one of the fleet; without one there is nothing to place on either
+        shares: dict[TeamId, float] = {}
+        if policy.fair_share and policy.half_life_seconds:
+            since = now - timedelta(seconds=REMEMBERED_HALF_LIVES * policy.half_life_seconds)
+            async with self._db.statement() as tx:
+                rows = await store.past_use(
+                    tx, now=now, since=since, half_life_seconds=policy.half_life_seconds, limit=MAX_REMEMBERED_ATTEMPTS
+                )
+            used = {TeamId(row.team_id): (row.gpu_milli, row.cpu_milli, row.memory_bytes) for row in rows}
+            shares = average_shares(Snapshot.from_machines(machines), used)
+        self.state.past.feed(shares, now)
+        self._remembers = True
 
     async def look(self) -> Snapshot:
         """The snapshot for the next plan."""

@@ -379,6 +379,7 @@ class PlacementLeader:
 
     async def _plan(self, now: datetime) -> tuple[Snapshot, Plan | RoundPlan]:
         """Where nothing large waits, a round goes on from the one before; a reservation looks at everything anew."""
+        await self._fleet.remember(self._policy, now)
         large = self._queue.first(MAX_LARGE_JOBS, is_large)
         claims = await self.room.claims()
         if not large and not claims:

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from itertools import batched
 from typing import Any
@@ -77,10 +77,14 @@ _ATTEMPT_END_STATES: Mapping[Outcome, JobState] = {
 }
 
 
+_A_JOB = JobSnapshot(JobId(UUID(int=0)), TeamId(UUID(int=0)), datetime.min.replace(tzinfo=UTC))
+"""What the rows are made of: see JobSnapshot.but()."""
+
+
 def snapshot_of(row: JobRow) -> JobSnapshot:
     """The row as the transition table wants it; the nodes of a live gang come from their attempts."""
     retry, nodes = _terms(row.spec)
-    return JobSnapshot(
+    return _A_JOB.but(
         id=JobId(row.id),
         team_id=TeamId(row.team_id),
         submitted_at=row.submitted_at,
@@ -175,7 +179,7 @@ class JobBatch:
         """The attempts of the live gangs among the jobs; other jobs cost nothing here."""
         live = [job_id for job_id, job in self._jobs.items() if job.nodes > 1 and job.attempt_id is not None]
         for job_id, nodes in (await store.gang_nodes(tx, live)).items() if live else ():
-            self._jobs[job_id] = replace(self._jobs[job_id], gang=tuple(map(_gang_node, nodes)))
+            self._jobs[job_id] = self._jobs[job_id].but(gang=tuple(map(_gang_node, nodes)))
 
     async def find_out_of_lease(self, tx: Tx) -> None:
         """Before fold(): find the attempts whose lease has run out; what is reported of them changes nothing (I2)."""

@@ -1,5 +1,6 @@
 """The leader's queue in memory: the jobs of PostgreSQL that are QUEUED, and what has been told about each."""
 
+import gc
 import heapq
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,6 +28,12 @@ REASONS_EVERY_SECONDS = 0.25
 TEAM_PAUSE_SECONDS = 1.0
 """A team that could not pay is left out of rounds for so long: its other jobs must not keep the rounds busy."""
 
+FREEZE_FROM_JOBS, FREEZE_GROWTH = 50_000, 1.25
+"""A queue of this size, and one that has grown by so much since, is taken out of the garbage collector's sight.
+
+A walk through a million waiting jobs holds up a round for over a second. What leaves the queue is freed all the same.
+"""
+
 type Reason = tuple[str, str]
 """A reason and its detail, as the database has them."""
 
@@ -53,7 +60,6 @@ class _Mark:
     """How far the jobs of a group have been told: `rest` are those that have not been looked at."""
 
     refusal: Refusal
-    version: int
     rest: Iterator[QueuedJob] | None
 
 
@@ -69,6 +75,7 @@ class WaitingJobs:
         self._tell_at_seconds = 0.0
         self._untold = False
         """Some wait for a reason that is not written yet."""
+        self._freeze_at = FREEZE_FROM_JOBS
 
     def __len__(self) -> int:
         return len(self._notes)
@@ -91,6 +98,10 @@ class WaitingJobs:
         self._notes[job.id.uuid] = note
         if note.deadline_at is not None:
             heapq.heappush(self._deadlines, (note.deadline_at, job.id.uuid))
+        if len(self._notes) >= self._freeze_at:
+            gc.collect(1)
+            gc.freeze()
+            self._freeze_at = int(len(self._notes) * FREEZE_GROWTH)
 
     def discard(self, job_id: UUID) -> None:
         self._notes.pop(job_id, None)
@@ -158,8 +169,11 @@ class WaitingJobs:
             if len(news) >= limit:
                 break
             mark = self._marks.get(it.group)
-            if mark is None or mark.refusal != it.refusal or (mark.rest is None and mark.version != it.group.version):
-                mark = self._marks[it.group] = _Mark(it.refusal, it.group.version, iter(it.jobs()))
+            if mark is None or mark.refusal != it.refusal:
+                it.group.take_recent()  # they are among all
+                mark = self._marks[it.group] = _Mark(it.refusal, iter(it.jobs()))
+            elif mark.rest is None and it.group.recent != []:
+                mark.rest = _recent_of(it)
             if mark.rest is not None:
                 self._tell(mark, news, limit)
         return news
@@ -212,6 +226,17 @@ class WaitingJobs:
                 if len(news) >= limit:
                     return
         mark.rest = None
+
+
+def _recent_of(blocked: Blocked) -> Iterator[QueuedJob]:
+    """Those of the jobs that came in since the last look: however many wait, only they have to hear the reason."""
+    group = blocked.group
+    recent = group.take_recent()
+    if recent is None:
+        return iter(blocked.jobs())
+    # Those before it are being placed.
+    first = next(iter(group.jobs[blocked.first : blocked.first + 1]), None)
+    return (job for job in recent if first and job.age >= first.age and job.group is group and job.until is None)
 
 
 def _is_news(note: Note, reason: Reason) -> bool:

@@ -179,6 +179,28 @@ SELECT a.id AS attempt_id, a.machine_id, a.team_id, a.cpu_milli, a.memory_bytes,
 FROM attempts a LEFT JOIN device_leases l ON l.attempt_id = a.id
 WHERE a.ended_at IS NULL GROUP BY a.id;
 
+-- name: past_use
+-- What each team held on average, where a half-life ago counts half: an attempt counts by the part of that average which
+-- its time is. Of those that ended the latest, as the oldest count least.
+WITH weighed AS (
+    SELECT id, team_id, cpu_milli, memory_bytes,
+        -- 0.5 ^ 1000 is as good as nothing, and what is smaller would be an error.
+        power(0.5::float8, least(1000, greatest(0, extract(epoch FROM %(now)s - coalesce(ended_at, %(now)s))::float8
+            / %(half_life_seconds)s)))
+        - power(0.5::float8, least(1000, greatest(0, extract(epoch FROM %(now)s - created_at)::float8
+            / %(half_life_seconds)s))) AS weight
+    FROM attempts WHERE ended_at IS NULL OR ended_at > %(since)s
+    ORDER BY ended_at DESC NULLS FIRST LIMIT %(limit)s
+)
+SELECT team_id, sum(gpu_milli)::float8 AS gpu_milli, sum(cpu_milli)::float8 AS cpu_milli,
+    sum(memory_bytes)::float8 AS memory_bytes
+FROM (
+    SELECT team_id, 0 AS gpu_milli, weight * cpu_milli AS cpu_milli, weight * memory_bytes AS memory_bytes FROM weighed
+    UNION ALL
+    SELECT w.team_id, w.weight * l.milli, 0, 0 FROM weighed w JOIN device_leases l ON l.attempt_id = w.id
+) AS parts
+GROUP BY team_id;
+
 -- name: due_attempts
 -- Live attempts whose lease is over for good (lost), or that ran longer than they may and were not told to stop.
 SELECT * FROM (
