@@ -21,6 +21,7 @@ LIVE = frozenset({"PLACED", "STARTING", "RUNNING", "STOPPING"})
 TERMINAL = frozenset({"SUCCEEDED", "FAILED", "CANCELLED"})
 _COLUMNS = columns_of(MIGRATIONS)
 _STATEMENTS: dict[str, Handler] = {}
+_OTHERS = {**LIFETIME_STATEMENTS, **QUARANTINE_STATEMENTS, **PREEMPTION_STATEMENTS, **UPKEEP_STATEMENTS}
 
 
 def scheduler_schema() -> Schema:
@@ -87,14 +88,7 @@ def scheduler_schema() -> Schema:
     return Schema(
         "scheduler",
         [*kit_tables(), jobs, attempts, usage, leases, machines, events, after, quarantines, claims],
-        {
-            **KIT_STATEMENTS,
-            **LIFETIME_STATEMENTS,
-            **QUARANTINE_STATEMENTS,
-            **PREEMPTION_STATEMENTS,
-            **UPKEEP_STATEMENTS,
-            **_STATEMENTS,
-        },
+        {**KIT_STATEMENTS, **_OTHERS, **_STATEMENTS},
     )
 
 
