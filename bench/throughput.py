@@ -4,8 +4,9 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import psycopg
 
@@ -15,8 +16,10 @@ from dantegpu.apps.bootstrap import Login
 from dantegpu.apps.platform import Running
 from dantegpu.domain.ids import JobId
 
-JOB = {"command": ["true"], "resources": {"cpu": "0.1", "memory": "16MB", "disk": "1MB"}}
+JOB: dict[str, Any] = {"command": ["true"], "resources": {"cpu": "0.1", "memory": "16MB", "disk": "1MB"}}
 """Small, so that two cores run 20 at once. With less, the CPU limit slows the start of the sandbox itself."""
+SLEEPING_CPU = "0.03"
+"""Of jobs that only sleep: 64 of them fit on two cores."""
 QUEUED_GPUS = "RTX 4090:1"
 QUEUED_GPU = "RTX4090"
 """What `--queued` jobs wait for: the machine has one (simulated), and a job that does not end holds it."""
@@ -29,7 +32,9 @@ WATCH_SECONDS = 0.02
 TIMEOUT_SECONDS = 600.0
 CREDIT_UDGPU = 10**12
 # Ids rise with time, so these jobs are those from their first id on.
-_NONE_LIVE = "SELECT NOT EXISTS (SELECT 1 FROM scheduler.jobs WHERE id >= %s AND ended_at IS NULL)"
+_LIVE = (
+    "SELECT count(*), count(*) FILTER (WHERE state = 'RUNNING') FROM scheduler.jobs WHERE id >= %s AND ended_at IS NULL"
+)
 _NONE_UNSETTLED = "SELECT NOT EXISTS (SELECT 1 FROM scheduler.jobs WHERE id >= %s AND NOT settled)"
 NOT_IN_JSON = ("cpu_ms_per_job", "rss_mb")
 
@@ -37,6 +42,7 @@ NOT_IN_JSON = ("cpu_ms_per_job", "rss_mb")
 @dataclass(frozen=True, slots=True)
 class Throughput:
     """`seconds`: first POST until all jobs have ended; `ack_per_s`: until all are answered; `lost`: not SUCCEEDED.
+    `at_once`: the most jobs that were seen running at the same time.
 
     `client_cpu_ms_per_job` is what this process, which only submits and counts, took of the same cores.
     """
@@ -46,6 +52,7 @@ class Throughput:
     jobs_per_s: float
     ack_per_s: float
     lost: int
+    at_once: int
     sandbox: str
     client_cpu_ms_per_job: float
     cpu_ms_per_job: dict[str, float]
@@ -66,27 +73,35 @@ class Intake:
 
 
 async def measure(
-    running: Running, login: Login, *, jobs: int, submitters: int, queued: int = 0, array: int = 0
+    running: Running,
+    login: Login,
+    *,
+    jobs: int,
+    submitters: int,
+    queued: int = 0,
+    array: int = 0,
+    sleep_seconds: float = 0.0,
 ) -> Throughput:
     """Submit `jobs` jobs over `submitters` connections, or one array of `array` tasks in one POST.
 
-    Behind `queued` jobs that wait for a GPU that is taken.
+    Behind `queued` jobs that wait for a GPU that is taken. Each job is `true`, or sleeps.
     """
+    job = _sleeping(sleep_seconds) if sleep_seconds else JOB
     key = login.api_key.get_secret_value()
     connections = [await Connection.open(running.url, key) for _ in range(submitters)]
     async with await psycopg.AsyncConnection.connect(running.database, autocommit=True) as database:
         sandbox = await _machine(connections[0])
         await _credit(connections[0])
-        warm_up = await _submit(connections, min(jobs, WARM_UP_JOBS))
+        warm_up = await _submit(connections, min(jobs, WARM_UP_JOBS), JOB)
         await _until(database, _NONE_UNSETTLED, JobId.parse(min(warm_up)).uuid)
         if queued:
             await _fill_queue(connections[0], database, queued)
         before = cpu_seconds(running)
         began = time.monotonic()
-        ids = await _submit_array(connections[0], array) if array else await _submit(connections, jobs)
+        ids = await _submit_array(connections[0], job, array) if array else await _submit(connections, jobs, job)
         answered = time.monotonic()
         first = JobId.parse(min(ids)).uuid
-        await _until(database, _NONE_LIVE, first)
+        at_once = await _until_ended(database, first)
         ended = time.monotonic()
         memory = rss_mb(running)
         # What a job costs includes its bill.
@@ -103,6 +118,7 @@ async def measure(
         jobs_per_s=round(jobs / (ended - began), 1),
         ack_per_s=round(jobs / (answered - began), 1),
         lost=jobs - done,
+        at_once=at_once,
         sandbox=sandbox,
         client_cpu_ms_per_job=per_job["client"],
         cpu_ms_per_job=per_job,
@@ -114,10 +130,10 @@ async def measure_intake(running: Running, login: Login, *, jobs: int, submitter
     """Nothing runs: the platform has no machine."""
     key = login.api_key.get_secret_value()
     connections = [await Connection.open(running.url, key) for _ in range(submitters)]
-    await _submit(connections, min(jobs, WARM_UP_JOBS))
+    await _submit(connections, min(jobs, WARM_UP_JOBS), JOB)
     before = cpu_seconds(running)
     began = time.monotonic()
-    await _submit(connections, jobs)
+    await _submit(connections, jobs, JOB)
     ack_seconds = time.monotonic() - began
     after = cpu_seconds(running)
     await connections[0].call("POST", "/v1/jobs", _distinct(BULK_WARM_UP_JOBS))
@@ -141,9 +157,13 @@ def _distinct(jobs: int) -> bytes:
     return json.dumps({"jobs": [{**JOB, "command": ["echo", str(number)]} for number in range(jobs)]}).encode()
 
 
-async def _submit(connections: Sequence[Connection], jobs: int) -> list[str]:
+def _sleeping(seconds: float) -> dict[str, object]:
+    return {"command": ["sleep", str(seconds)], "resources": {**JOB["resources"], "cpu": SLEEPING_CPU}}
+
+
+async def _submit(connections: Sequence[Connection], jobs: int, job: Mapping[str, object]) -> list[str]:
     """The jobs' ids. Each connection sends its next job when the last one was answered."""
-    body = json.dumps(JOB).encode()
+    body = json.dumps(job).encode()
     ids: list[str] = []
     left = jobs
 
@@ -160,9 +180,9 @@ async def _submit(connections: Sequence[Connection], jobs: int) -> list[str]:
     return ids
 
 
-async def _submit_array(connection: Connection, tasks: int) -> list[str]:
+async def _submit_array(connection: Connection, job: Mapping[str, object], tasks: int) -> list[str]:
     """The array's id, alone in a list."""
-    answer = await connection.call("POST", "/v1/jobs", json.dumps({**JOB, "array": tasks}).encode())
+    answer = await connection.call("POST", "/v1/jobs", json.dumps({**job, "array": tasks}).encode())
     return [answer["id"]]
 
 
@@ -187,12 +207,28 @@ async def _fill_queue(connection: Connection, database: psycopg.AsyncConnection,
     await _until(database, "SELECT NOT EXISTS (SELECT 1 FROM scheduler.jobs WHERE reason = 'new')")
 
 
+async def _until_ended(database: psycopg.AsyncConnection, first: uuid.UUID) -> int:
+    """The most jobs that were running when it looked."""
+    most = 0
+    async with asyncio.timeout(TIMEOUT_SECONDS):
+        while True:
+            live, running = await _one(database, _LIVE, first)
+            most = max(most, running)
+            if not live:
+                return most
+            await asyncio.sleep(WATCH_SECONDS)
+
+
+async def _one(database: psycopg.AsyncConnection, question: str, *parameters: object) -> tuple[Any, ...]:
+    row = await (await database.execute(question.encode(), parameters or None)).fetchone()
+    assert row is not None
+    return row
+
+
 async def _until(database: psycopg.AsyncConnection, condition: str, *parameters: object) -> None:
     async with asyncio.timeout(TIMEOUT_SECONDS):
         while True:
-            cursor = await database.execute(condition.encode(), parameters or None)
-            row = await cursor.fetchone()
-            if row is not None and row[0]:
+            if (await _one(database, condition, *parameters))[0]:
                 return
             await asyncio.sleep(WATCH_SECONDS)
 

@@ -55,6 +55,25 @@ async def test_commands_run_in_order_and_stop_at_the_first_that_fails(
     assert machine_platform.logs[attempt_id] == b"one\n"
 
 
+async def test_sixty_four_attempts_run_at_once_and_none_is_lost(machine_platform: MachinePlatform, tmp_path: Path):
+    daemon = RunningDaemon(daemon_settings(machine_platform, tmp_path / "machine", sandbox="none"))
+    await daemon.start()
+    go = tmp_path / "go"
+    os.mkfifo(go)
+    ids = [await machine_platform.place("sh", "-c", f"read word < {go}; echo went", partial=True) for _ in range(64)]
+    for attempt_id in ids:
+        await machine_platform.reached(attempt_id, jobs_pb2.RUNNING)
+    assert not any(status.state == jobs_pb2.SUCCEEDED for status in machine_platform.statuses.values())
+    writer = os.open(go, os.O_RDWR)
+    os.write(writer, b"\n" * len(ids))
+    for attempt_id in ids:
+        assert (await machine_platform.ended(attempt_id)).outcome == jobs_pb2.OUTCOME_SUCCEEDED
+    os.close(writer)
+    await until(lambda: not attempts_left(daemon))
+    assert [machine_platform.logs[attempt_id] for attempt_id in ids] == [b"went\n"] * len(ids)
+    await daemon.stop()
+
+
 async def test_a_lost_push_is_repaired_by_the_next_sync(
     machine_platform: MachinePlatform, running_daemon: RunningDaemon
 ):

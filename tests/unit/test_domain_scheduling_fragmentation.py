@@ -141,6 +141,13 @@ def test_the_value_is_the_formula():
     assert whole == pytest.approx(ALPHA * reach + (1 - ALPHA) * copies)
 
 
+def test_a_fleet_without_gpus_takes_jobs_that_need_none():
+    snapshot = Snapshot.from_machines([a_machine(gpus=0)])
+    plan = schedule(snapshot, [a_job(None), a_job("1")], FRAGMENTATION, now=T0)
+    assert [placement.machine_index for placement in plan.placements] == [0]
+    assert len(plan.unplaced) == 1
+
+
 def test_a_waiting_job_counts_once_in_the_mix():
     snapshot, state, waiting = Snapshot.from_machines([a_machine(gpus=1)]), SchedulerState(), a_job("4")
     for _ in range(5):

@@ -13,7 +13,7 @@ from dantegpu.contracts.gen.dante.v1 import jobs_pb2, machine_pb2
 from dantegpu.daemon.archive import ArchiveRefused, unpack
 from dantegpu.daemon.checkpoints import CheckpointFailed, Checkpoints
 from dantegpu.daemon.devices import DeviceWatch
-from dantegpu.daemon.disk import DiskWatch
+from dantegpu.daemon.disk import FIRST_LOOK_SECONDS, DiskWatch
 from dantegpu.daemon.endings import Ended, judge, notice_of, saves, stopped
 from dantegpu.daemon.environment import gang_of, job_environment
 from dantegpu.daemon.executors.base import (
@@ -329,8 +329,13 @@ class Attempt:
             # Not written down: after a crash, its folder says the same.
             self._change(jobs_pb2.RUNNING, save=False)
         self._watching = True
-        watching = asyncio.create_task(self._disk.run())
-        saving = asyncio.create_task(self._save_now_and_then())
+        beside: list[asyncio.Task[None]] = []
+        # Most jobs that end within a second cost no task for this.
+        watching = asyncio.get_running_loop().call_later(
+            FIRST_LOOK_SECONDS, lambda: beside.append(asyncio.create_task(self._disk.run()))
+        )
+        if self.desired is not None and self.desired.spec.checkpoint.interval_seconds:
+            beside.append(asyncio.create_task(self._save_now_and_then()))
         try:
             self.check()
             status = await self._tools.executor.wait(handle)
@@ -340,7 +345,8 @@ class Attempt:
             raise
         finally:
             watching.cancel()
-            saving.cancel()
+            for task in beside:
+                task.cancel()
             self._watching = False
         if self._ending is not None:
             await self._ending
@@ -456,8 +462,7 @@ class Attempt:
         if not self.forgettable:
             await _within(self._tail.complete.wait(), LOG_GIVE_UP_SECONDS)
         self._tools.shipper.remove(self.row.attempt_id)
-        prepared = self._folder.read_handle()
-        if self._handle is None and prepared is not None:
+        if self._handle is None and (prepared := self._folder.read_handle()) is not None:
             # It was stopped in the middle of its preparation.
             self._handle = Handle.loads(prepared)
         if self._handle is not None:

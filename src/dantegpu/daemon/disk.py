@@ -13,6 +13,8 @@ from pathlib import Path
 
 from dantegpu.domain.units import format_bytes
 
+FIRST_LOOK_SECONDS = 1.0
+"""After its start."""
 MAX_PAUSE_SECONDS = 1.0
 MIN_PAUSE_SECONDS = 0.05
 SCAN_SHARE = 0.02
@@ -38,7 +40,8 @@ def used_bytes(folders: Sequence[Path]) -> int:
 
 @dataclass(slots=True)
 class DiskWatch:
-    """Runs beside one attempt. `full` is set, to a text for people, when a limit is passed; then `notify` is called.
+    """Runs beside one attempt, from FIRST_LOOK_SECONDS on. `full` is set, to a text for people, when a limit is passed;
+    then `notify` is called.
 
     A limit of zero is none. The one of the folders is asked for each time: a daemon that was restarted learns it late.
     """
@@ -54,7 +57,6 @@ class DiskWatch:
         """Until it is full, or for ever."""
         size, pause, next_scan = 0, MAX_PAUSE_SECONDS, 0.0
         while not self.full:
-            await asyncio.sleep(pause)
             before, size = size, _size(self.log)
             pause = MIN_PAUSE_SECONDS if size - before > FAST_BYTES else min(MAX_PAUSE_SECONDS, pause * 2)
             limit = self.folders_limit()
@@ -66,6 +68,8 @@ class DiskWatch:
                     self.full = f"ended: it filled more than the {format_bytes(limit)} of disk that it asked for"
                 took = time.monotonic() - began
                 next_scan = time.monotonic() + max(MIN_SCAN_PAUSE_SECONDS, took / SCAN_SHARE)
+            if not self.full:
+                await asyncio.sleep(pause)
         self.notify()
 
 

@@ -28,8 +28,8 @@ MAX_REQUEST_BYTES = 700 << 10
 """Below NATS's default limit of 1 MiB for a message."""
 MIN_PAUSE_SECONDS = 0.03
 """Between two requests: a job that prints in a tight loop costs one request per pause, not one per line."""
-WATCH_AFTER_SECONDS = 0.02
-"""The log of a job shorter than this goes in one piece, when it has ended."""
+WATCH_AFTER_SECONDS = 0.1
+"""The log of a job shorter than this goes in one piece, when it has ended. The kernel is slow to end a watch."""
 CHUNK_OVERHEAD_BYTES = 64
 SAFETY_POLL_SECONDS = 1.0
 RETRY_SECONDS = 1.0

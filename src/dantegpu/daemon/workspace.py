@@ -9,6 +9,7 @@ import stat
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from dantegpu.domain.ids import AttemptId
@@ -120,7 +121,8 @@ class AttemptFolder:
     def read_handle(self) -> str | None:
         """None while nothing was prepared."""
         try:
-            return self.handle.read_text() or None
+            with open(f"{self.root}/handle.json", encoding="utf-8") as file:
+                return file.read() or None
         except FileNotFoundError:
             return None
 
@@ -340,6 +342,12 @@ def open_output(output: Path, path: str) -> int:
         os.close(descriptor)
 
 
+@cache
+def _places(root: Path) -> tuple[str, Path, Path]:
+    """Asked for several times per attempt."""
+    return str(root / "attempts"), root / "spare", root / "parked"
+
+
 @dataclass(frozen=True, slots=True)
 class Workspace:
     """The daemon's folder for attempts."""
@@ -351,7 +359,8 @@ class Workspace:
             (self.root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def attempt(self, attempt_id: AttemptId) -> AttemptFolder:
-        return AttemptFolder(self.root / "attempts" / str(attempt_id), self.root / "spare", self.root / "parked")
+        attempts, spare, parked = _places(self.root)
+        return AttemptFolder(Path(f"{attempts}/{attempt_id}"), spare, parked)
 
     def attempts(self) -> list[AttemptFolder]:
         folder = self.root / "attempts"

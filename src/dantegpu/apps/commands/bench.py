@@ -50,15 +50,16 @@ def latency(jobs: int, sandbox: str, as_json: bool) -> None:
 @click.option("--submitters", type=click.IntRange(1, 256), default=8, show_default=True, help="Connections.")
 @click.option("--array", type=click.IntRange(1, 1_000_000), help="One array of so many tasks instead of --jobs.")
 @click.option("--queued", type=click.IntRange(0, 1_000_000), default=0, help="So many more wait for a GPU meanwhile.")
+@click.option("--sleep", type=click.FloatRange(0, 600), default=0, help="Jobs sleep so many seconds: many run at once.")
 @_sandbox
 @_json
-def throughput(jobs: int, submitters: int, array: int | None, queued: int, sandbox: str, as_json: bool) -> None:
+def throughput(array: int | None, sleep: float, sandbox: str, as_json: bool, **options: int) -> None:
     """Run many jobs (`true`), one POST each: first POST to the last job's end. Without --json also what it costs."""
     module = _bench("throughput")
+    options |= {"array": array or 0}
+    queued = options["queued"]
     result = _on_a_platform(
-        lambda running, login: module.measure(
-            running, login, jobs=jobs, submitters=submitters, queued=queued, array=array or 0
-        ),
+        lambda running, login: module.measure(running, login, sleep_seconds=sleep, **options),
         gpus=module.QUEUED_GPUS if queued else "",
         environment=_environment(sandbox),
     )

@@ -371,12 +371,14 @@ class ProcessExecutor(Executor):
             return run.status
         if run is None:
             run = self._runs[handle.attempt_id] = _Run(self._place(handle))
-        await self._gone(run)
+        exit_code = await self._gone(run)
         folder = self._workspace.attempt(handle.attempt_id)
-        if not (run.place.groups.folders and _over(run.place, folder)):
+        if exit_code is None:
+            exit_code = _read_exit(folder.exit)
+        if exit_code is None or not run.place.groups.folders or run.place.version < HANDLE_VERSIONS[-1]:
             # Else the cell has seen to it.
             await self._kill_all(handle, run)
-        exit_code = _read_exit(folder.exit)
+            exit_code = _read_exit(folder.exit)
         reason = StopReason(folder.stop.read_text()) if folder.stop.is_file() else None
         if exit_code is None and reason is not None and folder.started.exists():
             exit_code = 128 + signal.SIGKILL
@@ -388,12 +390,13 @@ class ProcessExecutor(Executor):
             run.released = handle.attempt_id not in self._taken_over
         return run.status
 
-    async def _gone(self, run: _Run) -> None:
-        """Until its cell has noted its end, or has died."""
+    async def _gone(self, run: _Run) -> int | None:
+        """Until its cell has noted its end, or has died. What the cell said, if it is this daemon's."""
         if run.cell is not None:
-            await asyncio.shield(run.cell.ended)
-        elif run.pidfd >= 0:
+            return await asyncio.shield(run.cell.ended)
+        if run.pidfd >= 0:
             await process_ended(run.pidfd)
+        return None
 
     @staticmethod
     def _oom_killed(run: _Run) -> bool:
@@ -427,7 +430,7 @@ class ProcessExecutor(Executor):
         await self._gone(run)
 
     async def destroy(self, handle: Handle) -> None:
-        place, folder = self._open(handle)
+        folder = self._workspace.attempt(handle.attempt_id)
         run = self._runs.pop(handle.attempt_id, None)
         if run is not None:
             if not run.asked and run.slot is not None and run.slot.cell.alive:
@@ -436,7 +439,7 @@ class ProcessExecutor(Executor):
                 self._release(run)
             elif not run.released:
                 await self._destroy_running(handle, run)
-        elif folder.read_handle() is not None and not _over(place, folder):
+        elif folder.read_handle() is not None and not _over(place := self._place(handle), folder):
             await self._destroy_running(handle, _Run(place))
         self._taken_over.pop(handle.attempt_id, None)
         await folder.removed(used_again=run is not None and run.released and run.alone)

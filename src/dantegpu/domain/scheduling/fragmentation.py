@@ -31,7 +31,7 @@ import numpy as np
 from dantegpu.domain.resources import GpuRequest
 from dantegpu.domain.scheduling.board import Board
 from dantegpu.domain.scheduling.constraints import eligible_devices
-from dantegpu.domain.scheduling.mix import MixShape
+from dantegpu.domain.scheduling.mix import MAX_SHAPES, MixShape
 from dantegpu.domain.scheduling.ranking import Columns, Floats, Pairs, tightest_group
 from dantegpu.domain.scheduling.snapshot import Bools, Ints, Snapshot
 from dantegpu.domain.units import MILLI_PER_UNIT
@@ -47,13 +47,23 @@ _TIE_PRICE = 1e-12
 
 LEVELS = MILLI_PER_UNIT + 1
 _DEDUPE_PAIRS = 1024
+_MAX_FITTING = 4 * MAX_SHAPES
 _BLOCK_ROWS = 256
 
 
 class FragmentationValue:
     """V(s) for one mix, over rows of one snapshot. Immutable; made anew when the mix has moved on."""
 
-    def __init__(self, snapshot: Snapshot, classes: Ints, class_count: int, shapes: Sequence[MixShape]) -> None:
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        classes: Ints,
+        class_count: int,
+        shapes: Sequence[MixShape],
+        fitting: dict[GpuRequest, Ints] | None = None,
+    ) -> None:
+        """`fitting`: the classes of devices that requests accept, kept by the caller from one mix to the next."""
+        fitting = {} if fitting is None else fitting
         lanes: dict[tuple[GpuRequest, int], int] = {}
         for shape in shapes:
             lanes.setdefault(_lane(shape.gpu), len(lanes))
@@ -61,10 +71,10 @@ class FragmentationValue:
         table = np.zeros((class_count, LEVELS, 2 * len(lanes)))
         levels = np.arange(LEVELS)
         for (gpu, milli), lane in lanes.items():
-            eligible = eligible_devices(snapshot, gpu)
-            fitting = np.unique(classes[eligible])
-            table[fitting, :, lane] = levels // milli
-            table[fitting, :, len(lanes) + lane] = np.where(levels >= milli, levels, 0) / MILLI_PER_UNIT
+            if gpu not in fitting:
+                fitting[gpu] = np.unique(classes[eligible_devices(snapshot, gpu)])
+            table[fitting[gpu], :, lane] = levels // milli
+            table[fitting[gpu], :, len(lanes) + lane] = np.where(levels >= milli, levels, 0) / MILLI_PER_UNIT
         self.devices: Floats = table.reshape(class_count * LEVELS, 2 * len(lanes))
         """What a device adds to its machine: row `class * LEVELS + free milli-GPUs`."""
         # Sorted by device count: only the tail needs a division.
@@ -133,12 +143,15 @@ class FragmentationScorer:
         # Odd random weights: two states with one sum are as good as impossible, and would only share a score.
         random = np.random.default_rng(1).integers(1, 1 << 62, 3 + 2 * snapshot.device_free.shape[1], dtype=np.int64)
         self._weights = random << 1 | 1
+        self._fitting: dict[GpuRequest, Ints] = {}
         self.use(shapes)
 
     def use(self, shapes: Sequence[MixShape]) -> None:
         """Score by this mix from now on."""
         board, machines = self._board, len(self._unlike)
-        self._value = FragmentationValue(board.snapshot, board.classes, board.class_count, shapes)
+        if len(self._fitting) > _MAX_FITTING:
+            self._fitting.clear()
+        self._value = FragmentationValue(board.snapshot, board.classes, board.class_count, shapes, self._fitting)
         self._values = np.zeros((2, machines))
         self._devices = np.zeros((machines, self._value.devices.shape[1]))
         self._seen = 0
@@ -206,11 +219,11 @@ class FragmentationScorer:
 
     def _left_by_whole(self, pairs: Pairs, whole: Ints) -> Floats:
         """What devices are worth once the whole ones are taken that each of these pairs would get."""
-        if not len(whole):
-            return self._devices[:0]
         row, count, usable = pairs.row.take(whole), pairs.count.take(whole), pairs.usable.take(whole, axis=0)
         full = self._offsets.take(row, axis=0) + MILLI_PER_UNIT
         left = self._devices.take(row, axis=0)
+        if not full.size:  # nothing asked for, or a fleet without any device
+            return left
         left -= self._value.devices.take(full[np.arange(len(row)), usable.argmax(axis=1)], axis=0) * count[:, None]
         for place in np.flatnonzero(self._unlike.take(row) & (count > 0)).tolist() if self._any_unlike else ():
             columns = np.flatnonzero(usable[place]).tolist()
