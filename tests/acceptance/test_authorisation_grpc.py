@@ -100,6 +100,7 @@ ACCESS = {
     "StorageService.StatObjects": For.SERVICES,
     "StorageService.PutObject": For.SERVICES,
     "StorageService.GetObject": For.SERVICES,
+    "StorageService.DeleteObjects": For.SERVICES,
 }
 ABOUT_NOTHING = frozenset({ErrorStatus.NOT_FOUND, ErrorStatus.INVALID, ErrorStatus.PRECONDITION})
 """What somebody is told who may ask, and asked about ids of nothing."""

@@ -102,6 +102,20 @@ async def test_writing_again_replaces_the_whole_object(store: ObjectStore):
     assert await read_all(store, key) == b"second"
 
 
+async def test_what_was_deleted_is_gone_and_what_is_beside_it_stays(store: ObjectStore):
+    prefix = f"checkpoints/{JobId.new()}"
+    kept, gone = f"{prefix}/2/0", [f"{prefix}/1/0", f"{prefix}/1/1"]
+    await store.write(kept, b"kept")
+    await store.write(gone[0], b"gone")
+    for _ in range(2):
+        await store.delete(gone)
+        assert await store.sizes_bytes([kept, *gone]) == [4, None, None]
+    await store.write(gone[1], b"again")
+    assert await store.sizes_bytes(gone) == [None, 5]
+    with pytest.raises(InvalidKey):
+        await store.delete(["../x"])
+
+
 async def test_an_empty_object_is_there(store: ObjectStore):
     key = a_key("empty")
     await store.write(key, b"")

@@ -15,11 +15,13 @@ from tests.simulation.memory.kit import KIT_STATEMENTS, kit_tables
 from tests.simulation.memory.lifetimes import LIFETIME_STATEMENTS
 from tests.simulation.memory.preemptions import PREEMPTION_STATEMENTS
 from tests.simulation.memory.quarantines import QUARANTINE_STATEMENTS
+from tests.simulation.memory.upkeep import UPKEEP_STATEMENTS
 
 LIVE = frozenset({"PLACED", "STARTING", "RUNNING", "STOPPING"})
 TERMINAL = frozenset({"SUCCEEDED", "FAILED", "CANCELLED"})
 _COLUMNS = columns_of(MIGRATIONS)
 _STATEMENTS: dict[str, Handler] = {}
+_OTHERS = {**LIFETIME_STATEMENTS, **QUARANTINE_STATEMENTS, **PREEMPTION_STATEMENTS, **UPKEEP_STATEMENTS}
 
 
 def scheduler_schema() -> Schema:
@@ -86,7 +88,7 @@ def scheduler_schema() -> Schema:
     return Schema(
         "scheduler",
         [*kit_tables(), jobs, attempts, usage, leases, machines, events, after, quarantines, claims],
-        {**KIT_STATEMENTS, **LIFETIME_STATEMENTS, **QUARANTINE_STATEMENTS, **PREEMPTION_STATEMENTS, **_STATEMENTS},
+        {**KIT_STATEMENTS, **_OTHERS, **_STATEMENTS},
     )
 
 

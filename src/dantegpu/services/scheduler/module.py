@@ -32,6 +32,7 @@ from dantegpu.services.scheduler.service.schedules import Schedules
 from dantegpu.services.scheduler.service.settlement import Settlement
 from dantegpu.services.scheduler.service.timers import Timers
 from dantegpu.services.scheduler.service.transitions import Wakeups
+from dantegpu.services.scheduler.service.upkeep import Upkeep
 from dantegpu.services.scheduler.settings import SchedulerSettings
 
 log = structlog.get_logger(__name__)
@@ -70,6 +71,7 @@ def build(deps: Deps, settings: SchedulerSettings) -> Service:
     schedules = Schedules(db, intake, deps.clock, settings)
     quarantines = Quarantines(db, inventory, deps.clock, settings)
     arrays = Arrays(db, outbox, wakeups, deps.clock, settings, placement.take)
+    upkeep = Upkeep(db, storage, deps.clock, settings)
     lifetimes = Lifetimes(db, outbox, wakeups, deps.clock, settings, placement.take)
     wakeups.machines = dispatcher.notify
     wakeups.opened = dispatcher.opened
@@ -81,15 +83,16 @@ def build(deps: Deps, settings: SchedulerSettings) -> Service:
     wakeups.arrays = arrays.notify
     wakeups.dropped = placement.drop_ended
 
+    parts = {
+        "timers": timers.run, "settlement": settlement.run, "arrays": arrays.run, "lifetimes": lifetimes.run,
+        "quarantines": quarantines.lead, "upkeep": upkeep.run, "schedules": schedules.run,
+    }  # fmt: skip
+
     async def lead(_epoch: int) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(placement.lead(), name="placement")
-            tasks.create_task(_keep("timers", timers.run), name="timers")
-            tasks.create_task(_keep("settlement", settlement.run), name="settlement")
-            tasks.create_task(_keep("arrays", arrays.run), name="arrays")
-            tasks.create_task(_keep("lifetimes", lifetimes.run), name="lifetimes")
-            tasks.create_task(_keep("quarantines", quarantines.lead), name="quarantines")
-            tasks.create_task(_keep("schedules", schedules.run), name="schedules")
+            for name, run in parts.items():
+                tasks.create_task(_keep(name, run), name=name)
 
     leadership = Leadership(db, "placement", lead)
     placement.leadership = leadership

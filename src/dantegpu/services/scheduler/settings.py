@@ -36,6 +36,9 @@ class SchedulerSettings(ServiceSettings):
     quarantine_seconds: float = Field(
         default=1800.0, ge=1, description="how long a machine is shut out; each time in a row twice as long, up to 24 h"
     )
+    upkeep_seconds: float = Field(
+        default=300.0, ge=0.01, description="how often checkpoints and passwords are deleted that nobody needs any more"
+    )
     array_seconds: float = Field(default=0.25, ge=0.01, description="how often arrays are looked at")
     objective: Objective = Field(
         default=DEFAULT_POLICY.objective,

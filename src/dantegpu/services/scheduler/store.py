@@ -103,6 +103,7 @@ class AttemptRow:
     checkpoint_slot: int
     checkpointed_at: datetime | None
     ports: bytes
+    checkpoints_deleted: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,13 @@ class StorageRpc(storage_pb2_grpc.StorageServiceServicer):
         await self._service.put(request.key, request.data)
         return storage_pb2.PutObjectResponse()
 
+    async def DeleteObjects(
+        self, request: storage_pb2.DeleteObjectsRequest, context: Any
+    ) -> storage_pb2.DeleteObjectsResponse:
+        current_actor().require_service()
+        await self._service.delete(request.keys)
+        return storage_pb2.DeleteObjectsResponse()
+
     async def GetObject(self, request: storage_pb2.GetObjectRequest, context: Any) -> storage_pb2.GetObjectResponse:
         current_actor().require_service()
         data, size_bytes = await self._service.get(request.key, request.offset, request.length)

@@ -16,6 +16,7 @@ MAX_READ_BYTES = 16 << 20
 MAX_WRITE_BYTES = 16 << 20
 """Of one internal call; both stay below the largest gRPC message."""
 MAX_NAME_LENGTH = 255
+DELETABLE = "checkpoints/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,13 @@ class StorageService:
             raise InvalidArgument("offset and length are not negative")
         found = await self._store.read(key, offset, min(length or MAX_READ_BYTES, MAX_READ_BYTES))
         return found or (b"", None)
+
+    async def delete(self, keys: Sequence[str]) -> None:
+        """Idempotent. Only what the platform itself made and can do without: checkpoints. Raises InvalidArgument."""
+        _bounded(len(keys))
+        if kept := [key for key in keys if not check_key(key).startswith(DELETABLE)]:
+            raise InvalidArgument(f"{kept[0][:200]!r} is not deleted; only what lies below {DELETABLE} is")
+        await self._store.delete(keys)
 
 
 def _blob_key(team_id: TeamId, sha256: str) -> str:

@@ -54,6 +54,10 @@ class ObjectStore(Protocol):
         """(at most `length` bytes from `offset`, size of the whole object); None when there is no such object."""
         ...
 
+    async def delete(self, keys: Sequence[str]) -> None:
+        """Those that are not there are no error."""
+        ...
+
     def url(self, grant: Grant) -> str:
         """A URL that allows what `grant` says to whoever has it."""
         ...

@@ -90,6 +90,21 @@ class EmbeddedStore:
             file.seek(min(offset, size_bytes))
             return file.read(length), size_bytes
 
+    async def delete(self, keys: Sequence[str]) -> None:
+        await asyncio.to_thread(self._delete, keys)
+
+    def _delete(self, keys: Sequence[str]) -> None:
+        folders: set[Path] = set()
+        for key in keys:
+            path = self.path(key)
+            with contextlib.suppress(*_ABSENT):
+                path.unlink()
+            folders |= {folder for folder in path.parents if self._objects in folder.parents}
+        # The deepest first; one that holds something else stays.
+        for folder in sorted(folders, key=lambda folder: -len(folder.parts)):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
     async def write(self, key: str, data: bytes) -> None:
         async def once() -> AsyncIterator[bytes]:
             yield data

@@ -5,6 +5,7 @@ input or a result by its SHA-256 checks it (daemon and SDK do).
 """
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 from collections.abc import Generator, Mapping, Sequence
@@ -91,6 +92,14 @@ class S3ObjectStore:
                     return (await obstore.head_async(self._store, key))["size"]
             except FileNotFoundError:
                 return None
+
+    async def delete(self, keys: Sequence[str]) -> None:
+        import obstore
+
+        paths = [check_key(key) for key in keys]
+        if paths:
+            with contextlib.suppress(FileNotFoundError), _store_errors():
+                await obstore.delete_async(self._store, paths)
 
     async def write(self, key: str, data: bytes) -> None:
         import obstore

@@ -65,6 +65,11 @@ class StorageServiceStub:
                 request_serializer=dante_dot_v1_dot_storage__pb2.GetObjectRequest.SerializeToString,
                 response_deserializer=dante_dot_v1_dot_storage__pb2.GetObjectResponse.FromString,
                 _registered_method=True)
+        self.DeleteObjects = channel.unary_unary(
+                '/dante.v1.StorageService/DeleteObjects',
+                request_serializer=dante_dot_v1_dot_storage__pb2.DeleteObjectsRequest.SerializeToString,
+                response_deserializer=dante_dot_v1_dot_storage__pb2.DeleteObjectsResponse.FromString,
+                _registered_method=True)
 
 
 class StorageServiceServicer:
@@ -107,6 +112,13 @@ class StorageServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeleteObjects(self, request, context):
+        """those that are not there are no error
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_StorageServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -139,6 +151,11 @@ def add_StorageServiceServicer_to_server(servicer, server):
                     servicer.GetObject,
                     request_deserializer=dante_dot_v1_dot_storage__pb2.GetObjectRequest.FromString,
                     response_serializer=dante_dot_v1_dot_storage__pb2.GetObjectResponse.SerializeToString,
+            ),
+            'DeleteObjects': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteObjects,
+                    request_deserializer=dante_dot_v1_dot_storage__pb2.DeleteObjectsRequest.FromString,
+                    response_serializer=dante_dot_v1_dot_storage__pb2.DeleteObjectsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -304,6 +321,33 @@ class StorageService:
             '/dante.v1.StorageService/GetObject',
             dante_dot_v1_dot_storage__pb2.GetObjectRequest.SerializeToString,
             dante_dot_v1_dot_storage__pb2.GetObjectResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteObjects(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dante.v1.StorageService/DeleteObjects',
+            dante_dot_v1_dot_storage__pb2.DeleteObjectsRequest.SerializeToString,
+            dante_dot_v1_dot_storage__pb2.DeleteObjectsResponse.FromString,
             options,
             channel_credentials,
             insecure,

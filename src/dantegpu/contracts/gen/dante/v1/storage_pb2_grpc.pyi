@@ -22,6 +22,8 @@ class StorageServiceStub:
     StatObjects: aio.UnaryUnaryMultiCallable[storage_pb2.StatObjectsRequest, storage_pb2.StatObjectsResponse]
     PutObject: aio.UnaryUnaryMultiCallable[storage_pb2.PutObjectRequest, storage_pb2.PutObjectResponse]
     GetObject: aio.UnaryUnaryMultiCallable[storage_pb2.GetObjectRequest, storage_pb2.GetObjectResponse]
+    DeleteObjects: aio.UnaryUnaryMultiCallable[storage_pb2.DeleteObjectsRequest, storage_pb2.DeleteObjectsResponse]
+    """those that are not there are no error"""
 
 class StorageServiceServicer(metaclass=abc_1.ABCMeta):
     """storage-service"""
@@ -67,5 +69,13 @@ class StorageServiceServicer(metaclass=abc_1.ABCMeta):
         request: storage_pb2.GetObjectRequest,
         context: aio.ServicerContext[storage_pb2.GetObjectRequest, abc.Awaitable[storage_pb2.GetObjectResponse]],
     ) -> abc.Awaitable[storage_pb2.GetObjectResponse]: ...
+
+    @abc_1.abstractmethod
+    def DeleteObjects(
+        self,
+        request: storage_pb2.DeleteObjectsRequest,
+        context: aio.ServicerContext[storage_pb2.DeleteObjectsRequest, abc.Awaitable[storage_pb2.DeleteObjectsResponse]],
+    ) -> abc.Awaitable[storage_pb2.DeleteObjectsResponse]:
+        """those that are not there are no error"""
 
 def add_StorageServiceServicer_to_server(servicer: StorageServiceServicer, server: aio.Server) -> None: ...
