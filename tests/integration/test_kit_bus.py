@@ -9,9 +9,9 @@ from nats.aio.msg import Msg
 
 from dantegpu.contracts import subjects
 from dantegpu.contracts.gen.dante.v1 import events_pb2
-from dantegpu.kit.bus import Bus
+from dantegpu.kit.bus import ACK_WAIT_SECONDS, Bus
 from dantegpu.kit.errors import Unavailable
-from tests.fixtures.scheduler import until
+from tests.fixtures.scheduler import TIMEOUT_SECONDS, until
 from tests.fixtures.servers import NatsForTests
 
 
@@ -43,11 +43,11 @@ class Reader:
     def seen(self) -> set[bytes]:
         return {data for batch in self.batches for data in batch}
 
-    async def has(self, *wanted: bytes) -> None:
+    async def has(self, *wanted: bytes, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         async def all_there() -> bool:
             return self.seen >= set(wanted)
 
-        await until(all_there)
+        await until(all_there, timeout_seconds)
 
 
 async def publish(bus: Bus, *names: bytes) -> None:
@@ -90,7 +90,8 @@ async def test_a_message_is_not_lost_when_its_reader_ends_before_it_is_done(bus:
     await consuming.close()
     reader = Reader()
     await bus.consume(subjects.JOBS, "reader", reader)
-    await reader.has(b"a")
+    # At the latest when JetStream takes it for lost: what gives it back sooner may be lost itself.
+    await reader.has(b"a", timeout_seconds=2 * ACK_WAIT_SECONDS)
     assert stuck.batches == []
 
 
