@@ -13,7 +13,7 @@ import pytest
 
 from dantegpu.apps.embedded.postgres import EmbeddedPostgres
 from dantegpu.kit.migrate import migrate
-from tests.fixtures.cluster import free_ports
+from tests.fixtures.cluster import free_port_block, free_ports
 from tests.fixtures.platform import UpPlatform, run_dante
 
 
@@ -28,10 +28,10 @@ def refusal(home: Path, *arguments: str) -> str:
 
 
 def test_a_port_that_is_taken_is_named_before_anything_starts(dante_home: Path):
+    port = free_port_block(7) + 2
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
+        taken.bind(("127.0.0.1", port))
         taken.listen()
-        port = taken.getsockname()[1]
         said = refusal(dante_home, "--port", str(port))
         assert f"port {port} is taken by another program, so the API cannot listen" in said
         said = refusal(dante_home, "--port", str(port - 2))

@@ -190,11 +190,15 @@ async def test_attempts_one_after_the_other_share_a_cell_and_nothing_else(proces
     first = await processes.executor.prepare(hog)
     await processes.executor.start(first, hog)
     assert (await processes.executor.wait(first)).oom_killed
-    spec = a_python_job("x = bytearray(100 << 20); raise SystemExit(3)")
-    second = await processes.executor.prepare(spec)
-    await processes.executor.start(second, spec)
-    assert json.loads(second.data)["slot"] == json.loads(first.data)["slot"]
-    assert await processes.executor.wait(second) == ExitStatus(3)
+    slots: list[int] = []
+    while json.loads(first.data)["slot"] not in slots:
+        # Two are kept ready, each perhaps with a sandbox that waits: which comes next is not said.
+        spec = a_python_job("x = bytearray(100 << 20); raise SystemExit(3)")
+        second = await processes.executor.prepare(spec)
+        await processes.executor.start(second, spec)
+        slots.append(json.loads(second.data)["slot"])
+        assert await processes.executor.wait(second) == ExitStatus(3)
+    assert len(slots) < 10
     # What is over stays as it was, and its end touches nobody else.
     third = await processes.start(a_shell_job("sleep 600"))
     used = await processes.executor.stats(third)
