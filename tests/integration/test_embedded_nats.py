@@ -27,7 +27,7 @@ from tests.fixtures.servers import NatsForTests
 # Fixed, because they show in the names of tests, which every xdist worker has to find alike.
 _OWN = MachineId.parse("mach_01h455vb4pex5vsknk084sn02q")
 _OTHER = MachineId.parse("mach_01h455vb4pex5vsknk084sn02r")
-_PATIENCE_SECONDS = 5.0
+_PATIENCE_SECONDS = 20.0
 
 
 @asynccontextmanager
