@@ -61,7 +61,7 @@ class Pipeline:
     def put(self, sql: str, params: Mapping[str, object]) -> Answer:
         """Add a statement to what is sent next; libpq sends when it has much, sync() the rest."""
         query, names = _parsed(sql)
-        self._dump([params[name] for name in names])
+        values = self._adapt.dump_sequence([_fast(params[name]) for name in names], [PyFormat.AUTO] * len(names))
         types, formats = self._adapt.types or (), self._adapt.formats
         name = self._prepared.get((sql, types))
         if name is None and sql in self._seen and len(self._prepared) < MAX_PREPARED:
@@ -72,16 +72,12 @@ class Pipeline:
             self._unanswered.append(Answer())
         self._seen.add(sql)
         if name is None:
-            self._pgconn.send_query_params(query, self._values, types, formats, Format.BINARY)
+            self._pgconn.send_query_params(query, values, types, formats, Format.BINARY)
         else:
-            self._pgconn.send_query_prepared(name, self._values, formats, Format.BINARY)
+            self._pgconn.send_query_prepared(name, values, formats, Format.BINARY)
         answer = Answer()
         self._unanswered.append(answer)
         return answer
-
-    def _dump(self, values: Sequence[object]) -> None:
-        formats = [PyFormat.AUTO] * len(values)
-        self._values = self._adapt.dump_sequence([_fast(value) for value in values], formats)
 
     async def sync(self) -> None:
         """Wait until everything that was sent is answered. Raises the first error among the answers.
