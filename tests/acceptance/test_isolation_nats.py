@@ -14,6 +14,7 @@ from dantegpu.contracts import subjects
 from dantegpu.contracts.gen.dante.v1 import jobs_pb2, machine_pb2
 from dantegpu.contracts.rest.jobs import Job
 from dantegpu.domain.ids import AttemptId, MachineId
+from dantegpu.kit.bus import flush
 from dantegpu.kit.nats_jwt import (
     create_user_key,
     creds_file_text,
@@ -51,8 +52,9 @@ def consumer(platform: UpPlatform) -> Iterator[Person]:
 
 @pytest.fixture
 def running(consumer: Person) -> Iterator[Job]:
-    """A job of somebody else that runs on the platform's own machine."""
+    """A job of somebody else that runs on the platform's own machine, and whose only line has arrived."""
     job = consumer.client.jobs.submit({"command": WAITS, "resources": {"cpu": 0.1, "memory": "64MB"}})
+    wait_until(lambda: b"".join(chunk.data for chunk in consumer.client.jobs.logs(job.id)), "its line arrives")
     yield wait_until(
         lambda: found if (found := consumer.client.jobs.get(job.id)).state == "RUNNING" else None, "the job runs"
     )
@@ -120,7 +122,7 @@ async def test_a_machine_is_refused_every_subject_that_is_not_its_own(platform: 
                     await client.publish(subject, b"")
                 else:
                     await client.subscribe(subject)
-                await client.flush()
+                await flush(client)
                 error = str(await asyncio.wait_for(errors.get(), PATIENCE_SECONDS)).lower()
                 assert f'permissions violation for {action} to "{subject}'.lower() in error
 
@@ -199,14 +201,14 @@ async def test_the_services_do_not_speak_for_a_machine_to_anybody_else(platform:
         streams = services.jetstream()
         before = {stream.name: (await streams.stream_info(stream.name)).created for stream in subjects.STREAMS}
         await services.subscribe(other, cb=hear)
-        await services.flush()
+        await flush(services)
         for subject, request in requests.items():
             # An answer without a byte in it, such as that to an empty LogAppend, is how one asks for a deletion.
             for reply in (other, "$JS.API.STREAM.DELETE.EVENTS"):
                 await client.publish(subject, request.SerializeToString(), reply=reply)
-        await client.flush()
+        await flush(client)
         await asyncio.to_thread(wait_until, refused, "every such request is refused")
-        await services.flush()
+        await flush(services)
         strange = [
             message for message in heard if machine_pb2.DesiredState.FromString(message.data).machine_id not in other
         ]

@@ -16,6 +16,7 @@ from dantegpu.contracts.gen.dante.v1 import auth_pb2 as pb
 from dantegpu.contracts.gen.dante.v1 import common_pb2
 from dantegpu.domain.ids import ApiKeyId, MachineId, TeamId, UserId
 from dantegpu.kit.actor import ANONYMOUS, SERVICE, Actor
+from dantegpu.kit.bus import flush
 from dantegpu.kit.errors import RemoteError, type_of
 from dantegpu.kit.nats_jwt import NatsKey, create_user_key, sign_with_seed
 from dantegpu.kit.rpc import call
@@ -283,7 +284,7 @@ async def test_a_machine_joins_and_may_use_its_own_subjects_only(auth: AuthClien
 
     listener = await connect(user_credentials=str(nats_server.services_creds))
     heard = await listener.subscribe("dante.machine.>")
-    await listener.flush()
+    await flush(listener)
     client = await connect(
         user_jwt_cb=credential.nats_user_jwt.encode,
         signature_cb=partial(signed_nonce, key),
@@ -291,7 +292,7 @@ async def test_a_machine_joins_and_may_use_its_own_subjects_only(auth: AuthClien
     )
     await client.publish(subjects.machine_heartbeat(MachineId.new()), b"somebody else's")
     await client.publish(subjects.machine_heartbeat(machine), b"mine")
-    await client.flush()
+    await flush(client)
     assert (await heard.next_msg(5)).data == b"mine"
     assert any("permissions violation" in str(error).lower() for error in errors)
     await client.close()

@@ -21,6 +21,7 @@ from dantegpu.apps.embedded.errors import DiskFull, FolderInUse, PortTaken
 from dantegpu.apps.embedded.nats import EmbeddedNats
 from dantegpu.contracts import subjects
 from dantegpu.domain.ids import MachineId
+from dantegpu.kit.bus import flush
 from dantegpu.kit.nats_jwt import NatsTrust, create_trust
 from tests.fixtures.servers import NatsForTests
 
@@ -148,9 +149,9 @@ async def test_a_machine_reports_asks_and_hears_on_its_own_subjects(nats_server:
             await message.respond(b"desired")
 
         await services.subscribe(subjects.ALL_SYNCS, cb=answer)
-        await services.flush()
+        await flush(services)
         desired = await machine.subscribe(subjects.machine_desired(_OWN))
-        await machine.flush()
+        await flush(machine)
         await services.publish(subjects.machine_desired(_OWN), b"wake up")
 
         assert (await machine.jetstream().publish(subjects.machine_report(_OWN), b"r")).stream == "REPORTS"
@@ -208,7 +209,7 @@ async def test_a_machine_is_refused_everything_else(
 ):
     async with _as_machine(nats_server) as (machine, errors):
         await action(machine)
-        await machine.flush()
+        await flush(machine)
         error = await asyncio.wait_for(errors.get(), _PATIENCE_SECONDS)
         assert "permissions violation" in str(error).lower()
         assert subject.lower() in str(error).lower()

@@ -165,7 +165,7 @@ class Bus:
     async def flush(self) -> None:
         """Wait until the server has everything that was sent, subscriptions too. Raises Unavailable."""
         try:
-            await self._client.flush()
+            await flush(self._client)
         except (NatsError, TimeoutError) as error:
             raise Unavailable("NATS", str(error)) from error
 
@@ -293,6 +293,16 @@ class Bus:
             callback()
         if self._streams:
             self._tasks.spawn(self._repair(), "repair after reconnect")
+
+
+async def flush(client: Client) -> None:
+    """Wait until the server has everything that this client sent before, its subscriptions too.
+
+    The client writes its ping ahead of what its flusher has not written yet, so the first answer can come before the
+    server has seen a subscription; the second ping is written after it.
+    """
+    await client.flush()
+    await client.flush()
 
 
 async def unsubscribe(subscription: Subscription) -> None:
