@@ -39,7 +39,8 @@ MAX_WAITING_TASKS = 2000
 MAX_OPEN_ARRAYS = 1000
 """Arrays looked at in one pass, the oldest first."""
 PASS_PAUSE_SECONDS = 0.05
-"""From one pass to the next at least: what ends meanwhile is looked at in one go."""
+"""From one pass to the next at least: what ends meanwhile is looked at in one go. Longer (`array_seconds`) while all
+arrays have tasks enough for a while: their tasks are counted in each pass."""
 IDLE_PASS_SECONDS = 5.0
 """While there is no array: a submission wakes the passes, this finds one whose message got lost."""
 
@@ -73,6 +74,7 @@ class Arrays:
         self._settings = settings
         self._queue = queue
         self._again = Wakeup()
+        self._rest_seconds = PASS_PAUSE_SECONDS
         self.leadership: Leadership | None = None
 
     def notify(self) -> None:
@@ -89,7 +91,7 @@ class Arrays:
                 log.warning("arrays_failed", error=error.message)
             if pause_seconds:
                 await self._again.wait(pause_seconds)
-                await asyncio.sleep(PASS_PAUSE_SECONDS - (self._clock.monotonic() - began_seconds))
+                await asyncio.sleep(self._rest_seconds - (self._clock.monotonic() - began_seconds))
 
     async def look(self) -> float:
         """Do for each array what is due; after how many seconds to look again."""
@@ -97,6 +99,8 @@ class Arrays:
             rows = await store_arrays.open_arrays(tx, MAX_OPEN_ARRAYS)
         if not rows:
             return IDLE_PASS_SECONDS
+        quiet = all(row.waiting > CHUNK_TASKS and not row.ended for row in rows)
+        self._rest_seconds = self._settings.array_seconds if quiet else PASS_PAUSE_SECONDS
         busy = False
         for row in rows:
             if row.ended:
@@ -117,9 +121,10 @@ class Arrays:
         room = MAX_WAITING_TASKS - row.waiting
         if row.max_parallel:
             room = min(room, row.max_parallel - row.waiting - row.live)
-        count = min(room, CHUNK_TASKS, row.size - row.created)
-        if count <= 0:
-            return False
+        whole = min(CHUNK_TASKS, row.size - row.created)
+        count = min(room, whole)
+        if count <= 0 or (count < whole and row.waiting >= CHUNK_TASKS):
+            return False  # where many wait, the next ones come in whole chunks
         await self._create(row, count)
         return room > count
 
