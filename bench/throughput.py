@@ -69,6 +69,8 @@ class Intake:
     bulk_jobs: int
     bulk_seconds: float
     cpu_ms_per_job: dict[str, float]
+    """Of those that came one by one."""
+    bulk_cpu_ms_per_job: dict[str, float]
     rss_mb: float
 
 
@@ -112,7 +114,7 @@ async def measure(
     for connection in connections:
         connection.close()
     jobs = array or jobs
-    per_job = {group: round(1000 * (after[group] - before[group]) / jobs, 3) for group in after}
+    per_job = _per_job(before, after, jobs)
     return Throughput(
         jobs=jobs,
         seconds=round(ended - began, 3),
@@ -139,9 +141,11 @@ async def measure_intake(running: Running, login: Login, *, jobs: int, submitter
     after = cpu_seconds(running)
     await connections[0].call("POST", "/v1/jobs", _distinct(BULK_WARM_UP_JOBS))
     body = _distinct(bulk)
+    bulk_before = cpu_seconds(running)
     began = time.monotonic()
     answer = await connections[0].call("POST", "/v1/jobs", body)
     bulk_seconds = time.monotonic() - began
+    bulk_after = cpu_seconds(running)
     for connection in connections:
         connection.close()
     return Intake(
@@ -149,9 +153,14 @@ async def measure_intake(running: Running, login: Login, *, jobs: int, submitter
         ack_per_s=round(jobs / ack_seconds, 1),
         bulk_jobs=len(answer["jobs"]),
         bulk_seconds=round(bulk_seconds, 3),
-        cpu_ms_per_job={group: round(1000 * (after[group] - before[group]) / jobs, 3) for group in after},
+        cpu_ms_per_job=_per_job(before, after, jobs),
+        bulk_cpu_ms_per_job=_per_job(bulk_before, bulk_after, bulk),
         rss_mb=rss_mb(running),
     )
+
+
+def _per_job(before: Mapping[str, float], after: Mapping[str, float], jobs: int) -> dict[str, float]:
+    return {group: round(1000 * (after[group] - before[group]) / jobs, 3) for group in after}
 
 
 def _distinct(jobs: int) -> bytes:

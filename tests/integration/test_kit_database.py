@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
+from uuid import UUID
 
 import psycopg
 import pytest
@@ -107,6 +108,25 @@ async def test_what_was_sent_and_failed_rolls_everything_back_and_the_connection
     assert called == []
     assert await count(one, "leader") == 0
     await one.stop()
+
+
+@pytest.mark.parametrize(
+    ("type_", "elements"),
+    [
+        ("uuid", [UUID(int=0), None, UUID(int=2**128 - 1)]),
+        ("text", ["", "NULL", 'é "\\{,}\n', None]),
+        ("bytea", [None, b"", b"\x00\xff{}"]),
+        ("bigint", [-(2**63), 2**63 - 1, 0, None]),
+        ("smallint", [-5, 32_767]),
+        ("boolean", [True, None, False]),
+        ("text", []),
+        ("integer", [None]),
+    ],
+)
+async def test_a_list_arrives_as_the_array_that_it_is(db: Database, type_: str, elements: list[object]):
+    async with db.transaction() as tx:
+        assert await tx.value(f"SELECT %(elements)s::{type_}[]", elements=elements) == elements
+        assert await tx.value(f"SELECT cardinality(%(elements)s::{type_}[])", elements=elements) == len(elements)
 
 
 async def test_a_statement_longer_than_the_sockets_buffer_arrives_whole(db: Database):
@@ -236,11 +256,11 @@ class Listener:
         self.jobs: list[str] = []
 
     async def __call__(self, message: Msg) -> None:
-        self.jobs.append(unwrap(message.data, events_pb2.JobChanged)[1].job_id)
+        self.jobs.append(unwrap(message.data, events_pb2.WalletChanged)[1].team_id)
 
 
-def changed(job_id: JobId) -> tuple[str, events_pb2.JobChanged]:
-    return f"dante.jobs.{job_id}", events_pb2.JobChanged(job_id=str(job_id))
+def changed(job_id: JobId) -> tuple[str, events_pb2.WalletChanged]:
+    return f"dante.jobs.{job_id}", events_pb2.WalletChanged(team_id=str(job_id))
 
 
 @pytest.fixture
@@ -289,7 +309,7 @@ async def test_rows_outlive_nats_and_go_out_once_it_is_back(db: Database, bus: B
 
 async def test_a_message_that_nats_refuses_holds_up_no_other(db: Database, bus: Bus) -> None:
     outbox = Outbox(db, bus, SystemClock())
-    huge = events_pb2.JobChanged(job_id="x" * (3 << 20))
+    huge = events_pb2.WalletChanged(team_id="x" * (3 << 20))
     async with db.transaction() as tx:
         await outbox.add(tx, [("dante.jobs.huge", huge), changed(JobId.new())])
     await outbox.start()

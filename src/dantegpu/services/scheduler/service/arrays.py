@@ -25,7 +25,7 @@ from dantegpu.kit.lease import Leadership
 from dantegpu.kit.lifecycle import Wakeup
 from dantegpu.kit.outbox import Outbox
 from dantegpu.services.scheduler import store, store_arrays
-from dantegpu.services.scheduler.service.transitions import Wakeups, changed_messages, job_changed
+from dantegpu.services.scheduler.service.transitions import Wakeups, changed_messages
 from dantegpu.services.scheduler.settings import SchedulerSettings
 from dantegpu.services.scheduler.store import EventRow, JobRow
 from dantegpu.services.scheduler.store_arrays import OpenArrayRow
@@ -187,18 +187,13 @@ class Arrays:
             await self._tell(tx, row.id, event)
 
     async def _tell(self, tx: Tx, array_id: UUID, event: EventRow | None) -> None:
+        """Wake those who follow the array, if anything has happened to it."""
         if event is not None:
-            rows = await store.jobs_by_id(tx, [array_id])
-            await tell(tx, self._outbox, rows[array_id], event)
+            await self._outbox.add(tx, changed_messages([array_id]))
 
     async def _assert_held(self, tx: Tx) -> None:
         assert self.leadership is not None, "passes run under a lease"
         await self.leadership.assert_held(tx)
-
-
-async def tell(tx: Tx, outbox: Outbox, row: JobRow, event: EventRow) -> None:
-    """Wake those who follow the array."""
-    await outbox.add(tx, changed_messages([job_changed(row.team_id, event)]))
 
 
 async def stop_array(
@@ -211,7 +206,7 @@ async def stop_array(
     )  # fmt: skip
     if event is None:
         return
-    await tell(tx, outbox, row, event)
+    await outbox.add(tx, changed_messages([row.id]))
     # A statement of its own, after the array is locked: it sees every task that was ever created.
     await stop_tasks(tx, row.id, why, by, now, wakeups)
     tx.after_commit.append(wakeups.arrays)
