@@ -71,9 +71,10 @@ class World:
         assert Counter({it.job_id for it in plan.placements} | {it.job_id for it in plan.unplaced}) == Counter(
             job.id for job in pending
         )
-        if plan.reservation is not None:
-            assert self.promised_at is None or plan.reservation.start_at <= self.promised_at
-            self.promised_at = plan.reservation.start_at
+        for reservation in plan.reservations:
+            if reservation.job.id == LARGE:
+                assert self.promised_at is None or reservation.start_at <= self.promised_at
+                self.promised_at = reservation.start_at
         for placement in plan.placements:
             self._start(placement, now)
         for placement in plan.placements:

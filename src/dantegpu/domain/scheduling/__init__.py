@@ -3,7 +3,7 @@
 `explain(snapshot, job, now)` answers why one job waits and what the smallest change would open.
 """
 
-from dantegpu.domain.scheduling.backfill import MARGIN_SECONDS, Decision, RoundPlan, Running, is_large, plan_round
+from dantegpu.domain.scheduling.backfill import MARGIN_SECONDS, Ends, Reservation, Running, is_large
 from dantegpu.domain.scheduling.constraints import Constraint, ConstraintCount, PendingJob
 from dantegpu.domain.scheduling.explain import Relaxation, Why, explain
 from dantegpu.domain.scheduling.plan import Blocked, DeviceShare, Placement, Plan, SchedulerState, Unplaced, schedule
@@ -21,6 +21,7 @@ from dantegpu.domain.scheduling.preemption import (
 )
 from dantegpu.domain.scheduling.queue import JobGroup, JobQueue, QueuedJob
 from dantegpu.domain.scheduling.ranking import Refusal
+from dantegpu.domain.scheduling.rounds import Decision, RoundPlan, plan_round
 from dantegpu.domain.scheduling.shares import PastShares, average_shares
 from dantegpu.domain.scheduling.snapshot import Lease, Snapshot, SnapshotBuilder, TeamUse
 
@@ -35,6 +36,7 @@ __all__ = [
     "ConstraintCount",
     "Decision",
     "DeviceShare",
+    "Ends",
     "Ground",
     "JobGroup",
     "JobQueue",
@@ -50,6 +52,7 @@ __all__ = [
     "Quota",
     "Refusal",
     "Relaxation",
+    "Reservation",
     "RoundPlan",
     "Running",
     "SchedulerState",

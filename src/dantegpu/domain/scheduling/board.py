@@ -1,7 +1,7 @@
 """What is free while plans are made of one snapshot, and which machines changed since somebody looked."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -79,6 +79,20 @@ class Board:
 
     def team_number(self, team_id: TeamId) -> int:
         return self._teams.setdefault(team_id, len(self._teams))
+
+    @property
+    def free(self) -> Snapshot:
+        """The snapshot with what is free now; true until the next change."""
+        capacity = self.capacity
+        return replace(
+            self.snapshot,
+            cpu_free=capacity.cpu,
+            memory_free=capacity.memory,
+            disk_free=capacity.disk,
+            device_free=capacity.device,
+            device_tenant=capacity.tenant,
+            team_index=self._teams,
+        )
 
     def take(
         self,
