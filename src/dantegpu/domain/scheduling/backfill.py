@@ -280,7 +280,7 @@ class _Search:
             return None
         self._look_at_now()
         moment = self._now
-        touched: set[int] = set[int]()
+        touched = set[int]()
         for each in ends:
             if each.ends_at > moment:
                 self._look_at(touched, moment)
