@@ -6,6 +6,7 @@
 from dantegpu.domain.scheduling.backfill import MARGIN_SECONDS, Ends, Reservation, Running, is_large
 from dantegpu.domain.scheduling.constraints import Constraint, ConstraintCount, PendingJob
 from dantegpu.domain.scheduling.explain import Relaxation, Why, explain
+from dantegpu.domain.scheduling.gangs import Waits
 from dantegpu.domain.scheduling.plan import Blocked, DeviceShare, Placement, Plan, SchedulerState, Unplaced, schedule
 from dantegpu.domain.scheduling.policy import DEFAULT_POLICY, Objective, Policy, Quota, borrowed
 from dantegpu.domain.scheduling.preemption import (
@@ -61,6 +62,7 @@ __all__ = [
     "SpotWork",
     "TeamUse",
     "Unplaced",
+    "Waits",
     "Why",
     "average_shares",
     "borrowed",

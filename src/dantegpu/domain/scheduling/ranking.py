@@ -41,6 +41,7 @@ WINDOW = 64
 """The most shapes that are prepared at once."""
 MAX_PLACES = 100_000
 """Shapes whose lines are known, and the same holds for them."""
+_FEW_LINES, _FEW_CHANGES = 2, 48
 _CHUNK = 1 << 14
 _SCAN = 1 << 22
 
@@ -184,7 +185,7 @@ class ScoreTable:
         """Bring the lines of these shapes up to date; hide() works on them from now on."""
         if self._size + 2 * WINDOW > self._limit or len(self._places) > MAX_PLACES:
             self._forget_lines()
-        lines = list(dict.fromkeys(line for shape in dict.fromkeys(shapes) for line in self._place(shape).lines))
+        lines = list(dict.fromkeys(line for shape in shapes for line in self._place(shape).lines))
         self._shown = np.array(lines, dtype=np.int64)
         self._update(self._shown)
 
@@ -343,6 +344,8 @@ class ScoreTable:
 
     def _update(self, lines: Ints) -> None:
         board = self._board
+        if len(lines) <= _FEW_LINES and self._update_few(lines.tolist()):
+            return
         lines = lines[self._seen[lines] < board.clock]
         step = max(_SCAN // max(self._machines, 1), 1)
         for first in range(0, len(lines), step):
@@ -354,6 +357,32 @@ class ScoreTable:
             for start in range(0, len(rows), _CHUNK):
                 self._score(which[start : start + _CHUNK], rows[start : start + _CHUNK])
         self._seen[lines] = board.clock
+
+    def _update_few(self, lines: Sequence[int]) -> bool:
+        """The same for few lines and machines, without the calls that pay only for many. False: there are too many."""
+        board, asked, scores = self._board, self._asked, self._scores
+        cores, untouched = board.cores, board.untouched
+        which: list[int] = []
+        rows: list[int] = []
+        for line in lines:
+            changed = board.changed_since(int(self._seen[line]), _FEW_CHANGES)
+            if changed is None:
+                return False
+            cpu_milli, count, tenant = int(asked[0, line]), int(asked[3, line]), int(asked[5, line])
+            possible = self._possible[line]
+            for row in changed:
+                if not possible[row]:
+                    continue
+                if cores[row] < cpu_milli or (tenant == NOBODY and untouched[row] < count):
+                    scores[line, row] = NEVER
+                else:
+                    which.append(line)
+                    rows.append(row)
+        if rows:
+            self._score(np.array(which, dtype=np.int64), np.array(rows, dtype=np.int64))
+        for line in lines:
+            self._seen[line] = board.clock
+        return True
 
     def _score(self, line: Ints, row: Ints) -> None:
         """Score these pairs anew."""
