@@ -5,8 +5,6 @@ import os
 import random
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -21,7 +19,7 @@ from dantegpu.daemon.enrol import EnrolmentRefused
 from dantegpu.daemon.executors.processes import descendants, processes_with_env
 from dantegpu.daemon.journal import Journal
 from dantegpu.daemon.module import AlreadyRunning
-from tests.fixtures.machines import MachinePlatform, RunningDaemon, a_tar, daemon_settings, until
+from tests.fixtures.machines import KilledDaemon, MachinePlatform, RunningDaemon, a_tar, daemon_settings, until
 from tests.fixtures.servers import NatsForTests
 
 
@@ -300,34 +298,6 @@ async def test_the_key_is_private_and_stays_the_same(machine_platform: MachinePl
     }
 
 
-class KilledDaemon:
-    """A daemon in a process of its own, which a test may kill."""
-
-    def __init__(self, platform: MachinePlatform, state: Path) -> None:
-        self._environment = {
-            **os.environ,
-            "DANTE_DAEMON_STATE": str(state),
-            "DANTE_DAEMON_GATEWAY_URL": platform.url,
-            "DANTE_DAEMON_JOIN_TOKEN": "token",
-            "DANTE_DAEMON_SYNC_INTERVAL_SECONDS": "0.3",
-        }
-        self._process = self._spawn()
-
-    def _spawn(self) -> "subprocess.Popen[bytes]":
-        return subprocess.Popen([sys.executable, "-m", "dantegpu.daemon"], env=self._environment)
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-    def start_again(self) -> None:
-        self._process = self._spawn()
-
-    def end(self, number: signal.Signals = signal.SIGTERM) -> int:
-        self._process.send_signal(number)
-        return self._process.wait(20)
-
-
 @pytest.fixture
 def daemon(machine_platform: MachinePlatform, tmp_path: Path) -> Iterator[KilledDaemon]:
     started = KilledDaemon(machine_platform, tmp_path / "m")
@@ -365,6 +335,20 @@ async def test_after_kill_9_an_attempt_without_lease_is_killed(
     await until(lambda: not Path(f"/proc/{pid}").exists())
     assert (await machine_platform.ended(attempt_id)).outcome == jobs_pb2.OUTCOME_LOST
     assert await asyncio.to_thread(daemon.end) == 0
+
+
+async def test_what_was_killed_for_its_lease_by_a_daemon_that_could_not_say_so_is_lost(
+    machine_platform: MachinePlatform, running_daemon: RunningDaemon
+):
+    attempt_id = await machine_platform.place("sh", "-c", 'echo 1 > "$DANTE_OUTPUT/x"; echo $$; kill -STOP $$')
+    await until(lambda: machine_platform.logs.get(attempt_id))
+    folder = running_daemon.settings.state / "work" / "attempts" / attempt_id
+    (folder / "stop").write_text("lease_lost")
+    for pid in processes_with_env(f"DANTE_ATTEMPT_ID={attempt_id}".encode()):
+        os.kill(pid, signal.SIGKILL)
+    status = await machine_platform.ended(attempt_id)
+    assert (status.state, status.outcome) == (jobs_pb2.FAILED, jobs_pb2.OUTCOME_LOST)
+    assert not machine_platform.results
 
 
 async def test_a_daemon_told_to_stop_ends_its_jobs_and_hands_them_back(
@@ -458,7 +442,7 @@ async def test_an_operator_can_ask_the_daemon_how_it_is(machine_platform: Machin
     daemon = RunningDaemon(daemon_settings(machine_platform, tmp_path / "m", ops_listen=address))
     await daemon.start()
     await until(lambda: machine_platform.heartbeats)
-    async with httpx.AsyncClient(base_url=f"http://{address}") as client:
+    async with httpx.AsyncClient(verify=False, base_url=f"http://{address}") as client:
         assert (await client.get("/healthz")).json() == {"status": "ok"}
         assert (await client.get("/readyz")).status_code == 200
         assert "dante_daemon_connected 1.0" in (await client.get("/metrics")).text

@@ -1,7 +1,9 @@
 """The daemon of a Slurm cluster against a real one: what Slurm does, and what the platform hears of it."""
 
 import asyncio
+import json
 import shutil
+import time
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
@@ -12,10 +14,13 @@ from pydantic import SecretStr
 
 from dantegpu.contracts.gen.dante.v1 import jobs_pb2, machine_pb2
 from dantegpu.daemon import agent
+from dantegpu.daemon.attempt import boottime
 from dantegpu.daemon.enrol import EnrolmentRefused
-from dantegpu.daemon.executors.base import ExitStatus
+from dantegpu.daemon.executors.base import ExitStatus, SandboxFailed, StopReason
+from dantegpu.daemon.executors.processes import processes_with_env
+from dantegpu.daemon.leases import LEASES, LeaseFile
 from tests.fixtures.executors import a_shell_job
-from tests.fixtures.machines import MachinePlatform, RunningDaemon, daemon_settings, until
+from tests.fixtures.machines import KilledDaemon, MachinePlatform, RunningDaemon, daemon_settings, until
 from tests.fixtures.slurm import GPU_TYPE, NODES, SlurmServer, slurm_executor
 
 pytestmark = pytest.mark.needs("slurm", "bubblewrap")
@@ -24,15 +29,18 @@ NODE = NODES[0]
 FOREVER = ("sh", "-c", "echo ready; exec sleep 600")
 
 
-def cluster_settings(platform: MachinePlatform, server: SlurmServer, state: Path, **fields: Any) -> Any:
+def cluster_options(server: SlurmServer, state: Path) -> dict[str, Any]:
     # What the node's trial job has found out for an earlier test.
     if (known := server.shared / "nodes").is_dir():
         shutil.copytree(known, state / "slurm" / "nodes")
-    options: dict[str, Any] = {
+    return {
         "executor": "slurm", "slurm_conf": server.config, "slurm_partition": "main", "slurm_nodes": NODE,
         "slurm_simulated_gpus": True, "slurm_poll_seconds": 0.2,
     }  # fmt: skip
-    return daemon_settings(platform, state, **(options | fields))
+
+
+def cluster_settings(platform: MachinePlatform, server: SlurmServer, state: Path, **fields: Any) -> Any:
+    return daemon_settings(platform, state, **(cluster_options(server, state) | fields))
 
 
 @pytest.fixture
@@ -213,6 +221,57 @@ async def test_a_look_at_the_queue_from_before_a_start_is_not_believed(slurm_ser
         await starting
         assert await executor.wait(handle) == ExitStatus(code)
         await executor.destroy(handle)
+
+
+def leases_of(node_state: Path) -> dict[str, float]:
+    return LeaseFile(node_state / LEASES).read()
+
+
+async def test_a_job_lives_while_its_lease_is_renewed_and_ends_with_it_when_its_daemon_is_gone(
+    machine_platform: MachinePlatform, slurm_server: SlurmServer, tmp_path: Path
+):
+    machine_platform.lease_ms = 4000
+    state = tmp_path / "c"
+    daemon = KilledDaemon(machine_platform, state, **cluster_options(slurm_server, state))
+    try:
+        attempt_id = await running(machine_platform)
+        mark = f"DANTE_ATTEMPT_ID={attempt_id}".encode()
+        first = await until(lambda: leases_of(state / "nodes" / NODE).get(attempt_id))
+        await until(lambda: leases_of(state / "nodes" / NODE)[attempt_id] > first + 4.5)
+        assert processes_with_env(mark)
+        machine_platform.answers_syncs = False
+        await asyncio.to_thread(daemon.kill)
+        until_seconds = leases_of(state / "nodes" / NODE)[attempt_id]
+        await until(lambda: not processes_with_env(mark) or None)
+        assert boottime() > until_seconds
+        await until(lambda: not numbers_of(slurm_server, attempt_id) or None)
+        folder = state / "nodes" / NODE / "work" / "attempts" / attempt_id
+        assert ((folder / "stop").read_text(), (folder / "exit").read_text().strip()) == ("lease_lost", "137")
+        machine_platform.answers_syncs = True
+        daemon.start_again()
+        status = await machine_platform.ended(attempt_id)
+        assert (status.state, status.outcome) == (jobs_pb2.FAILED, jobs_pb2.OUTCOME_LOST)
+        assert status.message == "the lease could not be renewed in time, so the machine ended it"
+        assert machine_platform.states[attempt_id].count("FAILED") == 1
+        assert await asyncio.to_thread(daemon.end) == 0
+    finally:
+        await asyncio.to_thread(daemon.kill)
+
+
+async def test_what_slurm_starts_after_the_end_of_its_lease_does_not_run(slurm_server: SlurmServer, short_dir: Path):
+    """As when the daemon has died while the job waited in Slurm's queue."""
+    leases = short_dir / "leases.json"
+    executor = slurm_executor(slurm_server.folder, short_dir / "data", leases=leases)
+    spec = a_shell_job("echo ran")
+    leases.write_text(
+        json.dumps({"boot": "b", "at": 5, "wall": time.time() - 60, "leases": {str(spec.attempt_id): 5.5}})
+    )
+    handle = await executor.prepare(spec)
+    with pytest.raises(SandboxFailed, match=f"{NODE} sees no renewal of its lease"):
+        await executor.start(handle, spec)
+    assert await executor.wait(handle) == ExitStatus(137, stop_reason=StopReason.LEASE_LOST)
+    assert not (short_dir / "data" / "attempts" / str(spec.attempt_id) / "output.log").read_text()
+    await executor.destroy(handle)
 
 
 async def test_a_cluster_whose_token_serves_too_few_machines_says_for_which_node(

@@ -28,7 +28,7 @@ from dantegpu.daemon.agent import Agent
 from dantegpu.daemon.attempt import Attempt, Tools
 from dantegpu.daemon.devices import DeviceWatch
 from dantegpu.daemon.executors.base import DeviceGrant
-from dantegpu.daemon.leases import LeaseFile
+from dantegpu.daemon.leases import LEASES, LeaseFile
 from dantegpu.daemon.link import Link
 from dantegpu.daemon.probe.devices import GpuSample, simulated_gpus
 from dantegpu.daemon.scrub import HeldFile, Scrubber
@@ -421,7 +421,7 @@ class World:
             )
             agent = Agent(
                 _DAEMON_SETTINGS, machine.id, machine.inventory(), cast(Any, SimProbe()), cast(Any, executor), tools,
-                LeaseFile(machine.disk / "leases.json"),
+                LeaseFile(machine.disk / LEASES),
             )  # fmt: skip
             await agent.adopt()
             await agent.start(link)

@@ -158,7 +158,7 @@ def test_a_lease_ends_before_the_server_may_give_it_to_somebody_else():
 
 def test_leases_outlive_the_daemon_but_not_the_boot(tmp_path: Path):
     path = tmp_path / "leases.json"
-    LeaseFile(path).write({"att_1": 12.5})
+    LeaseFile(path).write({"att_1": 12.5}, 10.0)
     assert LeaseFile(path).read() == {"att_1": 12.5}
     path.write_text(path.read_text().replace('"boot": "', '"boot": "x'))
     assert LeaseFile(path).read() == {}

@@ -378,8 +378,8 @@ class Agent:
             if attempt_id in asked and attempt_id not in wanted and not attempt.ended:
                 log.warning("attempt_without_lease", attempt_id=str(attempt_id))
                 self._give_up(attempt)
-        if renews:
-            # The lease that an attempt came with is in the journal.
+        if renews or self._executor.reads_leases:
+            # Else the lease that an attempt came with is in the journal only.
             self._write_leases()
 
     def _want(self, attempt_id: AttemptId, desired: machine_pb2.DesiredAttempt, sent_at: float, renews: bool) -> None:
@@ -499,4 +499,5 @@ class Agent:
             attempt.check()
 
     def _write_leases(self) -> None:
-        self._leases.write({str(a.row.attempt_id): a.lease_until for a in self._attempts.values() if not a.ended})
+        leases = {str(a.row.attempt_id): a.lease_until for a in self._attempts.values() if not a.ended}
+        self._leases.write(leases, boottime())

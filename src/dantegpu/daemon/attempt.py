@@ -350,6 +350,10 @@ class Attempt:
             self._watching = False
         if self._ending is not None:
             await self._ending
+        if status.stop_reason is StopReason.LEASE_LOST and self._reason is None:
+            # By its node, or by a daemon that died before it could say so.
+            self._fenced = True
+            self._reason = self._reason_to_stop()
         # It may have ended by itself in the very moment in which it was stopped: then its own end counts.
         return (self._reason if status.stop_reason is not None or status.lost else None), status
 

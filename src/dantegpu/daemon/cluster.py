@@ -23,6 +23,7 @@ from dantegpu.daemon.executors.routed import RoutedExecutor
 from dantegpu.daemon.executors.slurm.client import NodeRow, Slurm, SlurmUnreachable
 from dantegpu.daemon.executors.slurm.executor import OVERHEAD_MIB, SlurmExecutor
 from dantegpu.daemon.executors.slurm.site import SlurmSite
+from dantegpu.daemon.leases import LEASES
 from dantegpu.daemon.module import Daemon, Rented, inventory_message, locked
 from dantegpu.daemon.probe.devices import Gpu, Gpus, GpuSample
 from dantegpu.daemon.probe.machine import Inventory, Utilisation
@@ -195,7 +196,7 @@ class Cluster:
         wanted = SandboxKind.NONE if settings.sandbox == "none" else SandboxKind.BUBBLEWRAP
         executor = SlurmExecutor(
             Workspace(settings.state / "work"), site, node.name, sandbox=wanted,
-            allow_network=settings.allow_network, gpu_types=node.gpu_types,
+            allow_network=settings.allow_network, gpu_types=node.gpu_types, leases=settings.state / LEASES,
         )  # fmt: skip
         capabilities = await executor.probe()
         found = await asyncio.to_thread(inventory_of, node, settings)

@@ -2,14 +2,20 @@
 
 Rule I6: a machine ends its attempt at (renewal sent + lease - margin), by a clock that also runs while the machine
 sleeps. The file needs no fsync: after a reboot nothing runs any more.
+
+The nodes of a cluster read it too (`executors.slurm.fence`): by other clocks, so they compare and never convert.
 """
 
 import json
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from dantegpu.daemon.executors.processes import boot_id
 
+LEASES = "leases.json"
+"""In the daemon's state folder."""
 MARGIN_FRACTION = 0.2
 MAX_MARGIN_SECONDS = 5.0
 
@@ -61,10 +67,33 @@ class LeaseFile:
             return {}
         return raw["leases"] if raw.get("boot") == self._boot else {}
 
-    def write(self, leases: Mapping[str, float]) -> None:
+    def write(self, leases: Mapping[str, float], now: float) -> None:
+        """`now`: boot clock. Raises OSError."""
         if leases == self._written:
             return
         fresh = self._path.with_name(f"{self._path.name}.new")
-        fresh.write_text(json.dumps({"boot": self._boot, "leases": dict(leases)}))
+        fresh.write_text(json.dumps({"boot": self._boot, "at": now, "wall": time.time(), "leases": dict(leases)}))
         fresh.rename(self._path)
         self._written = dict(leases)
+
+
+@dataclass(frozen=True, slots=True)
+class Renewal:
+    """A lease as another machine finds it in the file."""
+
+    mark: str
+    """Of this renewal and no other; what it says is the clock of the daemon's machine."""
+    rest_seconds: float
+    """How long the lease ran on when it was written down."""
+    age_seconds: float
+    """Since then by the clock on the wall: wrong by as much as the clocks of both machines differ."""
+
+
+def read_renewal(path: Path, attempt_id: str) -> Renewal | None:
+    """None when the file does not name it. Raises OSError."""
+    # Opened anew each time: then a network file system asks its server whether what it remembers still holds.
+    raw = json.loads(path.read_text())
+    until = raw["leases"].get(attempt_id)
+    if until is None:
+        return None
+    return Renewal(f"{until} of boot {raw['boot']}", until - raw["at"], time.time() - raw["wall"])

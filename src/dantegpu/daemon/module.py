@@ -25,7 +25,7 @@ from dantegpu.daemon.executors.routed import RoutedExecutor
 from dantegpu.daemon.executors.sandbox import describe_limits
 from dantegpu.daemon.journal import Journal
 from dantegpu.daemon.lean import give_back_memory
-from dantegpu.daemon.leases import LeaseFile
+from dantegpu.daemon.leases import LEASES, LeaseFile
 from dantegpu.daemon.link import Link
 from dantegpu.daemon.logs import LogShipper
 from dantegpu.daemon.ops import OpsServer
@@ -141,7 +141,7 @@ class Daemon:
             ),
             changed=_nobody_listens,
         )
-        leases = LeaseFile(self.settings.state / "leases.json")
+        leases = LeaseFile(self.settings.state / LEASES)
         agent = Agent(self.settings, identity.machine_id, inventory, watched, executor, tools, leases)
         benchmarks = Benchmarks(
             self.settings.state / "benchmark.json", found.gpus.devices, self.settings.benchmark_every_hours

@@ -248,6 +248,9 @@ class Executor(ABC):
     name: str
     queues = False
     """Whether `start` may wait in somebody else's queue. `stop` ends that wait, too."""
+    reads_leases = False
+    """Whether what it starts ends itself when its lease is not renewed: then the daemon's file of leases names the
+    attempt before its start."""
 
     @abstractmethod
     async def probe(self) -> Capabilities:

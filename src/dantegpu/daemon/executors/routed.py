@@ -48,6 +48,10 @@ class RoutedExecutor(Executor):
     def queues(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return any(executor.queues for executor in self._by_name.values())
 
+    @property
+    def reads_leases(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return any(executor.reads_leases for executor in self._by_name.values())
+
     async def probe(self) -> Capabilities:
         return await self._plain.probe()
 

@@ -99,10 +99,14 @@ class _Place:
 
 
 class SlurmExecutor(Executor):
-    """Runs attempts on `node`. `gpu_types`: of its GPUs by index, as Slurm calls them."""
+    """Runs attempts on `node`. `gpu_types`: of its GPUs by index, as Slurm calls them.
+
+    `leases`: the daemon's file of leases, which the node looks at; None: no attempt has one.
+    """
 
     name = "slurm"
     queues = True
+    reads_leases = True
 
     def __init__(
         self,
@@ -113,6 +117,7 @@ class SlurmExecutor(Executor):
         sandbox: SandboxKind = SandboxKind.BUBBLEWRAP,
         allow_network: bool = False,
         gpu_types: Sequence[str] = (),
+        leases: Path | None = None,
     ) -> None:
         self._workspace = workspace
         self._site = site
@@ -120,6 +125,7 @@ class SlurmExecutor(Executor):
         self._wanted = sandbox
         self._allow_network = allow_network
         self._gpu_types = tuple(gpu_types)
+        self._leases = leases
         self._capabilities: Capabilities | None = None
         self._slots: set[int] = set()
         self._held: dict[AttemptId, tuple[int, ...]] = {}
@@ -221,7 +227,8 @@ class SlurmExecutor(Executor):
             raise AlreadyStarted(f"{handle.attempt_id} was started before") from None
         real = [device for device in spec.devices if not device.simulated]
         leased = self._held[handle.attempt_id] = tuple(device.index for device in spec.devices)
-        order = Order(spec, place.sandbox, place.uid, len(real), leased, trial)
+        leases = str(self._leases) if self._leases is not None and not trial else ""
+        order = Order(spec, place.sandbox, place.uid, len(real), leased, trial, leases)
         write_whole(folder.root / "order.json", order.dumps())
         gpus = [self._gpu_types[device.index] for device in spec.devices if device.index < len(self._gpu_types)]
         batch = Batch(
@@ -286,7 +293,7 @@ class SlurmExecutor(Executor):
         _, folder = self._open(handle)
         row = await self._until_over(handle)
         if row is not None and row.state == "COMPLETED" and not folder.exit.exists():
-            await _appears(folder.exit, folder.root / "requeued")
+            await _appears(folder.exit, folder.root / "requeued", folder.root / "failed")
         return status_of(folder, row)
 
     async def _until_over(self, handle: Handle) -> JobRow | None:

@@ -5,8 +5,8 @@ file system that the cluster's machines share. The sandbox is built here and not
 (bubblewrap, /etc, device nodes) are the node's. The attempt's folder then holds, as it would on the daemon's machine,
 `started`, `output.log` and `exit`; besides, `running` or `failed`, `oom` and `stats.json`.
 
-SIGTERM goes on to the job (as the signal that the file `notice` names, if there is one); SIGUSR2 kills it. Slurm's own
-signals reach all processes, so the sandbox ends with the first of them.
+SIGTERM goes on to the job (as the signal that the file `notice` names, if there is one); SIGUSR2 kills it, and so does
+the end of its lease (see `fence`). Slurm's own signals reach all processes, so the sandbox ends with the first of them.
 """
 
 import asyncio
@@ -25,16 +25,17 @@ from pathlib import Path
 from typing import Any
 
 from dantegpu.daemon.executors import cgroup, seccomp
-from dantegpu.daemon.executors.base import AttemptRefused, AttemptSpec, DeviceGrant, SandboxKind
+from dantegpu.daemon.executors.base import AttemptRefused, AttemptSpec, DeviceGrant, SandboxKind, StopReason
 from dantegpu.daemon.executors.cells import Launch
 from dantegpu.daemon.executors.keeper import CellProcess, prepare_process
 from dantegpu.daemon.executors.processes import descendants, disk_bytes, handlers, process_info, signal_processes
 from dantegpu.daemon.executors.sandbox import Bubblewrap, Layout, PythonRuntime, sandboxed, unsandboxed, write_etc
+from dantegpu.daemon.executors.slurm.fence import LeaseWatch
 from dantegpu.daemon.workspace import AttemptFolder
 from dantegpu.domain.ids import AttemptId
 
 NOTICE = "notice"
-SANDBOX_PIDS = 8
+SANDBOX_PIDS = 10
 CELL_MEMORY_BYTES = 16 << 20
 FIRST_SAMPLES_SECONDS = 0.5
 SAMPLE_SECONDS = 5.0
@@ -57,6 +58,8 @@ class Order:
     """Their indexes, as the platform numbers them."""
     trial: bool = False
     """Only to find out what works here: told in `capabilities.json`."""
+    leases: str = ""
+    """The file in which the daemon renews its leases; empty: it has none."""
 
     def dumps(self) -> str:
         spec = self.spec
@@ -68,6 +71,7 @@ class Order:
             "shm_bytes": spec.shm_bytes, "max_seconds": spec.max_seconds,
             "checkpoint": spec.checkpoint, "sandbox": self.sandbox.value,
             "uid": self.uid, "gpus": self.gpus, "leased": self.leased, "simulated": simulated, "trial": self.trial,
+            "leases": self.leases,
         })  # fmt: skip
 
     @classmethod
@@ -80,7 +84,10 @@ class Order:
             network=raw["network"], devices=simulated, working_dir=raw["working_dir"], shm_bytes=raw["shm_bytes"],
             max_seconds=raw["max_seconds"], checkpoint=raw["checkpoint"],
         )  # fmt: skip
-        return cls(spec, SandboxKind(raw["sandbox"]), raw["uid"], raw["gpus"], tuple(raw["leased"]), raw["trial"])
+        return cls(
+            spec, SandboxKind(raw["sandbox"]), raw["uid"], raw["gpus"], tuple(raw["leased"]), raw["trial"],
+            raw.get("leases", ""),
+        )  # fmt: skip
 
 
 class NodeCell(CellProcess):
@@ -94,6 +101,7 @@ class NodeCell(CellProcess):
         self._samples = 0
         self._began = time.monotonic()
         self._killed = False
+        self._fenced = False
         self._oom_kills = groups.oom_kills()
 
     def say(self, text: str) -> None:
@@ -127,9 +135,20 @@ class NodeCell(CellProcess):
         below = descendants(os.getpid())
         signal_processes(below, descendants(os.getpid()), signal.SIGKILL)
 
+    def fence(self) -> None:
+        """Its lease is over. Called in a thread, and touches no file that the cluster shares: those may hang."""
+        self._fenced = True
+        self._kill()
+
+    def tell_fenced(self) -> None:
+        """As a daemon that fences an attempt does, unless one was about to stop it for another reason."""
+        if self._fenced and not self._folder.stop.exists():
+            write_whole(self._folder.stop, StopReason.LEASE_LOST.value)
+
     def _empty_groups(self) -> None:
         """Afterwards `exit` is written: what belongs to it must be there by then."""
         super()._empty_groups()
+        self.tell_fenced()
         if self._groups_here.oom_kills() > self._oom_kills:
             write_whole(self._folder.root / "oom", "")
 
@@ -315,6 +334,11 @@ def run(site: Path, folder: AttemptFolder) -> None:
         # Slurm runs it once more, although it was told not to. An attempt runs once; the platform makes the next one.
         write_whole(folder.root / "requeued", "")
         return
+    watch = LeaseWatch(Path(order.leases), str(order.spec.attempt_id)) if order.leases else None
+    if watch is not None and not watch.may_start():
+        write_whole(folder.stop, StopReason.LEASE_LOST.value)
+        write_whole(folder.root / "failed", f"{node_name()} sees no renewal of its lease in {order.leases}")
+        return
     own = Path("/proc/self/cgroup").read_text()
     groups, tree = own_groups(f"dante-{node_name()}", order.spec, own)
     cell = NodeCell(folder, groups)
@@ -330,7 +354,11 @@ def run(site: Path, folder: AttemptFolder) -> None:
     if order.trial:
         limits = sorted(tree.limits | limits_of_slurm(order.spec, own))
         write_whole(folder.root / "limits.json", json.dumps({"limits": limits, "missing": dict(tree.missing)}))
-    if not cell.killed:
+    if watch is not None:
+        watch.start(cell.fence)
+    if cell.killed:
+        cell.tell_fenced()
+    else:
         cell.run(request)
     signal.setitimer(signal.ITIMER_REAL, 0)
     leave_groups(groups, tree)
