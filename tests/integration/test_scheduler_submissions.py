@@ -69,8 +69,9 @@ async def test_a_refused_submission_refuses_no_other(world: World) -> None:
     ids=["priority", "command", "env", "commands", "name"],
 )
 async def test_one_wrong_job_among_many_alike_is_named(world: World, wrong: dict[str, Any], says: str) -> None:
-    alike = [jobs_pb2.JobSpec(argv=["echo", str(number)], name=str(number)) for number in range(4)]
-    fields: dict[str, Any] = {"argv": ["true"]} | wrong
+    small = jobs_pb2.ResourceRequest(cpu_milli=100)
+    alike = [jobs_pb2.JobSpec(argv=["echo", str(each)], name=str(each), resources=small) for each in range(4)]
+    fields: dict[str, Any] = {"argv": ["true"], "resources": small} | wrong
     alike[2] = jobs_pb2.JobSpec(**fields)
     with pytest.raises(RemoteError, match=says):
         await world.submit(*alike)
