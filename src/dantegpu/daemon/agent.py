@@ -372,6 +372,10 @@ class Agent:
         for desired in state.desired:
             attempt_id = AttemptId.parse(desired.attempt_id)
             wanted.add(attempt_id)
+            if attempt_id not in self._attempts and (attempt_id in asked or (not renews and attempt_id in self._over)):
+                # Forgotten since this was asked for, or sent: it may not run a second time.
+                log.warning("ended_attempt_not_started_again", attempt_id=str(attempt_id))
+                continue
             self._want(attempt_id, desired, sent_at, renews)
         for attempt_id, attempt in self._attempts.items() if not state.partial else ():
             # What came after the question was asked cannot be missing in its answer.
@@ -384,9 +388,6 @@ class Agent:
 
     def _want(self, attempt_id: AttemptId, desired: machine_pb2.DesiredAttempt, sent_at: float, renews: bool) -> None:
         attempt = self._attempts.get(attempt_id)
-        if attempt is None and attempt_id in self._over:
-            log.warning("ended_attempt_not_started_again", attempt_id=str(attempt_id))
-            return
         if attempt is None:
             lease = lease_until(sent_at, desired.lease_ms)
             if lease <= boottime():
