@@ -19,6 +19,7 @@ from dantegpu.sdk import Dante
 from dantegpu.services.gateway.app import create_app
 from tests.fixtures.people import Person, new_machine, new_person
 from tests.fixtures.platform import UpPlatform
+from tests.fixtures.web import http
 
 pytestmark = pytest.mark.needs("bubblewrap")
 
@@ -193,7 +194,7 @@ def viewer_key(platform: UpPlatform, viewer: Person, team: Person) -> str:
 
 
 def key_with_scope(platform: UpPlatform, secret: str, scope: str) -> str:
-    answer = httpx.post(
+    answer = http().post(
         platform.running.url + "/v1/api-keys", json={"name": scope, "scopes": [scope]},
         headers={"authorization": f"Bearer {secret}"},
     )  # fmt: skip

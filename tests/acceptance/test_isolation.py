@@ -9,7 +9,6 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 from uuid import uuid4
 
-import httpx
 import pytest
 
 from dantegpu.contracts.rest.jobs import Job
@@ -17,6 +16,7 @@ from dantegpu.sdk.errors import ApiError
 from tests.fixtures.cluster import wait_until
 from tests.fixtures.people import Person, new_machine, new_person
 from tests.fixtures.platform import UpPlatform
+from tests.fixtures.web import http
 
 pytestmark = pytest.mark.needs("bubblewrap")
 
@@ -24,7 +24,7 @@ SMALL = {"cpu": 0.1, "memory": "64MB"}
 
 
 def get(person: Person, path: str) -> Any:
-    answer = httpx.get(person.client.url + path, headers={"authorization": f"Bearer {person.secret}"})
+    answer = http().get(person.client.url + path, headers={"authorization": f"Bearer {person.secret}"})
     return answer.raise_for_status().json()
 
 
@@ -95,7 +95,7 @@ def test_a_blob_of_one_team_is_unknown_to_the_other(ada: Person, bob: Person):
     uploaded = ada.client.uploads.put(content)
     blob = {"sha256": hashlib.sha256(content).hexdigest(), "size_bytes": len(content)}
     headers = {"authorization": f"Bearer {bob.secret}"}
-    answer = httpx.post(bob.client.url + "/v1/uploads", json={"blobs": [blob]}, headers=headers)
+    answer = http().post(bob.client.url + "/v1/uploads", json={"blobs": [blob]}, headers=headers)
     [upload] = answer.raise_for_status().json()["uploads"]
     assert (upload["exists"], bob.team_id in upload["url"]) == (False, True)
     spec = {"command": ["true"], "resources": SMALL}
@@ -118,7 +118,7 @@ def test_a_presigned_url_is_good_for_one_object_one_method_and_some_minutes(ada:
     [file] = ada.client.jobs.results(done.id).files
     url = file.url
     assert url
-    assert httpx.get(url).text == "the result\n"
+    assert http().get(url).text == "the result\n"
     expires_at = int(dict(parse_qsl(urlsplit(url).query))["e"])
     assert 0 < expires_at - time.time() <= 15 * 60
     other = bob.client.jobs.submit({"command": ["true"], "resources": SMALL})
@@ -137,24 +137,24 @@ def test_a_presigned_url_is_good_for_one_object_one_method_and_some_minutes(ada:
         url.partition("?")[0],
     ]
     for each in altered:
-        answer = httpx.get(each)
+        answer = http().get(each)
         assert (answer.status_code, "the result" in answer.text) == (403, False), each
     for method in ("PUT", "DELETE", "POST"):
-        assert httpx.request(method, url, content=b"x").status_code in (403, 405)
-    assert httpx.get(url).text == "the result\n"
+        assert http().request(method, url, content=b"x").status_code in (403, 405)
+    assert http().get(url).text == "the result\n"
 
 
 def test_an_upload_url_takes_only_what_was_announced_and_only_where(ada: Person, bob: Person):
     content = uuid4().bytes
     blob = {"sha256": hashlib.sha256(content).hexdigest(), "size_bytes": len(content)}
     headers = {"authorization": f"Bearer {ada.secret}"}
-    answer = httpx.post(ada.client.url + "/v1/uploads", json={"blobs": [blob]}, headers=headers)
+    answer = http().post(ada.client.url + "/v1/uploads", json={"blobs": [blob]}, headers=headers)
     url = answer.raise_for_status().json()["uploads"][0]["url"]
-    assert httpx.put(with_changes(url, path=(ada.team_id, bob.team_id)), content=content).status_code == 403
-    assert httpx.get(url).status_code == 403
-    assert httpx.put(url, content=bytes(len(content))).status_code == 422
-    assert httpx.put(url, content=content + b"x").status_code == 413
-    assert httpx.put(url, content=content).status_code in (200, 201, 204)
+    assert http().put(with_changes(url, path=(ada.team_id, bob.team_id)), content=content).status_code == 403
+    assert http().get(url).status_code == 403
+    assert http().put(url, content=bytes(len(content))).status_code == 422
+    assert http().put(url, content=content + b"x").status_code == 413
+    assert http().put(url, content=content).status_code in (200, 201, 204)
 
 
 PROBE = r"""

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from uuid import uuid4
 
-import httpx
 import psycopg
 import pytest
 from psycopg import sql
@@ -23,6 +22,7 @@ from dantegpu.sdk.protocol import MemorySession
 from tests.fixtures.cluster import wait_until
 from tests.fixtures.people import Person, StrangeMachine, new_machine, new_person
 from tests.fixtures.traced import Traced
+from tests.fixtures.web import http
 
 pytestmark = pytest.mark.needs("bubblewrap")
 
@@ -47,7 +47,7 @@ def told(traced: Traced) -> Iterator[Told]:
         session.auth.login(person.email, person.password)
     first = tokens.load()
     assert first is not None
-    refreshed = httpx.post(url + "/v1/auth/refresh", json={"refresh_token": first.refresh_token}).json()
+    refreshed = http().post(url + "/v1/auth/refresh", json={"refresh_token": first.refresh_token}).json()
     scoped = person.client.keys.create("another").secret
     join_token = person.client.machines.create_join_token(max_uses=5).token
     machine = new_machine(person)
@@ -99,11 +99,14 @@ def provoke(url: str, person: Person, secrets: dict[str, str], env_value: str, m
         ("/v1/jobs", {"command": ["true"], "envv": {"PASSWORD": env_value}}),
         ("/v1/jobs", {"command": ["true"], "env": {"PASSWORD": env_value}, "resources": {"gpu": "no such"}}),
     ]
-    answers = [httpx.post(url + path, json=body, headers=bearer) for path, body in wrong]
-    answers += [httpx.post(url + path, content=json.dumps(body)[:-1], headers=bearer) for path, body in wrong]
+    answers = [http().post(url + path, json=body, headers=bearer) for path, body in wrong]
+    answers += [http().post(url + path, content=json.dumps(body)[:-1], headers=bearer) for path, body in wrong]
     altered = {"authorization": f"Bearer {secrets['access token'][:-3]}AAA"}
-    answers += [httpx.get(url + "/v1/me", headers=altered), httpx.get(url + "/v1/me", headers={"x-api-key": "dante_x"})]
-    answers += [httpx.get(f"{url}/v1/jobs?cursor={person.secret[:-1]}", headers=bearer)]
+    answers += [
+        http().get(url + "/v1/me", headers=altered),
+        http().get(url + "/v1/me", headers={"x-api-key": "dante_x"}),
+    ]
+    answers += [http().get(f"{url}/v1/jobs?cursor={person.secret[:-1]}", headers=bearer)]
     assert all(answer.status_code >= 400 for answer in answers), [answer.status_code for answer in answers]
     return "\n".join(f"{answer.headers} {answer.text}" for answer in answers)
 
@@ -146,10 +149,14 @@ def test_no_span_holds_a_secret(traced: Traced, told: Told):
 
 def test_no_event_holds_a_secret(traced: Traced, told: Told):
     """What subscribers get: the stream's files hold every message since the start, as it was sent."""
-    events = httpx.get(
-        f"{traced.platform.running.url}/v1/jobs/{told.job_id}/events",
-        headers={"authorization": f"Bearer {told.person.secret}"},
-    ).text
+    events = (
+        http()
+        .get(
+            f"{traced.platform.running.url}/v1/jobs/{told.job_id}/events",
+            headers={"authorization": f"Bearer {told.person.secret}"},
+        )
+        .text
+    )
     assert "SUCCEEDED" in events
     store = traced.platform.home / "platform" / "nats" / "jetstream"
     messages = b"".join(file.read_bytes() for file in store.rglob("*.blk"))

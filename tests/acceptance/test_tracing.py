@@ -12,6 +12,7 @@ import pytest
 from tests.fixtures.cluster import wait_until
 from tests.fixtures.people import Person, new_person
 from tests.fixtures.traced import CollectedSpan, Traced
+from tests.fixtures.web import http
 
 pytestmark = pytest.mark.needs("bubblewrap")
 
@@ -27,7 +28,7 @@ def person(traced: Traced) -> Iterator[Person]:
 
 def submit(traced: Traced, person: Person, **headers: str) -> httpx.Response:
     headers["authorization"] = f"Bearer {person.secret}"
-    return httpx.post(traced.platform.running.url + "/v1/jobs", json=JOB, headers=headers).raise_for_status()
+    return http().post(traced.platform.running.url + "/v1/jobs", json=JOB, headers=headers).raise_for_status()
 
 
 def test_one_trace_leads_from_the_callers_request_to_the_attempt_on_the_machine(traced: Traced, person: Person):
@@ -80,7 +81,7 @@ def test_the_callers_request_id_is_in_the_log_of_every_service_that_worked_for_i
 @pytest.mark.parametrize("bad", ["", "x" * 129, "é", "a\tb"])
 def test_a_request_id_that_is_no_good_is_replaced(traced: Traced, bad: str):
     headers = {b"x-request-id": bad.encode("latin-1")}
-    answer = httpx.get(traced.platform.running.url + "/v1/status", headers=headers)
+    answer = http().get(traced.platform.running.url + "/v1/status", headers=headers)
     assert answer.headers["x-request-id"].startswith("req_")
 
 

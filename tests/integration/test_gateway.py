@@ -3,11 +3,9 @@
 import base64
 import hashlib
 import shutil
-import tempfile
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -33,6 +31,7 @@ from dantegpu.kit.nats_jwt import (
 )
 from dantegpu.kit.rpc import Channels
 from tests.fixtures.cluster import free_ports
+from tests.fixtures.folders import quick_folder
 from tests.fixtures.servers import PostgresForTests
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -48,7 +47,7 @@ class Platform:
 
     def client(self, token: str = "") -> httpx.AsyncClient:
         headers = {"authorization": f"Bearer {token}"} if token else {}
-        return httpx.AsyncClient(base_url=self.url, headers=headers, timeout=20)
+        return httpx.AsyncClient(verify=False, base_url=self.url, headers=headers, timeout=20)
 
     async def log_in(self, email: str) -> dict[str, Any]:
         async with self.client() as anonymous:
@@ -73,7 +72,7 @@ class Person:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def platform(postgres_server: PostgresForTests) -> AsyncGenerator[Platform]:
-    folder = Path(tempfile.mkdtemp(prefix="dante-"))
+    folder = quick_folder("dante-")
     database = postgres_server.create_database()
     secrets = folder / "secrets"
     secrets.mkdir(mode=0o700)
@@ -113,7 +112,7 @@ async def platform(postgres_server: PostgresForTests) -> AsyncGenerator[Platform
     auth = auth_pb2_grpc.AuthServiceStub(channels.to("auth-service"))
     await rpc.call(auth.EnsureOperator, ensure, actor=SERVICE)
     await channels.stop()
-    found = Platform(listening.http_urls["siger-api-gateway"], httpx.AsyncClient())
+    found = Platform(listening.http_urls["siger-api-gateway"], httpx.AsyncClient(verify=False))
     token = (await found.log_in(OPERATOR))["access_token"]
     async with found.client(token) as operator:
         yield Platform(found.url, operator)
@@ -362,7 +361,7 @@ async def test_a_packed_directory_is_uploaded_once_and_used_by_a_job(ada: Person
     sha256 = hashlib.sha256(data).hexdigest()
     want = {"blobs": [{"sha256": sha256, "size_bytes": len(data)}]}
     upload = (await ada.http.post("/v1/uploads", json=want)).json()["uploads"][0]
-    async with httpx.AsyncClient() as storage:
+    async with httpx.AsyncClient(verify=False) as storage:
         assert (await storage.put(upload["url"], content=data)).status_code in (200, 201, 204)
     assert (await ada.http.post("/v1/uploads", json=want)).json()["uploads"][0]["exists"]
     job = await ada.submit(input={"sha256": sha256, "size_bytes": len(data)})

@@ -36,7 +36,7 @@ async def a_gateway(folder: Path, **settings: Any) -> AsyncGenerator[httpx.Async
     server = HttpServer(service.http, service.name)
     await server.start()
     try:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}") as client:
+        async with httpx.AsyncClient(verify=False, base_url=f"http://127.0.0.1:{server.port}") as client:
             yield client
     finally:
         await server.stop()

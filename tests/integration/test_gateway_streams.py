@@ -209,7 +209,7 @@ async def a_world(nats: NatsForTests, folder: Path, **settings: Any) -> AsyncGen
         assert service.http is not None
         server = await start(HttpServer(service.http, "gateway"))
         client = await stack.enter_async_context(
-            httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", timeout=TIMEOUT_SECONDS)
+            httpx.AsyncClient(verify=False, base_url=f"http://127.0.0.1:{server.port}", timeout=TIMEOUT_SECONDS)
         )
         found = next(component for component in service.components if isinstance(component, streams.Streams))
         yield World(behind, client, found)

@@ -42,12 +42,12 @@ async def refused(awaitable: Any) -> RemoteError:
 
 
 async def put(url: str, data: bytes, **headers: str) -> httpx.Response:
-    async with httpx.AsyncClient() as http:
+    async with httpx.AsyncClient(verify=False) as http:
         return await http.put(url, content=data, headers=headers)
 
 
 async def get(url: str, **headers: str) -> httpx.Response:
-    async with httpx.AsyncClient() as http:
+    async with httpx.AsyncClient(verify=False) as http:
         return await http.get(url, headers=headers)
 
 
@@ -202,7 +202,7 @@ async def test_too_much_is_refused_before_it_is_sent_and_while_it_is(storage: St
         for _ in range(10):
             yield b"123"
 
-    async with httpx.AsyncClient() as http:
+    async with httpx.AsyncClient(verify=False) as http:
         assert (await http.put(url, content=unannounced())).status_code == 413
     assert storage.files() == []
 
@@ -210,7 +210,7 @@ async def test_too_much_is_refused_before_it_is_sent_and_while_it_is(storage: St
 async def test_a_refused_upload_leaves_the_connection_usable(storage: StorageClient):
     key, data = a_key(), b"x" * 200_000
     url = await storage.put_url(key, data)
-    async with httpx.AsyncClient() as http:
+    async with httpx.AsyncClient(verify=False) as http:
         assert (await http.put(url, content=data + b"y")).status_code == 413
         assert (await http.put(url, content=data)).status_code == 200
 
@@ -287,7 +287,7 @@ async def test_downloads_answer_head_ranges_and_hide_from_browsers(storage: Stor
     key, data = a_key("page.html"), bytes(range(100))
     await storage.put(key, data)
     url = await storage.get_url(key)
-    async with httpx.AsyncClient() as http:
+    async with httpx.AsyncClient(verify=False) as http:
         head = await http.head(url)
     assert (head.status_code, head.headers["content-length"], head.content) == (200, "100", b"")
     assert head.headers["content-disposition"] == "attachment; filename*=UTF-8''page.html"
@@ -314,7 +314,7 @@ async def test_downloads_answer_head_ranges_and_hide_from_browsers(storage: Stor
 
 async def test_nothing_but_presigned_urls_is_served(storage: StorageClient):
     front = f"http://127.0.0.1:{storage.http_port}"
-    async with httpx.AsyncClient() as http:
+    async with httpx.AsyncClient(verify=False) as http:
         assert (await http.get(f"{front}/")).status_code == 404
         assert (await http.get(f"{front}/o/blobs/%2e%2e/%2e%2e/etc/passwd")).status_code == 403
         assert (await http.request("DELETE", await storage.get_url(a_key()))).status_code == 405
@@ -359,7 +359,7 @@ async def test_a_large_upload_is_stored_as_it_came(storage: StorageClient):
         for start in range(0, len(data), 77_777):
             yield data[start : start + 77_777]
 
-    async with httpx.AsyncClient() as http:
+    async with httpx.AsyncClient(verify=False) as http:
         response = await http.put(url, content=in_odd_pieces(), headers={"content-length": str(len(data))})
     assert (response.status_code, response.headers["etag"]) == (200, f'"{sha256_of(data)}"')
     assert hashlib.sha256((await get(await storage.get_url(key))).content).hexdigest() == sha256_of(data)

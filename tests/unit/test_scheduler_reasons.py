@@ -3,12 +3,26 @@
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
+import pytest
+
 from dantegpu.domain.clock import SystemClock
 from dantegpu.domain.gpus import KNOWN_GPUS
 from dantegpu.domain.ids import DeviceId, JobId, MachineId, TeamId
+from dantegpu.domain.job import QueueReason
 from dantegpu.domain.resources import DeviceInfo, MachineInfo, ResourceRequest, parse_gpu_spec
-from dantegpu.domain.scheduling import PendingJob, Policy, SchedulerState, Snapshot, schedule
+from dantegpu.domain.scheduling import (
+    Blocked,
+    PendingJob,
+    Plan,
+    Policy,
+    Refusal,
+    SchedulerState,
+    Snapshot,
+    Waits,
+    schedule,
+)
 from dantegpu.domain.units import GIB
+from dantegpu.services.scheduler.service import waiting
 from dantegpu.services.scheduler.service.waiting import Note, Reason, WaitingJobs
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
@@ -70,3 +84,22 @@ def test_what_comes_in_while_many_are_still_to_be_told_is_told_after_them():
     assert rounds.told(limit=3).keys() == set(first[3:])
     assert rounds.told(limit=3).keys() == set(late)
     assert rounds.told() == {}
+
+
+def test_who_was_behind_a_reservation_hears_that_machines_are_busy_once_they_are(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(waiting, "REASONS_EVERY_SECONDS", 0.0)
+    rounds = Rounds(gpus=2)
+    (behind,) = rounds.add(1)
+    group = rounds.waiting.queue.levels()[0][1][0]
+    busy = Blocked(group, 0, Refusal(QueueReason.NO_CAPACITY))
+    kept = Waits(JobId(behind), QueueReason.BEHIND_RESERVATION, "soon")
+
+    def told(*singled: Waits) -> dict[UUID, Reason]:
+        news = rounds.waiting.news_of_round(Plan((), (), (busy,), singled), 1000)
+        rounds.waiting.told(news.items())
+        return news
+
+    assert told(kept) == {behind: ("behind_reservation", "soon")}
+    assert told(kept) == {}
+    assert told() == {behind: ("no_capacity", "")}
+    assert told() == {}

@@ -3,9 +3,10 @@
 `explain(snapshot, job, now)` answers why one job waits and what the smallest change would open.
 """
 
-from dantegpu.domain.scheduling.backfill import MARGIN_SECONDS, Decision, RoundPlan, Running, is_large, plan_round
+from dantegpu.domain.scheduling.backfill import MARGIN_SECONDS, Ends, Reservation, Running, is_large
 from dantegpu.domain.scheduling.constraints import Constraint, ConstraintCount, PendingJob
 from dantegpu.domain.scheduling.explain import Relaxation, Why, explain
+from dantegpu.domain.scheduling.gangs import Waits
 from dantegpu.domain.scheduling.plan import Blocked, DeviceShare, Placement, Plan, SchedulerState, Unplaced, schedule
 from dantegpu.domain.scheduling.policy import DEFAULT_POLICY, Objective, Policy, Quota, borrowed
 from dantegpu.domain.scheduling.preemption import (
@@ -21,6 +22,7 @@ from dantegpu.domain.scheduling.preemption import (
 )
 from dantegpu.domain.scheduling.queue import JobGroup, JobQueue, QueuedJob
 from dantegpu.domain.scheduling.ranking import Refusal
+from dantegpu.domain.scheduling.rounds import Decision, RoundPlan, plan_round
 from dantegpu.domain.scheduling.shares import PastShares, average_shares
 from dantegpu.domain.scheduling.snapshot import Lease, Snapshot, SnapshotBuilder, TeamUse
 
@@ -35,6 +37,7 @@ __all__ = [
     "ConstraintCount",
     "Decision",
     "DeviceShare",
+    "Ends",
     "Ground",
     "JobGroup",
     "JobQueue",
@@ -50,6 +53,7 @@ __all__ = [
     "Quota",
     "Refusal",
     "Relaxation",
+    "Reservation",
     "RoundPlan",
     "Running",
     "SchedulerState",
@@ -58,6 +62,7 @@ __all__ = [
     "SpotWork",
     "TeamUse",
     "Unplaced",
+    "Waits",
     "Why",
     "average_shares",
     "borrowed",

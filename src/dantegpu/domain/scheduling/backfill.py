@@ -1,41 +1,46 @@
-"""Rounds in which something large waits: gangs, and jobs for several GPUs.
+"""Reservations: who is first and cannot start is not passed by for ever.
 
-Small jobs would take every device that becomes free, and a large one would wait for ever. So the first large job that
-cannot start gets a reservation: the machines, devices and moment at which it will start at the latest, as running jobs
-end by their max_duration. Smaller jobs behind it start meanwhile only if they end before that moment or leave the
-reserved devices alone. Source: Lifka, "The ANL/IBM SP Scheduling System", JSSPP 1995 (EASY backfill).
+Jobs that ask for less would take all that becomes free, and one that needs more of it at once would wait for ever:
+several GPUs, several machines, a whole GPU among parts of them, or one GPU with many cores. So the first jobs that
+cannot start get reservations: the machines, devices and moment at which each starts at the latest, as running jobs end
+by their max_duration. Jobs behind them start meanwhile only if they end before that or leave alone what is reserved.
+Source: Lifka, "The ANL/IBM SP Scheduling System", JSSPP 1995 (EASY backfill), for more than one job.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import Protocol
+from heapq import merge
+from itertools import count
+from uuid import UUID
 
 import numpy as np
 
-from dantegpu.domain.ids import DeviceId, JobId
-from dantegpu.domain.job import QueueReason
+from dantegpu.domain.ids import DeviceId
+from dantegpu.domain.resources import ResourceRequest
+from dantegpu.domain.scheduling.board import Placement
 from dantegpu.domain.scheduling.constraints import (
-    Capacity,
     PendingJob,
     all_of,
     constraint_masks,
     eligible_devices,
-    free_now,
     prices,
     sites,
 )
-from dantegpu.domain.scheduling.gangs import Waits, after, place_gang
-from dantegpu.domain.scheduling.ordering import Draw, Order
-from dantegpu.domain.scheduling.plan import Placement, SchedulerState, schedule
-from dantegpu.domain.scheduling.policy import DEFAULT_POLICY, Policy
-from dantegpu.domain.scheduling.queue import JobQueue
-from dantegpu.domain.scheduling.shares import PastShares, Shares
-from dantegpu.domain.scheduling.snapshot import NOBODY, Bools, Ints, Lease, Snapshot
+from dantegpu.domain.scheduling.gangs import Rooms
+from dantegpu.domain.scheduling.snapshot import NOBODY, Lease, Snapshot
 from dantegpu.domain.units import MILLI_PER_UNIT, format_duration
 
 MARGIN_SECONDS = 60
 """How much longer than its max_duration a job may hold its devices: it is prepared before and stopped after."""
+MAX_RESERVATIONS = 4
+"""For so many large jobs, and for so many others. What comes after them is passed by until it is one of the first."""
+MAX_LOOKS = 16
+"""Jobs for which a round looks for a reservation. Not each finds one: a machine is reserved for one job at most."""
+MAX_BLOCKED = 64
+"""Jobs that are kept in mind for it."""
+
+NO_MODEL = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +51,38 @@ class Running:
     ends_at: datetime
 
 
-class Decision(Protocol):
-    """A job that goes on waiting, and why."""
+class Ends:
+    """What runs, in the order of its end. Kept from round to round by whoever knows what begins and ends."""
 
-    @property
-    def job_id(self) -> JobId: ...
-    @property
-    def reason(self) -> QueueReason: ...
-    @property
-    def detail(self) -> str: ...
+    def __init__(self, running: Mapping[UUID, Running] | None = None) -> None:
+        self._running: dict[UUID, Running] = {}
+        self._order: list[tuple[datetime, int, UUID, Running]] = []
+        self._numbers = count()
+        self._sorted = True
+        for attempt_id, each in (running or {}).items():
+            self.begin(attempt_id, each)
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def begin(self, attempt_id: UUID, running: Running) -> None:
+        """It runs, or what was known of it is another now."""
+        self._running[attempt_id] = running
+        self._order.append((running.ends_at, next(self._numbers), attempt_id, running))
+        self._sorted = False
+
+    def end(self, attempt_id: UUID) -> Running | None:
+        return self._running.pop(attempt_id, None)
+
+    def in_order(self) -> Iterator[Running]:
+        if not self._sorted:
+            # What has ended leaves the list here, not by a search for each.
+            self._order = [entry for entry in self._order if self._running.get(entry[2]) is entry[3]]
+            self._order.sort()
+            self._sorted = True
+        for _, _, attempt_id, running in self._order:
+            if self._running.get(attempt_id) is running:
+                yield running
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,282 +94,274 @@ class Reservation:
     rows: tuple[int, ...]
     columns: tuple[tuple[int, ...], ...]
 
-
-@dataclass(frozen=True, slots=True)
-class RoundPlan:
-    """Like a Plan. The placements of a gang follow one another, by rank."""
-
-    placements: tuple[Placement, ...]
-    unplaced: tuple[Decision, ...]
-    reservation: Reservation | None
+    @property
+    def detail(self) -> str:
+        return f"It starts at {self.start_at:%Y-%m-%d %H:%M} UTC at the latest."
 
 
 def is_large(job: PendingJob) -> bool:
-    """Would it starve behind small jobs? Only such a job is worth a reservation."""
+    """Does it need several GPUs or machines? Such a job has a reservation as soon as it cannot start."""
     gpu = job.request.gpu
     return job.nodes > 1 or (gpu is not None and gpu.count_min > 1)
 
 
-def plan_round(
-    snapshot: Snapshot,
-    running: Sequence[Running],
-    pending: Iterable[PendingJob],
-    policy: Policy = DEFAULT_POLICY,
-    *,
-    now: datetime,
-    past: PastShares | None = None,
-) -> RoundPlan:
-    """Place as many as fit, without delaying the first large job that does not.
-
-    Large and small jobs have one order, that of `schedule`: quotas, priority, fair shares, age. `past` is what teams
-    held lately; it is brought up to date.
-    """
-    jobs = {job.id: job for job in pending}
-    past = past or PastShares()
-    shares = Shares(snapshot, policy, past)
-    past.advance(shares.held, policy.half_life_seconds, now)
-    queue = JobQueue()
-    for job in jobs.values():
-        queue.add(job)
-    queue.wake(now)
-    order = Order(queue, policy, shares, lambda _: False)
-    round_ = _Round(snapshot, running, policy, now, past)
-    round_.unplaced += [Waits(job.id, QueueReason.WAITING_FOR_RETRY) for job in queue.sleeping()]
-    small: list[Draw] = []
-    while drawn := order.draw(1):
-        draw = drawn[0]
-        if not is_large(draw.shape.job):
-            small.append(draw)
-            continue
-        if round_.reservation is None and small:
-            # What was drawn before it goes before it. Behind a reservation they only keep out of its way.
-            order.pass_over(round_.place_small(small, jobs))
-            small = []
-        if not round_.place_large(jobs[draw.job.id]):
-            order.pass_over(drawn)
-    round_.place_small(small, jobs)
-    return RoundPlan(tuple(round_.placements), tuple(round_.unplaced), round_.reservation)
-
-
-class _Round:
-    """What is free as the round goes on, and what is kept for the reservation."""
-
-    def __init__(
-        self, snapshot: Snapshot, running: Sequence[Running], policy: Policy, now: datetime, past: PastShares
-    ) -> None:
-        self.placements: list[Placement] = []
-        self.unplaced: list[Decision] = []
-        self.reservation: Reservation | None = None
-        self._free = snapshot
-        self._kept = snapshot
-        """What jobs that end too late may have: `_free` without what is reserved."""
-        self._running = list(running)
-        self._policy = policy
-        self._now = now
-        self._past = past
-
-    def place_large(self, job: PendingJob) -> bool:
-        """Place it now; else reserve its start, unless another job has a reservation already."""
-        found, refusal = self._try(job, self._free if self._in_time(job) else self._kept)
-        if found:
-            self._take(found, [job])
-            return True
-        if self.reservation is None:
-            self.reservation = reserve(self._free, self._running, job, self._now)
-            if self.reservation is not None:
-                self._kept = hold_back(self._free, self._running, self.reservation)
-                at = self.reservation.start_at
-                text = f"It starts at {at:%Y-%m-%d %H:%M} UTC at the latest."
-                self.unplaced.append(Waits(job.id, QueueReason.RESERVED, text))
-                return False
-        self.unplaced.extend(refusal)
-        return False
-
-    def place_small(self, draws: Sequence[Draw], jobs: Mapping[JobId, PendingJob]) -> list[Draw]:
-        """Jobs that end in time take what is free, the others what is free and not reserved. Who found no place."""
-        drawn = [jobs[draw.job.id] for draw in draws]
-        refused = self._schedule([job for job in drawn if self._in_time(job)], self._free)
-        late = self._schedule([job for job in drawn if not self._in_time(job)], self._kept)
-        self.unplaced += refused
-        self.unplaced += [self._behind(jobs[decision.job_id], decision) for decision in late]
-        waiting = {decision.job_id for decision in (*refused, *late)}
-        return [draw for draw in draws if draw.job.id in waiting]
-
-    def _schedule(self, jobs: Sequence[PendingJob], free: Snapshot) -> Sequence[Decision]:
-        if not jobs:
-            return ()
-        plan = schedule(free, jobs, self._policy, now=self._now, state=SchedulerState(self._past))
-        self._take(plan.placements, jobs)
-        return plan.unplaced
-
-    def _try(self, job: PendingJob, free: Snapshot) -> tuple[Sequence[Placement], Sequence[Decision]]:
-        if job.nodes > 1:
-            found = place_gang(free, job)
-            return (found, ()) if isinstance(found, tuple) else ((), (found,))
-        plan = schedule(free, [job], self._policy, now=self._now)
-        return plan.placements, plan.unplaced
-
-    def _take(self, placements: Sequence[Placement], jobs: Sequence[PendingJob]) -> None:
-        by_id = {job.id: job for job in jobs}
-        self.placements += placements
-        self._free = after(self._free, placements)
-        self._kept = after(self._kept, placements) if self.reservation is not None else self._free
-        self._running += [_running(placement, _ends_at(by_id[placement.job_id], self._now)) for placement in placements]
-
-    def _in_time(self, job: PendingJob) -> bool:
-        return self.reservation is None or _ends_at(job, self._now) <= self.reservation.start_at
-
-    def _behind(self, job: PendingJob, decision: Decision) -> Decision:
-        """Say so when a job waits only for the reservation's sake."""
-        if self.reservation is None or decision.reason is not QueueReason.NO_CAPACITY:
-            return decision
-        fitting = all_of(self._free, constraint_masks(self._free, job))
-        if not (fitting & free_now(self._free, Capacity.of(self._free), job)).any():
-            return decision
-        seconds = int((self.reservation.start_at - self._now).total_seconds()) - MARGIN_SECONDS
-        hint = f"With a max_duration of at most {format_duration(seconds)} it could start now." if seconds > 0 else ""
-        return Waits(job.id, QueueReason.BEHIND_RESERVATION, hint)
-
-
-def _ends_at(job: PendingJob, now: datetime) -> datetime:
+def ends_at(job: PendingJob, now: datetime) -> datetime:
     """When it has ended at the latest if it starts now; a job without a bound never does."""
     if job.max_duration_seconds is None:
         return datetime.max.replace(tzinfo=now.tzinfo)
     return now + timedelta(seconds=job.max_duration_seconds + MARGIN_SECONDS)
 
 
-def _running(placement: Placement, ends_at: datetime) -> Running:
-    devices = tuple((share.device_id, share.milli) for share in placement.devices)
-    lease = Lease(
-        placement.machine_id,
-        placement.team_id,
-        placement.cpu_milli,
-        placement.memory_bytes,
-        placement.disk_bytes,
-        devices,
-    )
-    return Running(lease, ends_at)
+@dataclass(slots=True)
+class _Hold:
+    """What a reservation means for one machine: devices, and what is left there beside it when it begins."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Machine:
-    """One machine as its leases end."""
-
-    snapshot: Snapshot
-    row: int
-    leases: Sequence[Running]
-
-    def at(self, moment: datetime) -> "_Room":
-        over = [running.lease for running in self.leases if running.ends_at <= moment]
-        snapshot, row = self.snapshot, self.row
-        back: dict[DeviceId, int] = {}
-        for lease in over:
-            for device_id, milli in lease.devices:
-                back[device_id] = back.get(device_id, 0) + milli
-        device = snapshot.device_free[row].copy()
-        for column, info in enumerate(snapshot.machines[row].devices):
-            device[column] += back.get(info.id, 0)
-        return _Room(
-            int(snapshot.cpu_free[row]) + sum(lease.cpu_milli for lease in over),
-            int(snapshot.memory_free[row]) + sum(lease.memory_bytes for lease in over),
-            int(snapshot.disk_free[row]) + sum(lease.disk_bytes for lease in over),
-            device,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Room:
+    start_at: datetime
+    columns: frozenset[int]
     cpu_milli: int
     memory_bytes: int
     disk_bytes: int
-    device: Ints
 
-    def columns(self, snapshot: Snapshot, row: int, job: PendingJob, eligible: Bools | None) -> Ints | None:
-        """The devices that a node of the job could have, of all models; None when there is no room for it."""
-        request = job.request
-        if self.cpu_milli < request.cpu_milli or self.memory_bytes < request.memory_bytes:
-            return None
-        if self.disk_bytes < request.disk_bytes:
-            return None
-        if request.gpu is None or eligible is None:
-            return np.zeros(0, dtype=np.int64)
-        usable = eligible[row] & (self.device >= request.gpu.milli)
-        if request.gpu.milli < MILLI_PER_UNIT:
-            tenant = snapshot.device_tenant[row]
-            own = snapshot.team_number(job.team_id)
-            usable &= (self.device == MILLI_PER_UNIT) | (tenant == NOBODY) | ((tenant == own) & (own != NOBODY))
-        return np.flatnonzero(usable)
+    def has_room(self, request: ResourceRequest) -> bool:
+        return (
+            self.cpu_milli >= request.cpu_milli
+            and self.memory_bytes >= request.memory_bytes
+            and self.disk_bytes >= request.disk_bytes
+        )
+
+    def take(self, request: ResourceRequest) -> None:
+        self.cpu_milli -= request.cpu_milli
+        self.memory_bytes -= request.memory_bytes
+        self.disk_bytes -= request.disk_bytes
 
 
-def reserve(snapshot: Snapshot, running: Sequence[Running], job: PendingJob, now: datetime) -> Reservation | None:
-    """The earliest start of a job that does not fit now; None when it does not fit however many jobs end."""
-    gpu = job.request.gpu
-    eligible = None if gpu is None else eligible_devices(snapshot, gpu)
-    candidates = np.flatnonzero(all_of(snapshot, constraint_masks(snapshot, job)))
-    leases: dict[int, list[Running]] = {}
-    for each in sorted(running, key=lambda it: it.ends_at):
-        row = snapshot.index_of.get(each.lease.machine_id)
-        if row is not None:
-            leases.setdefault(row, []).append(each)
-    price = prices(snapshot, job)
-    groups = sites(snapshot, candidates) if job.within_a_site else [candidates]
-    starts: dict[tuple[int, int], list[tuple[datetime, int, int]]] = {}
-    for number, row in ((number, row) for number, rows in enumerate(groups) for row in rows.tolist()):
-        machine = _Machine(snapshot, row, leases.get(row, ()))
-        for model, moment in _earliest(machine, job, eligible, now).items():
-            starts.setdefault((model, number), []).append((moment, int(price[row]), row))
-    enough = [sorted(found)[: job.nodes] for found in starts.values() if len(found) >= job.nodes]
-    if not enough:
-        return None
-    best = min(enough, key=lambda found: (found[-1][0], sum(money for _, money, _ in found), found))
-    start_at = best[-1][0]
-    model = next(model for (model, _), found in starts.items() if sorted(found)[: job.nodes] == best)
-    rows = tuple(row for _, _, row in best)
-    columns = tuple(
-        _reserved(_Machine(snapshot, row, leases.get(row, ())), job, eligible, model, start_at) for row in rows
-    )
-    return Reservation(job, start_at, rows, columns)
+type Holds = Mapping[int, frozenset[int] | None]
+"""Machine row -> the columns that are not for a job; None: nothing is for it there."""
 
 
-def _earliest(machine: _Machine, job: PendingJob, eligible: Bools | None, now: datetime) -> Mapping[int, datetime]:
-    """Model -> when the machine has room for a node with GPUs of it. A job without GPUs asks for model -1."""
-    found: dict[int, datetime] = {}
-    for moment in dict.fromkeys([now, *(running.ends_at for running in machine.leases)]):
-        columns = machine.at(moment).columns(machine.snapshot, machine.row, job, eligible)
+class Backfill:
+    """The reservations of one round. `ends` is what ran when it began; what the round places is added."""
+
+    def __init__(self, ends: Ends, now: datetime) -> None:
+        self._ends = ends
+        self._now = now
+        self._placed: list[tuple[datetime, Placement]] = []
+        self._holds: dict[int, _Hold] = {}
+        self._blocked: list[PendingJob] = []
+        self._left = {True: MAX_RESERVATIONS, False: MAX_RESERVATIONS}
+        self._looks = MAX_LOOKS
+        self.reservations: list[Reservation] = []
+
+    def wants(self, job: PendingJob) -> bool:
+        """May such a job still get a reservation?"""
+        return self._left[is_large(job)] > 0 and self._looks > 0 and len(self._blocked) < MAX_BLOCKED
+
+    def block(self, job: PendingJob) -> None:
+        """The job cannot start, and goes before all that are drawn from now on."""
+        self._blocked.append(job)
+
+    def reserve(self, free: Snapshot, *, only_large: bool = False) -> bool:
+        """Reserve for those that are blocked. Needed once somebody behind them could start. True: something is new."""
+        before = len(self.reservations)
+        blocked, self._blocked = self._blocked, []
+        for job in blocked:
+            large = is_large(job)
+            if not self._left[large] or not self._looks or (only_large and not large):
+                continue
+            self._looks -= 1
+            placed = sorted((Running(it.lease, end) for end, it in self._placed), key=_end)
+            ends = merge(self._ends.in_order(), placed, key=_end)
+            found = _Search(free, job, self._now, self._holds).run(ends)
+            if found is not None:
+                reservation, holds = found
+                self._left[large] -= 1
+                self._holds |= holds
+                self.reservations.append(reservation)
+        return len(self.reservations) > before
+
+    def holds(self, job: PendingJob) -> Holds:
+        """Where the job would be in the way if it started now."""
+        if not self._holds:
+            return {}
+        end, request = ends_at(job, self._now), job.request
+        return {
+            row: hold.columns if hold.has_room(request) else None
+            for row, hold in self._holds.items()
+            if hold.start_at < end
+        }
+
+    def take(self, job: PendingJob, placement: Placement, row: int) -> None:
+        """A node of the job begins there."""
+        end = ends_at(job, self._now)
+        self._placed.append((end, placement))
+        hold = self._holds.get(row)
+        if hold is not None and hold.start_at < end:
+            hold.take(job.request)
+
+    def hint(self, rows: Iterable[int]) -> str:
+        """Which max_duration would let a job start that fits there but for reservations."""
+        first = min((self._holds[row].start_at for row in rows if row in self._holds), default=self._now)
+        seconds = int((first - self._now).total_seconds()) - MARGIN_SECONDS
+        return f"With a max_duration of at most {format_duration(seconds)} it could start now." if seconds > 0 else ""
+
+
+def without(free: Snapshot, holds: Holds) -> Snapshot:
+    """What is free less what is held there."""
+    if not holds:
+        return free
+    cpu, device = free.cpu_free.copy(), free.device_free.copy()
+    for row, columns in holds.items():
         if columns is None:
-            continue
-        if job.request.gpu is None:
-            return {-1: moment}
-        models, counts = np.unique(machine.snapshot.device_model[machine.row][columns], return_counts=True)
-        for model, count in zip(models.tolist(), counts.tolist(), strict=True):
-            if count >= job.request.gpu.count_min:
-                found.setdefault(model, moment)
-    return found
+            cpu[row] = -1
+        else:
+            device[row, list(columns)] = 0
+    return replace(free, cpu_free=cpu, device_free=device)
 
 
-def _reserved(
-    machine: _Machine, job: PendingJob, eligible: Bools | None, model: int, start_at: datetime
-) -> tuple[int, ...]:
-    columns = machine.at(start_at).columns(machine.snapshot, machine.row, job, eligible)
-    if job.request.gpu is None or columns is None:
-        return ()
-    alike = columns[machine.snapshot.device_model[machine.row][columns] == model]
-    # Devices that are busy until then first: what is free now stays open to others.
-    free = machine.snapshot.device_free[machine.row]
-    return tuple(sorted(alike.tolist(), key=lambda column: (int(free[column]), column))[: job.request.gpu.count_min])
+def _end(running: Running) -> datetime:
+    return running.ends_at
 
 
-def hold_back(snapshot: Snapshot, running: Sequence[Running], reservation: Reservation) -> Snapshot:
-    """What is left for jobs that will still run when the reservation begins."""
-    cpu, memory, disk = snapshot.cpu_free.copy(), snapshot.memory_free.copy(), snapshot.disk_free.copy()
-    device = snapshot.device_free.copy()
-    request = reservation.job.request
-    for row, columns in zip(reservation.rows, reservation.columns, strict=True):
-        machine_id = snapshot.machines[row].id
-        leases = [each for each in running if each.lease.machine_id == machine_id]
-        then = _Machine(snapshot, row, leases).at(reservation.start_at)
-        cpu[row] = max(0, min(int(cpu[row]), then.cpu_milli - request.cpu_milli))
-        memory[row] = max(0, min(int(memory[row]), then.memory_bytes - request.memory_bytes))
-        disk[row] = max(0, min(int(disk[row]), then.disk_bytes - request.disk_bytes))
-        device[row, list(columns)] = 0
-    return replace(snapshot, cpu_free=cpu, memory_free=memory, disk_free=disk, device_free=device)
+class _Room:
+    """One machine as its leases end."""
+
+    def __init__(self, free: Snapshot, row: int) -> None:
+        self.cpu_milli = int(free.cpu_free[row])
+        self.memory_bytes = int(free.memory_free[row])
+        self.disk_bytes = int(free.disk_free[row])
+        self.device: list[int] = free.device_free[row].tolist()
+        self._column_of: dict[DeviceId, int] = {
+            device.id: column for column, device in enumerate(free.machines[row].devices)
+        }
+
+    def give(self, lease: Lease) -> None:
+        self.cpu_milli += lease.cpu_milli
+        self.memory_bytes += lease.memory_bytes
+        self.disk_bytes += lease.disk_bytes
+        for device_id, milli in lease.devices:
+            column = self._column_of.get(device_id)
+            if column is not None:
+                self.device[column] += milli
+
+    def has_room(self, request: ResourceRequest) -> bool:
+        return (
+            self.cpu_milli >= request.cpu_milli
+            and self.memory_bytes >= request.memory_bytes
+            and self.disk_bytes >= request.disk_bytes
+        )
+
+
+class _Search:
+    """The earliest start of a job that does not fit now, on machines that are not reserved for another one."""
+
+    def __init__(self, free: Snapshot, job: PendingJob, now: datetime, reserved: Iterable[int]) -> None:
+        self._free = free
+        self._job = job
+        self._now = now
+        gpu = job.request.gpu
+        candidates = all_of(free, constraint_masks(free, job))
+        candidates[list(reserved)] = False
+        self._candidates = candidates
+        self._eligible = None if gpu is None else eligible_devices(free, gpu)
+        self._price = prices(free, job)
+        self._site_of: dict[int, int] | None = None
+        if job.within_a_site:
+            groups = enumerate(sites(free, np.flatnonzero(candidates)))
+            self._site_of = {row: number for number, rows in groups for row in rows.tolist()}
+        self._rooms: dict[int, _Room] = {}
+        self._known: set[tuple[int, int]] = set()
+        self._starts: dict[tuple[int, int], list[tuple[datetime, int, int]]] = {}
+        """(model, site) -> machines with room for a node, since when, in that order."""
+        self._enough: set[tuple[int, int]] = set()
+
+    def run(self, ends: Iterator[Running]) -> tuple[Reservation, dict[int, _Hold]] | None:
+        """None: it does not fit however many jobs end."""
+        if int(self._candidates.sum()) < self._job.nodes:
+            return None
+        self._look_at_now()
+        moment = self._now
+        touched = set[int]()
+        for each in ends:
+            if each.ends_at > moment:
+                self._look_at(touched, moment)
+                if self._enough:
+                    break
+                moment, touched = each.ends_at, set[int]()
+            row = self._free.index_of.get(each.lease.machine_id)
+            if row is not None and self._candidates[row]:
+                self._room(row).give(each.lease)
+                touched.add(row)
+        else:
+            self._look_at(touched, moment)
+        return self._best() if self._enough else None
+
+    def _look_at_now(self) -> None:
+        rooms = Rooms.of(self._free, self._job, self._candidates)
+        for model in rooms.models():
+            for row in rooms.rows_with(model).tolist():
+                self._note(NO_MODEL if model is None else model, row, self._now)
+
+    def _look_at(self, rows: Iterable[int], moment: datetime) -> None:
+        for row in rows:
+            for model in self._columns(row):
+                self._note(model, row, moment)
+
+    def _note(self, model: int, row: int, moment: datetime) -> None:
+        site = 0 if self._site_of is None else self._site_of.get(row)
+        if site is None or (model, row) in self._known:
+            return
+        self._known.add((model, row))
+        starts = self._starts.setdefault((model, site), [])
+        starts.append((moment, int(self._price[row]), row))
+        if len(starts) >= self._job.nodes:
+            self._enough.add((model, site))
+
+    def _room(self, row: int) -> _Room:
+        room = self._rooms.get(row)
+        if room is None:
+            room = self._rooms[row] = _Room(self._free, row)
+        return room
+
+    def _columns(self, row: int) -> dict[int, list[int]]:
+        """Model -> the devices that a node could have there; a job without GPUs asks for NO_MODEL."""
+        room, request = self._room(row), self._job.request
+        if not room.has_room(request):
+            return {}
+        gpu = request.gpu
+        if gpu is None or self._eligible is None:
+            return {NO_MODEL: []}
+        by_model: dict[int, list[int]] = {}
+        for column, milli in enumerate(room.device):
+            if milli >= gpu.milli and self._eligible[row, column] and self._may_share(row, column, milli):
+                by_model.setdefault(int(self._free.device_model[row, column]), []).append(column)
+        return {model: columns for model, columns in by_model.items() if len(columns) >= gpu.count_min}
+
+    def _may_share(self, row: int, column: int, milli: int) -> bool:
+        if milli >= MILLI_PER_UNIT:
+            return True
+        tenant = int(self._free.device_tenant[row, column])
+        return tenant in (NOBODY, self._free.team_number(self._job.team_id))
+
+    def _best(self) -> tuple[Reservation, dict[int, _Hold]]:
+        """Of those that have enough machines at the same moment, the cheapest."""
+        nodes = self._job.nodes
+        found = [(sorted(self._starts[key])[:nodes], key[0]) for key in self._enough]
+        best, model = min(found, key=lambda it: (it[0][-1][0], sum(price for _, price, _ in it[0]), it))
+        start_at, rows = best[-1][0], tuple(row for _, _, row in best)
+        columns = tuple(self._reserved(row, model) for row in rows)
+        request = self._job.request
+        holds: dict[int, _Hold] = {}
+        for row, reserved in zip(rows, columns, strict=True):
+            room = self._room(row)
+            holds[row] = hold = _Hold(start_at, frozenset(reserved), room.cpu_milli, room.memory_bytes, room.disk_bytes)
+            hold.take(request)
+        return Reservation(self._job, start_at, rows, columns), holds
+
+    def _reserved(self, row: int, model: int) -> tuple[int, ...]:
+        gpu = self._job.request.gpu
+        if gpu is None:
+            return ()
+        # Devices that are busy until then first: what is free now stays open to others.
+        free = self._free.device_free[row]
+        alike = self._columns(row)[model]
+        return tuple(sorted(alike, key=lambda column: (int(free[column]), column))[: gpu.count_min])

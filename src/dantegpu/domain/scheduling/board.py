@@ -1,7 +1,7 @@
 """What is free while plans are made of one snapshot, and which machines changed since somebody looked."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -11,6 +11,8 @@ from dantegpu.domain.resources import ResourceRequest
 from dantegpu.domain.scheduling.constraints import Capacity
 from dantegpu.domain.scheduling.snapshot import NOBODY, Bools, Ints, Lease, Snapshot
 from dantegpu.domain.units import MILLI_PER_UNIT, MicroDgpu
+
+_REMEMBERED_CHANGES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,9 @@ class Board:
         self.snapshot = snapshot
         self.capacity = Capacity.of(snapshot)
         self.clock = 1
-        """Rises with every change."""
+        """Rises by one with every change of a machine."""
+        self._changes: list[int] = []
+        """The machines of the last changes, the latest last."""
         self.given_back = 0
         """The clock when something became free last. What did not fit since then does not fit now."""
         self.last_change: Ints = np.ones(len(snapshot.machines), dtype=np.int64)
@@ -71,6 +75,8 @@ class Board:
         models = np.where(snapshot.device_total > 0, snapshot.device_model, -1)
         self.mixed = ((models != models.max(axis=1, initial=-1)[:, None]) & (models >= 0)).any(axis=1)
         """(M,): machines with devices of several models."""
+        self.cores: list[int] = self.capacity.cpu.tolist()
+        """`capacity.cpu` as plain numbers, which are read far quicker one at a time."""
         self.untouched: Ints = _untouched(snapshot.device_free, snapshot.device_tenant).sum(axis=1)
         """(M,): devices that nobody has a part of."""
         # Teams that own and hold nothing yet get a number here, or two of them could share a device.
@@ -79,6 +85,32 @@ class Board:
 
     def team_number(self, team_id: TeamId) -> int:
         return self._teams.setdefault(team_id, len(self._teams))
+
+    def changed_since(self, clock: int, limit: int) -> set[int] | None:
+        """Machines that changed after that time; None when they are more than `limit` or no longer known one by one."""
+        count = self.clock - clock
+        return None if count > limit or count > len(self._changes) else set(self._changes[-count:] if count else ())
+
+    def _changed(self, row: int) -> None:
+        self.clock += 1
+        self.last_change[row] = self.clock
+        self._changes.append(row)
+        if len(self._changes) > 2 * _REMEMBERED_CHANGES:
+            del self._changes[:-_REMEMBERED_CHANGES]
+
+    @property
+    def free(self) -> Snapshot:
+        """The snapshot with what is free now; true until the next change."""
+        capacity = self.capacity
+        return replace(
+            self.snapshot,
+            cpu_free=capacity.cpu,
+            memory_free=capacity.memory,
+            disk_free=capacity.disk,
+            device_free=capacity.device,
+            device_tenant=capacity.tenant,
+            team_index=self._teams,
+        )
 
     def take(
         self,
@@ -107,8 +139,8 @@ class Board:
                     self.untouched[row] -= 1
             devices = tuple([self._share(row, column, milli) for column in columns])
             gpu_milli = milli * len(columns)
-        self.clock += 1
-        self.last_change[row] = self.clock
+        self.cores[row] -= request.cpu_milli
+        self._changed(row)
         return Placement(
             job_id,
             team_id,
@@ -130,8 +162,6 @@ class Board:
     def give_back(self, leases: Iterable[Lease]) -> None:
         """What these held is free again. Leases on machines or devices that the snapshot lacks are ignored."""
         capacity, snapshot = self.capacity, self.snapshot
-        self.clock += 1
-        self.given_back = self.clock
         for lease in leases:
             row = snapshot.index_of.get(lease.machine_id)
             if row is None:
@@ -146,8 +176,11 @@ class Board:
                 capacity.device[row, column] += milli
                 if capacity.device[row, column] >= MILLI_PER_UNIT:
                     capacity.tenant[row, column] = NOBODY
-            self.untouched[row] = _untouched(capacity.device[row], capacity.tenant[row]).sum()
-            self.last_change[row] = self.clock
+            self.cores[row] += lease.cpu_milli
+            if lease.devices:
+                self.untouched[row] = _untouched(capacity.device[row], capacity.tenant[row]).sum()
+            self._changed(row)
+        self.given_back = self.clock
 
     def _column_of(self, row: int, device_id: DeviceId) -> int | None:
         for column, device in enumerate(self.snapshot.machines[row].devices):

@@ -12,6 +12,7 @@ import numpy as np
 from dantegpu.domain.ids import JobId, TeamId
 from dantegpu.domain.job import QueueReason
 from dantegpu.domain.pricing import rate_udgpu_per_hour
+from dantegpu.domain.scheduling.board import DeviceShare, Placement
 from dantegpu.domain.scheduling.constraints import (
     Capacity,
     PendingJob,
@@ -25,7 +26,6 @@ from dantegpu.domain.scheduling.constraints import (
     usable_devices,
     waiting_reason,
 )
-from dantegpu.domain.scheduling.plan import DeviceShare, Placement
 from dantegpu.domain.scheduling.snapshot import NOBODY, Bools, Ints, Snapshot, TeamUse
 from dantegpu.domain.units import MILLI_PER_UNIT
 
@@ -39,8 +39,8 @@ class Waits:
     detail: str = ""
 
 
-def place_gang(snapshot: Snapshot, job: PendingJob) -> tuple[Placement, ...] | Waits:
-    """One placement per node, by rank: GPUs of one model, if possible in one region, the cheapest machines.
+def find_gang(snapshot: Snapshot, job: PendingJob) -> list[tuple[int, list[int]]] | Waits:
+    """A row and its device columns per node, by rank: GPUs of one model, if possible in one region, the cheapest.
 
     Avoided machines are taken only when there are too few others.
     """
@@ -50,7 +50,7 @@ def place_gang(snapshot: Snapshot, job: PendingJob) -> tuple[Placement, ...] | W
     best = _cheapest(snapshot, job, rooms)
     if best is not None:
         rows, model = best
-        return tuple(placement_at(snapshot, job, row, rooms.devices(row, model)) for row in rows)
+        return [(row, rooms.devices(row, model)) for row in rows]
     count = most_at_once(snapshot, job, fitting)
     if 0 < count < job.nodes:
         where = " in one site" if job.within_a_site else ""

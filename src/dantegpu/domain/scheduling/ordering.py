@@ -124,10 +124,16 @@ class _Level:
 class Order:
     """The order of one round over a queue that does not change meanwhile."""
 
-    def __init__(self, queue: JobQueue, policy: Policy, shares: Shares, closed: Callable[[Shape], bool]) -> None:
-        """`closed`: no job of the shape fits anywhere any more; such groups are not drawn from."""
+    def __init__(
+        self, queue: JobQueue, policy: Policy, shares: Shares, closed: Callable[[Shape], bool], *, pauses: bool = False
+    ) -> None:
+        """`closed`: no job of the shape fits anywhere any more; such groups are not drawn from.
+
+        `pauses`: a draw ends before a group that is refused, so whoever is drawn after it is drawn by another call.
+        """
         self._shares = shares
         self._closed = closed
+        self._pauses = pauses
         levels = [_Level(groups, policy.fair_share) for _, groups in queue.levels()]
         # Twice through all priorities: what belongs to teams by their quotas, then what is left.
         own = [(level, True) for level in levels] if policy.quotas else []
@@ -140,15 +146,15 @@ class Order:
         """Up to `count` jobs in their order. None means that nobody is left."""
         drawn: list[Draw] = []
         while self._step < len(self._steps):
-            self._draw_from(*self._steps[self._step], count, drawn)
-            if len(drawn) == count:
+            if self._draw_from(*self._steps[self._step], count, drawn):
                 break
             self._step += 1
             if self._step < len(self._steps):
                 self._steps[self._step][0].turns = None
         return drawn
 
-    def _draw_from(self, level: _Level, own: bool, count: int, drawn: list[Draw]) -> None:
+    def _draw_from(self, level: _Level, own: bool, count: int, drawn: list[Draw]) -> bool:
+        """False: the level has nobody left for this step."""
         shares, closed = self._shares, self._closed
         turns = level.turns if level.turns is not None else level.line_up(shares)
         turn: _Turn | None = None
@@ -169,6 +175,9 @@ class Order:
             place, run = head[2], head[3]
             shape = run.group.shape
             if closed(shape):
+                if drawn and self._pauses:
+                    heapq.heappush(turns, turn)
+                    return True
                 self.refused.append((run.group, place))
                 level.leave(head)
             elif own and not shares.within_quota(shape.team, shape.request, shape.nodes):
@@ -181,6 +190,7 @@ class Order:
             turn = level.next_turn(team, shares)
         if turn is not None:
             heapq.heappush(turns, turn)
+        return len(drawn) == count
 
     def pass_over(self, draws: Iterable[Draw]) -> None:
         """These found no place: their teams hold less than was thought when they were drawn."""

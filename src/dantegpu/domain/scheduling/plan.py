@@ -1,7 +1,8 @@
 """`schedule(snapshot, pending, policy, now) -> Plan`: pure, deterministic, never over capacity.
 
 A plan is made in four steps, each in a module of its own: `queue` knows what waits, `ordering` who goes next, `ranking`
-which machine is the best one (with `objectives` and `fragmentation` for how good it is), and `board` takes it.
+which machine is the best one (with `objectives` and `fragmentation` for how good it is), and `board` takes it. `turns`
+goes from one to the next; `gangs` and `backfill` say where jobs of several nodes go, and what is kept for whom.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,18 +11,19 @@ from datetime import datetime
 
 from dantegpu.domain.ids import JobId
 from dantegpu.domain.job import QueueReason
+from dantegpu.domain.scheduling.backfill import Backfill, Ends, Reservation
 from dantegpu.domain.scheduling.board import Board, DeviceShare, Placement
 from dantegpu.domain.scheduling.constraints import ConstraintCount, PendingJob
 from dantegpu.domain.scheduling.fragmentation import FragmentationScorer
+from dantegpu.domain.scheduling.gangs import Waits
 from dantegpu.domain.scheduling.mix import RequestMix
 from dantegpu.domain.scheduling.objectives import scorer_of
-from dantegpu.domain.scheduling.ordering import Draw, Order
 from dantegpu.domain.scheduling.policy import DEFAULT_POLICY, Objective, Policy
 from dantegpu.domain.scheduling.queue import JobGroup, JobQueue, QueuedJob, Shape, ShapeBook
 from dantegpu.domain.scheduling.ranking import WINDOW, Refusal, ScoreTable
 from dantegpu.domain.scheduling.shares import PastShares, Shares
 from dantegpu.domain.scheduling.snapshot import Lease, Snapshot
-from dantegpu.domain.units import MILLI_PER_UNIT
+from dantegpu.domain.scheduling.turns import Decided, Turns
 
 __all__ = ["Blocked", "DeviceShare", "Placement", "Plan", "SchedulerState", "Unplaced", "schedule"]
 
@@ -81,6 +83,9 @@ class Plan:
     placements: tuple[Placement, ...]
     unplaced: tuple[Unplaced, ...]
     blocked: tuple[Blocked, ...] = ()
+    told: tuple[Waits, ...] = ()
+    """Of those that are blocked: who has a reservation, and the first of each group that waits for one's sake alone."""
+    reservations: tuple[Reservation, ...] = ()
 
 
 class SchedulerState:
@@ -107,7 +112,7 @@ class SchedulerState:
             self._round.give_back(list(leases))
 
     def begin(self, snapshot: Snapshot, policy: Policy, arrivals: dict[Shape, int], now: datetime) -> "_Round":
-        held: Mapping[int, float] = self._round.held if self._round is not None else {}
+        held = self._round.held if self._round is not None else Shares(snapshot, policy, self.past).held
         self.past.advance(held, policy.half_life_seconds, now)
         if policy.objective is Objective.FRAGMENTATION:
             for shape, count in arrivals.items():
@@ -142,28 +147,34 @@ def schedule(
     now: datetime,
     state: SchedulerState | None = None,
     limit: int | None = None,
+    ends: Ends | None = None,
 ) -> Plan:
     """Place as many pending jobs as fit, best first: by priority, then fair between teams, then by age.
 
     The same arguments give the same plan. A job that is listed twice counts once. A job whose `not_before` lies
     ahead waits as WAITING_FOR_RETRY. Raises nothing for what a job may ask. `state` is what earlier calls left and is
     changed; without it the call stands alone. Not more than `limit` jobs are placed, of a JobQueue: jobs after them are
-    in no part of the plan.
+    in no part of the plan. `ends`, with a JobQueue, is what runs: then those that cannot start have reservations.
     """
     state = state or SchedulerState()
     if isinstance(pending, JobQueue):
         pending.wake(now)
         round_ = state.begin(snapshot, policy, pending.take_arrivals(), now)
-        placements, blocked = round_.place(pending, limit)
-        return Plan(tuple(placements), (), tuple(blocked))
+        backfill = None if ends is None else Backfill(ends, now)
+        decided = round_.place(pending, limit, backfill)
+        blocked = tuple(Blocked(*it) for it in decided.refused)
+        reservations = () if backfill is None else tuple(backfill.reservations)
+        return Plan(decided.placements, (), blocked, decided.told, reservations)
     queue, arrivals = state.queue_of(pending)
     queue.wake(now)
     round_ = state.begin(snapshot, policy, arrivals, now)
-    placements, blocked = round_.place(queue, limit)
+    decided = round_.place(queue, limit)
     unplaced = [Unplaced(job.id, _EARLY) for job in queue.sleeping()]
-    unplaced += [Unplaced(job.id, it.refusal) for it in blocked for job in it.jobs()]
+    unplaced += [
+        Unplaced(job.id, refusal) for group, first, refusal in decided.refused for job in group.from_index(first)
+    ]
     state.end(unplaced)
-    return Plan(tuple(placements), tuple(unplaced))
+    return Plan(decided.placements, tuple(unplaced))
 
 
 class _Round:
@@ -201,36 +212,5 @@ class _Round:
         for lease in leases:
             self._shares.remove_lease(lease)
 
-    def place(self, queue: JobQueue, limit: int | None) -> tuple[list[Placement], list[Blocked]]:
-        order = Order(queue, self._policy, self._shares, self._table.closed)
-        placements: list[Placement] = []
-        while limit is None or len(placements) < limit:
-            window = self._window if limit is None else min(self._window, limit - len(placements))
-            draws = order.draw(window)
-            if not draws:
-                break
-            self._place_drawn(draws, order, placements)
-        blocked = [Blocked(group, first, self._table.refusal(group.shape)) for group, first in order.refused]
-        return placements, blocked
-
-    def _place_drawn(self, draws: Sequence[Draw], order: Order, placements: list[Placement]) -> None:
-        table, board = self._table, self._board
-        table.prepare([draw.shape for draw in draws])
-        for number, draw in enumerate(draws):
-            shape = draw.shape
-            found = table.best(shape)
-            if found is None and number:
-                table.refresh(shape)
-                found = table.best(shape)
-            if found is None:
-                # Capacity only shrinks within a round: no other job of this shape can fit either.
-                table.close(shape)
-                order.put_back(draws[number:])
-                return
-            row, columns = found
-            price_percent = shape.job.price_percent
-            placements.append(board.take(draw.job.id, shape.team_id, shape.request, row, columns, price_percent))
-            table.hide(row)
-            gpu = shape.request.gpu
-            if gpu is not None and gpu.milli < MILLI_PER_UNIT:
-                table.joined(board.team_number(shape.team_id), row)
+    def place(self, queue: JobQueue, limit: int | None, backfill: Backfill | None = None) -> Decided:
+        return Turns(queue, self._policy, self._board, self._table, self._shares, self._window, backfill).run(limit)

@@ -23,7 +23,8 @@ _COMPACT_AFTER = 64
 
 
 class Shape:
-    """What jobs have in common that fit the same machines equally well. Compared by identity: get it from a ShapeBook.
+    """What jobs have in common that fit the same machines equally well, for as long. Compared by identity: get it from
+    a ShapeBook.
 
     `job` is one job of the shape; its id and age mean nothing. `team` is the team's id as a number, for quick look-ups.
     """
@@ -48,7 +49,8 @@ class ShapeBook:
 
     def shape_of(self, job: PendingJob) -> Shape:
         # Ids and numbers instead of what they stand for: to hash a request costs as much as all the rest.
-        key = (job.team_id.uuid.int, self._number_of(job.request), *job.shape[2:], job.avoided_machines)
+        request = self._number_of(job.request)
+        key = (job.team_id.uuid.int, request, *job.shape[2:], job.avoided_machines, job.max_duration_seconds)
         shape = self._shapes.get(key)
         if shape is None:
             if len(self._shapes) >= MAX_BOOK_SHAPES:

@@ -6,6 +6,7 @@ those. A score says how bad a place is; NEVER means that the job does not fit th
 which change of the board it is true. Only machines that changed since are looked at again, many lines in one go.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dantegpu.domain.job import QueueReason
+from dantegpu.domain.scheduling.backfill import Holds
 from dantegpu.domain.scheduling.board import Board
 from dantegpu.domain.scheduling.constraints import (
     ConstraintCount,
@@ -39,24 +41,26 @@ WINDOW = 64
 """The most shapes that are prepared at once."""
 MAX_PLACES = 100_000
 """Shapes whose lines are known, and the same holds for them."""
+_FEW_LINES, _FEW_CHANGES = 2, 48
 _CHUNK = 1 << 14
 _SCAN = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why jobs of a shape wait. `machines_fitting` counts machines that fit but are busy."""
+    """Why jobs of a shape wait. `machines_fitting` counts machines that fit but are busy; `text` says it otherwise."""
 
     reason: QueueReason
     constraints: tuple[ConstraintCount, ...] = ()
     machines_total: int = 0
     machines_fitting: int = 0
+    text: str = ""
 
     @property
     def detail(self) -> str:
         """Numbers for people: `12 machines: 7 no such GPU model, 5 costs more than max_price`."""
-        if not self.machines_total:
-            return ""
+        if self.text or not self.machines_total:
+            return self.text
         counts = ", ".join(f"{count.machines_excluded} {count.text}" for count in self.constraints)
         head = f"{self.machines_total} machine{'' if self.machines_total == 1 else 's'}"
         fitting = f"{self.machines_fitting} that fit{'s' if self.machines_fitting == 1 else ''}, all busy"
@@ -181,7 +185,7 @@ class ScoreTable:
         """Bring the lines of these shapes up to date; hide() works on them from now on."""
         if self._size + 2 * WINDOW > self._limit or len(self._places) > MAX_PLACES:
             self._forget_lines()
-        lines = list(dict.fromkeys(line for shape in dict.fromkeys(shapes) for line in self._place(shape).lines))
+        lines = list(dict.fromkeys(line for shape in shapes for line in self._place(shape).lines))
         self._shown = np.array(lines, dtype=np.int64)
         self._update(self._shown)
 
@@ -193,14 +197,22 @@ class ScoreTable:
         """The machine has changed: nobody takes it by its old score."""
         self._scores[self._shown, row] = NEVER
 
-    def best(self, shape: Shape) -> tuple[int, list[int]] | None:
-        """The machine and its devices for a job of this shape; None when no machine that is shown can take it."""
+    def best(self, shape: Shape, holds: Holds | None = None) -> tuple[int, list[int]] | None:
+        """The machine and its devices for a job of this shape; None when no machine that is shown can take it.
+
+        `holds`: what of machines is not for it.
+        """
         place = self._places[shape]
         if not self._machines:
             return None
+        beside = {row: self._beside(shape, place, row, held) for row, held in holds.items()} if holds else {}
+        closed = [row for row, columns in beside.items() if columns is None]
         found, lowest, row = -1, NEVER, -1
         for line in place.lines:
             scores = self._scores[line]
+            if closed:
+                scores = scores.copy()
+                scores[closed] = NEVER
             if place.avoided is not None:
                 scores = _without(scores, place.avoided)
             best = int(scores.argmin())
@@ -211,6 +223,8 @@ class ScoreTable:
         gpu = shape.request.gpu
         if gpu is None:
             return row, []
+        if (columns := beside.get(row)) is not None:
+            return row, columns
         column = int(self._columns[found, row])
         return row, [column] if column >= 0 else self._whole_devices(row, place.eligible, gpu.count_min)
 
@@ -223,6 +237,23 @@ class ScoreTable:
     def rescore(self) -> None:
         """Scores mean something else now."""
         self._seen[:] = 0
+
+    def _beside(self, shape: Shape, place: Place, row: int, held: frozenset[int] | None) -> list[int] | None:
+        """Devices for a job of the shape that are not held; None: it has no place there."""
+        board, gpu = self._board, shape.request.gpu
+        if held is None or gpu is None:
+            return None if held is None else []
+        free, tenant = board.capacity.device[row].tolist(), board.capacity.tenant[row].tolist()
+        teams = (NOBODY, board.team_number(shape.team_id)) if gpu.milli < MILLI_PER_UNIT else (NOBODY,)
+        usable = [
+            column
+            for column, number in enumerate(board.class_rows[row])
+            if column not in held and place.eligible[number] and free[column] >= gpu.milli and tenant[column] in teams
+        ]
+        if gpu.milli < MILLI_PER_UNIT:
+            return [min(usable, key=lambda column: (free[column], column))] if usable else None
+        models = board.snapshot.device_model[row].tolist()
+        return tightest_group(models, usable, gpu.count_min) if _has_count(models, usable, gpu.count_min) else None
 
     def _whole_devices(self, row: int, eligible: Sequence[bool], count: int) -> list[int]:
         board = self._board
@@ -313,6 +344,8 @@ class ScoreTable:
 
     def _update(self, lines: Ints) -> None:
         board = self._board
+        if len(lines) <= _FEW_LINES and self._update_few(lines.tolist()):
+            return
         lines = lines[self._seen[lines] < board.clock]
         step = max(_SCAN // max(self._machines, 1), 1)
         for first in range(0, len(lines), step):
@@ -324,6 +357,32 @@ class ScoreTable:
             for start in range(0, len(rows), _CHUNK):
                 self._score(which[start : start + _CHUNK], rows[start : start + _CHUNK])
         self._seen[lines] = board.clock
+
+    def _update_few(self, lines: Sequence[int]) -> bool:
+        """The same for few lines and machines, without the calls that pay only for many. False: there are too many."""
+        board, asked, scores = self._board, self._asked, self._scores
+        cores, untouched = board.cores, board.untouched
+        which: list[int] = []
+        rows: list[int] = []
+        for line in lines:
+            changed = board.changed_since(int(self._seen[line]), _FEW_CHANGES)
+            if changed is None:
+                return False
+            cpu_milli, count, tenant = int(asked[0, line]), int(asked[3, line]), int(asked[5, line])
+            possible = self._possible[line]
+            for row in changed:
+                if not possible[row]:
+                    continue
+                if cores[row] < cpu_milli or (tenant == NOBODY and untouched[row] < count):
+                    scores[line, row] = NEVER
+                else:
+                    which.append(line)
+                    rows.append(row)
+        if rows:
+            self._score(np.array(which, dtype=np.int64), np.array(rows, dtype=np.int64))
+        for line in lines:
+            self._seen[line] = board.clock
+        return True
 
     def _score(self, line: Ints, row: Ints) -> None:
         """Score these pairs anew."""
@@ -361,6 +420,10 @@ def _without(scores: Floats, rows: Ints) -> Floats:
     others = scores.copy()
     others[rows] = NEVER
     return others if (others < NEVER).any() else scores
+
+
+def _has_count(models: Sequence[int], usable: Sequence[int], count: int) -> bool:
+    return max(Counter(models[column] for column in usable).values(), default=0) >= count
 
 
 def tightest_group(models: Sequence[int], usable: Sequence[int], count: int) -> list[int]:

@@ -12,7 +12,16 @@ from uuid import UUID
 from dantegpu.domain.clock import Clock
 from dantegpu.domain.ids import DeviceId, MachineId, TeamId
 from dantegpu.domain.resources import MachineInfo
-from dantegpu.domain.scheduling import Lease, Policy, SchedulerState, Snapshot, average_shares
+from dantegpu.domain.scheduling import (
+    MARGIN_SECONDS,
+    Ends,
+    Lease,
+    Policy,
+    Running,
+    SchedulerState,
+    Snapshot,
+    average_shares,
+)
 from dantegpu.kit.db import Database, Tx
 from dantegpu.services.scheduler import store
 from dantegpu.services.scheduler.service.inventory import Inventory
@@ -43,8 +52,14 @@ def lease_of(row: LiveLeaseRow) -> Lease:
     )
 
 
+def running_of(row: LiveLeaseRow, now: datetime) -> Running:
+    """It holds that until its max_duration is over, counted from when it began to run: from now, if it has not yet."""
+    seconds = row.max_duration_seconds + MARGIN_SECONDS
+    return Running(lease_of(row), (row.running_at or now) + timedelta(seconds=seconds))
+
+
 class Fleet:
-    """The leader's view. `state` belongs to the snapshot that `look` returned last."""
+    """The leader's view. `state` and `ends` belong to the snapshot that `look` returned last."""
 
     def __init__(self, db: Database, inventory: Inventory, clock: Clock) -> None:
         self._db = db
@@ -52,7 +67,8 @@ class Fleet:
         self._clock = clock
         self.state = SchedulerState()
         self._machines: tuple[MachineInfo, ...] = ()
-        self._live: dict[UUID, Lease] = {}
+        self.ends = Ends()
+        self._live: dict[UUID, Running] = {}
         self._ended: set[UUID] = set()
         self._snapshot: Snapshot | None = None
         self._read_again_at = 0.0
@@ -76,9 +92,11 @@ class Fleet:
         if self._watching:
             self._ended.update(attempts)
 
-    def began(self, attempts: Iterable[tuple[UUID, Lease]]) -> None:
+    def began(self, attempts: Iterable[tuple[UUID, Running]]) -> None:
         """These attempts are committed; the state has counted them when they were planned."""
-        self._live.update(attempts)
+        for attempt_id, running in attempts:
+            self._live[attempt_id] = running
+            self.ends.begin(attempt_id, running)
 
     def came_to_nothing(self, leases: Iterable[Lease]) -> None:
         """Placements of the last plan that are not made."""
@@ -108,9 +126,10 @@ class Fleet:
             freed = await self._read()
         for attempt_id in self._ended:
             # One that began and ended between two rounds is here by now.
-            lease = self._live.pop(attempt_id, None)
-            if lease is not None:
-                freed.append(lease)
+            running = self._live.pop(attempt_id, None)
+            if running is not None:
+                self.ends.end(attempt_id)
+                freed.append(running.lease)
         self._ended.clear()
         self._give_back(freed)
         machines = self._inventory.machines()
@@ -119,7 +138,7 @@ class Fleet:
                 self._snapshot = None
             self._machines = machines
         if self._snapshot is None:
-            self._snapshot = Snapshot.from_machines(machines, self._live.values())
+            self._snapshot = Snapshot.from_machines(machines, [running.lease for running in self._live.values()])
         return self._snapshot
 
     async def _read(self) -> list[Lease]:
@@ -128,14 +147,17 @@ class Fleet:
         # What ended before the read began is not in its answer; what ends from now on may be.
         told = set(self._ended)
         async with self._db.statement() as tx:
-            live = await live_leases(tx)
+            rows = await store.live_leases(tx)
+        now = self._clock.now()
+        live = {row.attempt_id: running_of(row, now) for row in rows}
         self._ended -= told
         known, self._live = self._live, live
+        self.ends = Ends(live)
         cost = self._clock.monotonic() - started
         self._read_again_at = started + max(READ_AGAIN_SECONDS, cost * _READ_COST_FACTOR)
         if live.keys() - known.keys():
             self._snapshot = None
-        return [lease for attempt_id, lease in known.items() if attempt_id not in live]
+        return [running.lease for attempt_id, running in known.items() if attempt_id not in live]
 
     def _give_back(self, leases: list[Lease]) -> None:
         snapshot = self._snapshot

@@ -23,7 +23,7 @@ from dantegpu.domain.clock import Clock
 from dantegpu.domain.ids import InvalidId, JobId, TeamId
 from dantegpu.domain.job import JobState, QueueReason, StopReason
 from dantegpu.domain.resources import InvalidGpuSpec
-from dantegpu.domain.scheduling import Snapshot, Why, explain
+from dantegpu.domain.scheduling import Snapshot, Why, explain, schedule
 from dantegpu.kit import rpc
 from dantegpu.kit.actor import SERVICE, Actor
 from dantegpu.kit.db import Database, Tx
@@ -37,7 +37,7 @@ from dantegpu.services.scheduler.service.arrays import split, stop_array
 from dantegpu.services.scheduler.service.fleet import live_leases
 from dantegpu.services.scheduler.service.inventory import Inventory
 from dantegpu.services.scheduler.service.machines import is_safe_path
-from dantegpu.services.scheduler.service.placement import pending_of, pending_of_spec, plan_of, request_of
+from dantegpu.services.scheduler.service.placement import pending_of, pending_of_spec, request_of
 from dantegpu.services.scheduler.service.transitions import (
     JobBatch,
     Wakeups,
@@ -229,8 +229,9 @@ class Intake:
         percent = self._settings.spot_price_percent
         pending = [pending_of_spec(JobId.new(), team_id, now, spec, percent) for spec in specs]
         async with self._db.transaction() as tx:
-            live = await store.live_leases(tx)
-        _, plan = plan_of(self._inventory.machines(), live, pending, self._settings.policy, now)
+            live = await live_leases(tx)
+        snapshot = Snapshot.from_machines(self._inventory.machines(), live.values())
+        plan = schedule(snapshot, pending, self._settings.policy, now=now)
         if plan.unplaced:
             first = plan.unplaced[0]
             detail = f" ({first.detail})" if first.detail else ""

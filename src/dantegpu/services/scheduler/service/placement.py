@@ -25,14 +25,11 @@ from dantegpu.domain.pricing import FULL_PRICE_PERCENT, WINDOW_SECONDS
 from dantegpu.domain.resources import MachineInfo, ResourceRequest, parse_gpu_spec
 from dantegpu.domain.scheduling import (
     MARGIN_SECONDS,
-    PastShares,
     PendingJob,
     Placement,
     Plan,
-    Policy,
     RoundPlan,
     Running,
-    SchedulerState,
     Snapshot,
     is_large,
     plan_round,
@@ -50,13 +47,13 @@ from dantegpu.kit.outbox import Outbox
 from dantegpu.kit.telemetry import span
 from dantegpu.services.scheduler import store
 from dantegpu.services.scheduler.errors import PlanConflict
-from dantegpu.services.scheduler.service.fleet import Fleet, lease_of
+from dantegpu.services.scheduler.service.fleet import Fleet, lease_of, running_of
 from dantegpu.services.scheduler.service.inventory import Inventory
 from dantegpu.services.scheduler.service.preemption import Room
 from dantegpu.services.scheduler.service.transitions import JobBatch, Opening, Wakeups
 from dantegpu.services.scheduler.service.waiting import Note, WaitingJobs
 from dantegpu.services.scheduler.settings import SchedulerSettings
-from dantegpu.services.scheduler.store import JobRow, LiveLeaseRow
+from dantegpu.services.scheduler.store import JobRow
 
 log = structlog.get_logger(__name__)
 
@@ -110,6 +107,7 @@ def pending_of_spec(
         nodes=max(spec.nodes, 1),
         spot=spot,
         price_percent=spot_price_percent if spot else FULL_PRICE_PERCENT,
+        max_duration_seconds=spec.max_duration_seconds or None,
     )
 
 
@@ -123,30 +121,6 @@ def request_of(spec: jobs_pb2.JobSpec) -> ResourceRequest:
 def _request(gpu: str, cpu_milli: int, memory_bytes: int, disk_bytes: int) -> ResourceRequest:
     """Jobs that ask for the same share one object: many wait."""
     return ResourceRequest(parse_gpu_spec(gpu) if gpu else None, cpu_milli, memory_bytes, disk_bytes)
-
-
-def plan_of(
-    machines: Iterable[MachineInfo],
-    live: Sequence[LiveLeaseRow],
-    pending: Sequence[PendingJob],
-    policy: Policy,
-    now: datetime,
-    past: PastShares | None = None,
-    kept: Snapshot | None = None,
-) -> tuple[Snapshot, Plan | RoundPlan]:
-    """What is there, and who gets it. Only where something large waits does a round cost what reservations cost.
-
-    `kept`: what is there without what is kept for others; None: nothing is.
-    """
-    leases = [lease_of(row) for row in live]
-    snapshot = kept or Snapshot.from_machines(machines, leases)
-    if not any(map(is_large, pending)):
-        return snapshot, schedule(snapshot, pending, policy, now=now, state=SchedulerState(past))
-    running = [
-        Running(lease, (row.running_at or now) + timedelta(seconds=row.max_duration_seconds + MARGIN_SECONDS))
-        for lease, row in zip(leases, live, strict=True)
-    ]
-    return snapshot, plan_round(snapshot, running, pending, policy, now=now, past=past)
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,6 +271,8 @@ class PlacementLeader:
                     # It passed the intake's check once; it must not keep the others from being placed now.
                     log.error("job_unreadable", job_id=str(JobId(row.id)), error=str(error))
                     continue
+                if pending.max_duration_seconds is None:
+                    pending = replace(pending, max_duration_seconds=duration)
                 told = (row.reason or "", row.reason_detail)
                 note = Note(duration, told, row.traceparent, row.array_id, row.deadline_at, pending.spot)
                 note.saves = spec.HasField("checkpoint")
@@ -378,33 +354,31 @@ class PlacementLeader:
         return len(plan.placements) >= MAX_PLACEMENTS_PER_ROUND or bool(refused and self._queue.ready)
 
     async def _plan(self, now: datetime) -> tuple[Snapshot, Plan | RoundPlan]:
-        """Where nothing large waits, a round goes on from the one before; a reservation looks at everything anew."""
+        """A round goes on from the one before; where something is kept for those who preempt, it looks at all anew."""
         await self._fleet.remember(self._policy, now)
-        large = self._queue.first(MAX_LARGE_JOBS, is_large)
         claims = await self.room.claims()
-        if not large and not claims:
-            snapshot, limit = await self._fleet.look(), MAX_PLACEMENTS_PER_ROUND
-            queue, state = self._queue.queue, self._fleet.state
-            return snapshot, schedule(snapshot, queue, self._policy, now=now, state=state, limit=limit)
+        if not claims:
+            snapshot = await self._fleet.look()
+            queue, state, limit = self._queue.queue, self._fleet.state, MAX_PLACEMENTS_PER_ROUND
+            plan = schedule(snapshot, queue, self._policy, now=now, state=state, limit=limit, ends=self._fleet.ends)
+            return snapshot, plan
         self._fleet.forget()
         async with self._db.statement() as tx:
             live = await store.live_leases(tx)
+        large = self._queue.first(MAX_LARGE_JOBS, is_large)
         small = self._queue.first(MAX_BACKFILL_JOBS, lambda job: not is_large(job))
-        past = self._fleet.state.past
-        machines, pending = self._inventory.machines(), [*small, *large]
-        if not claims:
-            return plan_of(machines, live, pending, self._policy, now, past)
-        view = self.room.look(Snapshot.from_machines(machines, map(lease_of, live)), live, claims)
+        view = self.room.look(Snapshot.from_machines(self._inventory.machines(), map(lease_of, live)), live, claims)
         own = view.waiting | {placement.job_id for placement in view.placements}
-        others = [job for job in pending if job.id not in own]
-        snapshot, plan = plan_of(machines, live, others, self._policy, now, past, view.kept)
-        reservation = plan.reservation if isinstance(plan, RoundPlan) else None
-        return snapshot, RoundPlan((*view.placements, *plan.placements), plan.unplaced, reservation)
+        others = [job for job in (*small, *large) if job.id not in own]
+        running, past = [running_of(row, now) for row in live], self._fleet.state.past
+        plan = plan_round(view.kept, running, others, self._policy, now=now, past=past)
+        return view.kept, RoundPlan((*view.placements, *plan.placements), plan.unplaced, plan.reservations)
 
     async def _carry_out(
         self, chosen: Sequence[_Chosen], plan: Plan | RoundPlan, snapshot: Snapshot, now: datetime
     ) -> bool:
         """Open the holds, write the plan. True when billing refused some of it."""
+        ends_at = {job.job_id: self._ends_at(job.job_id, now) for job in chosen}
         refused = await self._open_holds(chosen, snapshot)
         try:
             unused = await self._apply(chosen, refused, plan, snapshot, now)
@@ -420,11 +394,17 @@ class PlacementLeader:
             if job.job_id in idle:
                 self._fleet.came_to_nothing(leases)
             else:
-                self._fleet.began(zip((attempt.uuid for attempt in job.attempts), leases, strict=True))
+                running = (Running(lease, ends_at[job.job_id]) for lease in leases)
+                self._fleet.began(zip((attempt.uuid for attempt in job.attempts), running, strict=True))
         # Of a gang that is refused for one node, the holds of the others were opened for nothing.
         partly = [job for job in chosen if job.job_id in refused and len(job.attempts) > 1]
         await self._void(_attempts_of([*(job for job in chosen if job.job_id in unused), *partly]))
         return bool(refused)
+
+    def _ends_at(self, job_id: UUID, now: datetime) -> datetime:
+        note = self._queue.note(job_id)
+        seconds = note.max_duration_seconds if note is not None else self._settings.max_duration_seconds
+        return now + timedelta(seconds=seconds + MARGIN_SECONDS)
 
     async def _open_holds(self, chosen: Sequence[_Chosen], snapshot: Snapshot) -> dict[UUID, billing_pb2.HoldResult]:
         """Open the first window's hold of each placement; the refusals by job."""

@@ -21,6 +21,7 @@ from dantegpu.domain.scheduling import (
     ClaimsView,
     Lease,
     PendingJob,
+    Plan,
     Policy,
     Preemption,
     RoundPlan,
@@ -143,7 +144,7 @@ class Room:
 
     # --- making room --------------------------------------------------------------------------------------------------
 
-    async def make(self, now: datetime, plan: object) -> None:
+    async def make(self, now: datetime, plan: Plan | RoundPlan) -> None:
         """After a round: for jobs that found no place, tell spot work to give way where that helps."""
         over = self._over()
         waiting = self._candidates() if self._any_spot else []
@@ -175,7 +176,7 @@ class Room:
         return jobs[:MAX_JOBS]
 
     async def _decide(
-        self, now: datetime, waiting: Sequence[PendingJob], plan: object, over: Sequence[UUID]
+        self, now: datetime, waiting: Sequence[PendingJob], plan: Plan | RoundPlan, over: Sequence[UUID]
     ) -> tuple[Sequence[Preemption], dict[UUID, int]]:
         async with self._db.statement() as tx:
             spot = await store_preemptions.spot_attempts(tx, MAX_SPOT_ATTEMPTS)
@@ -189,7 +190,7 @@ class Room:
         claims = [(claim, job) for claim, job in await self.claims() if job.id.uuid not in over]
         view = look_at_claims(snapshot, [lease_of(row) for row in live if row.stopping], claims)
         works = _works(spot, leases, now)
-        found = preempt(view.ground, works, waiting, self._policy, _barred(plan, snapshot, waiting, now))
+        found = preempt(view.ground, works, waiting, self._policy, _barred(plan, snapshot, waiting))
         return await self._affordable(found, snapshot), {row.job_id: row.epoch for row in spot}
 
     async def _affordable(self, found: Sequence[Preemption], snapshot: Snapshot) -> list[Preemption]:
@@ -291,19 +292,17 @@ def _works(spot: Sequence[SpotRow], leases: dict[UUID, Lease], now: datetime) ->
 
 
 def _barred(
-    plan: object, snapshot: Snapshot, waiting: Sequence[PendingJob], now: datetime
+    plan: Plan | RoundPlan, snapshot: Snapshot, waiting: Sequence[PendingJob]
 ) -> dict[JobId, frozenset[MachineId]]:
-    """Machines where a larger job has a reservation that these jobs could delay."""
-    reservation = plan.reservation if isinstance(plan, RoundPlan) else None
-    if reservation is None:
-        return {}
-    machines = frozenset(snapshot.machines[row].id for row in reservation.rows if row < len(snapshot.machines))
-    first = reservation.job
-    return {
-        job.id: machines
-        for job in waiting
-        if job.id != first.id and (-job.standing, job.submitted_at) > (-first.standing, first.submitted_at)
-    }
+    """Machines on which others that go before these jobs have reservations, which they could delay."""
+    barred: dict[JobId, frozenset[MachineId]] = {}
+    for reservation in plan.reservations:
+        machines = frozenset(snapshot.machines[row].id for row in reservation.rows if row < len(snapshot.machines))
+        first = reservation.job
+        for job in waiting:
+            if job.id != first.id and (-job.standing, job.submitted_at) > (-first.standing, first.submitted_at):
+                barred[job.id] = barred.get(job.id, frozenset()) | machines
+    return barred
 
 
 def _claim(job: PendingJob, rows: Sequence[ClaimRow]) -> Claim:

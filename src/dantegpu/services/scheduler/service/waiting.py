@@ -3,8 +3,8 @@
 import gc
 import heapq
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from uuid import UUID
 
@@ -71,6 +71,8 @@ class WaitingJobs:
         self.queue = JobQueue()
         self._notes: dict[UUID, Note] = {}
         self._marks: dict[JobGroup, _Mark] = {}
+        self._singled: set[UUID] = set()
+        """Jobs that waited for a reason of their own when that was told last."""
         self._deadlines: list[tuple[datetime, UUID]] = []
         self._tell_at_seconds = 0.0
         self._untold = False
@@ -90,6 +92,7 @@ class WaitingJobs:
         self.queue = JobQueue()
         self._notes.clear()
         self._marks.clear()
+        self._singled.clear()
         self._deadlines.clear()
 
     def add(self, job: PendingJob, note: Note) -> None:
@@ -154,14 +157,35 @@ class WaitingJobs:
         self._untold = now_seconds < self._tell_at_seconds
         if self._untold:
             return {}
-        news = self.news(plan.blocked, limit) if isinstance(plan, Plan) else self.news_of(plan.unplaced, limit)
+        if isinstance(plan, Plan):
+            news = self._news_of_some(plan, limit)
+            news |= self.news(plan.blocked, limit - len(news), news.keys() | self._singled)
+        else:
+            news = self.news_of(plan.unplaced, limit)
         self._untold = len(news) >= limit
         if news:
             self._tell_at_seconds = now_seconds + REASONS_EVERY_SECONDS
         return news
 
-    def news(self, blocked: Sequence[Blocked], limit: int) -> dict[UUID, Reason]:
-        """At most `limit` jobs whose reason is another one than the database has; the next call goes on behind them."""
+    def _news_of_some(self, plan: Plan, limit: int) -> dict[UUID, Reason]:
+        """Of jobs that wait for another reason than their group, and of those that did so the last time."""
+        news = self.news_of(plan.told, limit)
+        before, self._singled = self._singled, {decision.job_id.uuid for decision in plan.told}
+        refusal_of = {it.group: it.refusal for it in plan.blocked} if before - self._singled else {}
+        for job_id in before - self._singled:
+            queued, note = self.queue.get(JobId(job_id)), self._notes.get(job_id)
+            refusal = refusal_of.get(queued.group) if queued is not None and queued.group is not None else None
+            if refusal is not None and note is not None and _is_news(note, reason := _reason_of(refusal)):
+                news[job_id] = reason
+        return news
+
+    def news(
+        self, blocked: Sequence[Blocked], limit: int, singled: Collection[UUID] = frozenset()
+    ) -> dict[UUID, Reason]:
+        """At most `limit` jobs whose reason is another one than the database has; the next call goes on behind them.
+
+        `singled` have a reason of their own.
+        """
         news: dict[UUID, Reason] = {}
         if len(self._marks) > 2 * len(blocked) + 1000:
             self._marks.clear()
@@ -175,7 +199,7 @@ class WaitingJobs:
             elif mark.rest is None and it.group.recent != []:
                 mark.rest = _recent_of(it)
             if mark.rest is not None:
-                self._tell(mark, news, limit)
+                self._tell(mark, news, limit, singled)
         return news
 
     def news_of(self, unplaced: Iterable[Decision], limit: int) -> dict[UUID, Reason]:
@@ -199,8 +223,7 @@ class WaitingJobs:
             for job in heapq.merge(*wanted, key=lambda job: job.age):
                 note = self._notes.get(job.id.uuid)
                 if note is not None:
-                    pending = self.queue.pending(job)
-                    found.append(replace(pending, max_duration_seconds=note.max_duration_seconds))
+                    found.append(self.queue.pending(job))
                 if len(found) >= limit:
                     return found
         return found
@@ -216,16 +239,20 @@ class WaitingJobs:
         """What news() answered has not been written: look at all groups again."""
         self._marks.clear()
 
-    def _tell(self, mark: _Mark, news: dict[UUID, Reason], limit: int) -> None:
+    def _tell(self, mark: _Mark, news: dict[UUID, Reason], limit: int, singled: Collection[UUID]) -> None:
         assert mark.rest is not None
-        reason = (mark.refusal.reason.value, mark.refusal.detail)
+        reason = _reason_of(mark.refusal)
         for job in mark.rest:
             note = self._notes.get(job.id.uuid)
-            if note is not None and _is_news(note, reason):
+            if note is not None and job.id.uuid not in singled and _is_news(note, reason):
                 news[job.id.uuid] = reason
                 if len(news) >= limit:
                     return
         mark.rest = None
+
+
+def _reason_of(refusal: Refusal) -> Reason:
+    return refusal.reason.value, refusal.detail
 
 
 def _recent_of(blocked: Blocked) -> Iterator[QueuedJob]:
