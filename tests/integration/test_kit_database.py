@@ -5,10 +5,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from uuid import UUID
 
+import psutil
 import psycopg
 import pytest
 from nats.aio.msg import Msg
 
+from dantegpu.apps.embedded.postgres import EmbeddedPostgres
 from dantegpu.contracts import subjects
 from dantegpu.contracts.envelope import unwrap
 from dantegpu.contracts.gen.dante.v1 import events_pb2, jobs_pb2
@@ -174,6 +176,42 @@ async def test_only_a_transaction_that_need_not_be_durable_leaves_the_disk_to_th
     async with fresh.transaction() as tx:
         assert await tx.value("SHOW synchronous_commit") == "on"
     await fresh.stop()
+
+
+async def test_a_crash_of_postgresql_undoes_only_what_no_durable_commit_came_after(short_dir: Path, tmp_path: Path):
+    # It writes its log at durable commits and else after ten seconds, which this test does not take.
+    server = EmbeddedPostgres(short_dir / "data", short_dir / "run", settings={"wal_writer_delay": "10s"})
+    address = await server.start()
+    await migrate(address.dsn(), "kit", tmp_path)
+
+    async def tell(word: str, *, durable: bool) -> None:
+        async with db.transaction(durable=durable) as tx:
+            await tx.run("INSERT INTO told VALUES (%(word)s)", word=word)
+
+    db = Database(address.dsn(), "kit")
+    await db.start()
+    async with db.transaction() as tx:
+        await tx.run("CREATE TABLE told (word text)")
+    await tell("the hold", durable=False)
+    await tell("its attempt", durable=True)
+    await tell("another hold", durable=False)
+    assert server.pid is not None
+    postmaster = psutil.Process(server.pid)
+    crashed = [postmaster, *postmaster.children(recursive=True)]
+    for process in crashed:
+        process.kill()
+    psutil.wait_procs(crashed, timeout=30)
+    await db.stop()
+    await server.start()
+    fresh = Database(address.dsn(), "kit")
+    await fresh.start()
+    async with fresh.statement() as tx:
+        assert await tx.value("SELECT array_agg(word ORDER BY ctid) FROM told") == [
+            "the hold",
+            "its attempt",
+        ]
+    await fresh.stop()
+    await server.stop()
 
 
 # --- idempotency ------------------------------------------------------------------------------------------------------
