@@ -77,6 +77,10 @@ class Board:
         """(M,): machines with devices of several models."""
         self.cores: list[int] = self.capacity.cpu.tolist()
         """`capacity.cpu` as plain numbers, which are read far quicker one at a time."""
+        self.gpu_milli: list[int] = self.capacity.device.sum(axis=1).tolist()
+        """The same of all devices of a machine together."""
+        self.alike: list[int] = _class_of_all(snapshot, self.classes).tolist()
+        """The class of each machine's devices; -1 when they are not alike, or there are none."""
         self.untouched: Ints = _untouched(snapshot.device_free, snapshot.device_tenant).sum(axis=1)
         """(M,): devices that nobody has a part of."""
         # Teams that own and hold nothing yet get a number here, or two of them could share a device.
@@ -140,6 +144,7 @@ class Board:
             devices = tuple([self._share(row, column, milli) for column in columns])
             gpu_milli = milli * len(columns)
         self.cores[row] -= request.cpu_milli
+        self.gpu_milli[row] -= gpu_milli
         self._changed(row)
         return Placement(
             job_id,
@@ -174,6 +179,7 @@ class Board:
                 if column is None:
                     continue
                 capacity.device[row, column] += milli
+                self.gpu_milli[row] += milli
                 if capacity.device[row, column] >= MILLI_PER_UNIT:
                     capacity.tenant[row, column] = NOBODY
             self.cores[row] += lease.cpu_milli
@@ -198,6 +204,14 @@ class Board:
 
 def _untouched(free_milli: Ints, tenant: Ints) -> Bools:
     return (free_milli >= MILLI_PER_UNIT) & (tenant == NOBODY)
+
+
+def _class_of_all(snapshot: Snapshot, classes: Ints) -> Ints:
+    there = snapshot.device_total > 0
+    if not there.size:
+        return np.full(len(snapshot.machines), -1, dtype=np.int64)
+    first = classes[:, 0]
+    return np.where(there[:, 0] & ((classes == first[:, None]) | ~there).all(axis=1), first, -1)
 
 
 def device_classes(snapshot: Snapshot) -> tuple[Ints, int]:

@@ -105,12 +105,17 @@ class Scorer(Protocol):
         """(K,): the score, and the device to take for a part of one (else -1)."""
         ...
 
+    def score_whole(self, row: int, count: int) -> float | None:
+        """The score of a machine with devices that are alike for `count` whole ones. None: only score() knows."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A shape's place in the table. `lines` are tried in this order; equal scores go to the earlier one."""
+    """A shape's place in the table. One or two `lines` are tried in this order; equal scores go to the earlier one."""
 
     lines: tuple[int, ...]
+    line_numbers: Ints
     eligible: tuple[bool, ...]
     refusal: Refusal
     avoided: Ints | None
@@ -171,8 +176,9 @@ class ScoreTable:
         if self._closed_at < self._board.given_back:
             self._closed.clear()
             self._closed_at = self._board.given_back
-        place = self._places.get(shape) if self._closed else None
-        return place is not None and self._closed.issuperset(place.lines)
+        closed = self._closed
+        place = self._places.get(shape) if closed else None
+        return place is not None and place.lines[0] in closed and place.lines[-1] in closed
 
     def close(self, shape: Shape) -> None:
         """`best` found nothing after `refresh`. Shapes of other teams that share its lines are closed with it."""
@@ -185,13 +191,17 @@ class ScoreTable:
         """Bring the lines of these shapes up to date; hide() works on them from now on."""
         if self._size + 2 * WINDOW > self._limit or len(self._places) > MAX_PLACES:
             self._forget_lines()
-        lines = list(dict.fromkeys(line for shape in shapes for line in self._place(shape).lines))
-        self._shown = np.array(lines, dtype=np.int64)
+        places = [self._place(shape) for shape in shapes]
+        if len(places) == 1:
+            self._shown = places[0].line_numbers
+        else:
+            lines = list(dict.fromkeys(line for place in places for line in place.lines))
+            self._shown = np.array(lines, dtype=np.int64)
         self._update(self._shown)
 
     def refresh(self, shape: Shape) -> None:
         """Bring one more shape up to date, and show it what hide() took from it."""
-        self._update(np.array(self._place(shape).lines, dtype=np.int64))
+        self._update(self._place(shape).line_numbers)
 
     def hide(self, row: int) -> None:
         """The machine has changed: nobody takes it by its old score."""
@@ -291,7 +301,9 @@ class ScoreTable:
             lines = (self._line((*key, team), shape, conditions, team, base), base)
         rows = [snapshot.index_of[machine] for machine in job.avoided_machines if machine in snapshot.index_of]
         avoided = np.array(sorted(rows), dtype=np.int64) if rows else None
-        return Place(lines, tuple(conditions.eligible.tolist()), conditions.refusal, avoided)
+        return Place(
+            lines, np.array(lines, dtype=np.int64), tuple(conditions.eligible.tolist()), conditions.refusal, avoided
+        )
 
     def _look_at(self, job: PendingJob) -> _Conditions:
         snapshot, gpu = self._board.snapshot, job.request.gpu
@@ -360,29 +372,49 @@ class ScoreTable:
 
     def _update_few(self, lines: Sequence[int]) -> bool:
         """The same for few lines and machines, without the calls that pay only for many. False: there are too many."""
-        board, asked, scores = self._board, self._asked, self._scores
-        cores, untouched = board.cores, board.untouched
+        board, clock = self._board, self._board.clock
         which: list[int] = []
         rows: list[int] = []
         for line in lines:
             changed = board.changed_since(int(self._seen[line]), _FEW_CHANGES)
             if changed is None:
                 return False
-            cpu_milli, count, tenant = int(asked[0, line]), int(asked[3, line]), int(asked[5, line])
-            possible = self._possible[line]
-            for row in changed:
-                if not possible[row]:
-                    continue
-                if cores[row] < cpu_milli or (tenant == NOBODY and untouched[row] < count):
-                    scores[line, row] = NEVER
-                else:
-                    which.append(line)
-                    rows.append(row)
+            left = self._score_few(line, changed) if changed else []
+            which += [line] * len(left)
+            rows += left
         if rows:
             self._score(np.array(which, dtype=np.int64), np.array(rows, dtype=np.int64))
         for line in lines:
-            self._seen[line] = board.clock
+            self._seen[line] = clock
         return True
+
+    def _score_few(self, line: int, rows: Iterable[int]) -> list[int]:
+        """Score a few machines; those are left that need a look at each device."""
+        board, scores, possible = self._board, self._scores[line], self._possible[line]
+        cores, untouched, alike = board.cores, board.untouched, board.alike
+        cpu, memory, disk, count, milli, tenant = self._asked[:, line].tolist()
+        quick = tenant == NOBODY and (milli == MILLI_PER_UNIT or not count)
+        eligible = self._eligible[line]
+        left: list[int] = []
+        for row in rows:
+            if not possible[row]:
+                continue
+            score: float | None = NEVER
+            if cores[row] >= cpu and (tenant != NOBODY or untouched[row] >= count):
+                if not quick or (count and alike[row] < 0):
+                    score = None
+                elif (
+                    board.capacity.memory[row] >= memory
+                    and board.capacity.disk[row] >= disk
+                    and (not count or eligible[alike[row]])
+                ):
+                    score = self._scorer.score_whole(row, count)
+            if score is None:
+                left.append(row)
+            else:
+                scores[row] = score
+                self._columns[line, row] = -1
+        return left
 
     def _score(self, line: Ints, row: Ints) -> None:
         """Score these pairs anew."""

@@ -68,7 +68,9 @@ class Turns:
         return Decided(tuple(placements), refused, self._told())
 
     def _closed(self, shape: Shape) -> bool:
-        return shape in self._no_gang or shape in self._behind or self._table.closed(shape)
+        if shape in self._behind:
+            return True
+        return self._table.closed(shape) if shape.nodes == 1 else shape in self._no_gang
 
     def _refusal(self, shape: Shape) -> Refusal:
         return self._no_gang.get(shape) or self._table.refusal(shape)
