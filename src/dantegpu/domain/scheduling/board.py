@@ -12,7 +12,7 @@ from dantegpu.domain.scheduling.constraints import Capacity
 from dantegpu.domain.scheduling.snapshot import NOBODY, Bools, Ints, Lease, Snapshot
 from dantegpu.domain.units import MILLI_PER_UNIT, MicroDgpu
 
-_REMEMBERED_CHANGES = 256
+_REMEMBERED_CHANGES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +63,9 @@ class Board:
         self.capacity = Capacity.of(snapshot)
         self.clock = 1
         """Rises by one with every change of a machine."""
-        self._changes: list[int] = []
-        """The machines of the last changes, the latest last."""
+        self._changes: Ints = np.zeros(2 * _REMEMBERED_CHANGES, dtype=np.int64)
+        self._changes_end = 0
+        """The machines of the last changes, the latest at the end."""
         self.given_back = 0
         """The clock when something became free last. What did not fit since then does not fit now."""
         self.last_change: Ints = np.ones(len(snapshot.machines), dtype=np.int64)
@@ -90,17 +91,20 @@ class Board:
     def team_number(self, team_id: TeamId) -> int:
         return self._teams.setdefault(team_id, len(self._teams))
 
-    def changed_since(self, clock: int, limit: int) -> set[int] | None:
-        """Machines that changed after that time; None when they are more than `limit` or no longer known one by one."""
-        count = self.clock - clock
-        return None if count > limit or count > len(self._changes) else set(self._changes[-count:] if count else ())
+    def changed_since(self, clock: int) -> Ints | None:
+        """Machines that changed after that time, some of them several times; None when that is not known any more."""
+        count, end = self.clock - clock, self._changes_end
+        return None if count > end else self._changes[end - count : end]
 
     def _changed(self, row: int) -> None:
         self.clock += 1
         self.last_change[row] = self.clock
-        self._changes.append(row)
-        if len(self._changes) > 2 * _REMEMBERED_CHANGES:
-            del self._changes[:-_REMEMBERED_CHANGES]
+        if self._changes_end == len(self._changes):
+            half = len(self._changes) // 2
+            self._changes[:half] = self._changes[half:]
+            self._changes_end = half
+        self._changes[self._changes_end] = row
+        self._changes_end += 1
 
     @property
     def free(self) -> Snapshot:

@@ -41,7 +41,7 @@ WINDOW = 64
 """The most shapes that are prepared at once."""
 MAX_PLACES = 100_000
 """Shapes whose lines are known, and the same holds for them."""
-_FEW_LINES, _FEW_CHANGES = 2, 48
+_FEW_LINES, _FEW_CHANGES, _MACHINES_PER_CHANGE = 2, 48, 4
 _CHUNK = 1 << 14
 _SCAN = 1 << 22
 
@@ -356,7 +356,7 @@ class ScoreTable:
 
     def _update(self, lines: Ints) -> None:
         board = self._board
-        if len(lines) <= _FEW_LINES and self._update_few(lines.tolist()):
+        if len(lines) <= _FEW_LINES and all(map(self._update_changed, lines.tolist())):
             return
         lines = lines[self._seen[lines] < board.clock]
         step = max(_SCAN // max(self._machines, 1), 1)
@@ -370,22 +370,21 @@ class ScoreTable:
                 self._score(which[start : start + _CHUNK], rows[start : start + _CHUNK])
         self._seen[lines] = board.clock
 
-    def _update_few(self, lines: Sequence[int]) -> bool:
-        """The same for few lines and machines, without the calls that pay only for many. False: there are too many."""
-        board, clock = self._board, self._board.clock
-        which: list[int] = []
-        rows: list[int] = []
-        for line in lines:
-            changed = board.changed_since(int(self._seen[line]), _FEW_CHANGES)
-            if changed is None:
-                return False
-            left = self._score_few(line, changed) if changed else []
-            which += [line] * len(left)
-            rows += left
-        if rows:
-            self._score(np.array(which, dtype=np.int64), np.array(rows, dtype=np.int64))
-        for line in lines:
-            self._seen[line] = clock
+    def _update_changed(self, line: int) -> bool:
+        """The same for one line, by a list of what changed instead of a look at all machines. False: there is none."""
+        board = self._board
+        rows = board.changed_since(int(self._seen[line]))
+        if rows is None or len(rows) > max(_FEW_CHANGES, self._machines // _MACHINES_PER_CHANGE):
+            return False
+        if len(rows) > _FEW_CHANGES:
+            rows = rows[self._possible[line].take(rows)]
+        if len(rows) > _FEW_CHANGES:
+            rows = np.unique(rows)
+        else:
+            rows = np.array(self._score_few(line, set(rows.tolist())), dtype=np.int64)
+        if len(rows):
+            self._score(np.full(len(rows), line, dtype=np.int64), rows)
+        self._seen[line] = board.clock
         return True
 
     def _score_few(self, line: int, rows: Iterable[int]) -> list[int]:
