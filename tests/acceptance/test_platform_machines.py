@@ -2,7 +2,6 @@
 
 import contextlib
 import shutil
-import tempfile
 from collections.abc import Generator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from dantegpu.contracts.rest.jobs import Job
 from dantegpu.sdk import ApiError, Dante
 from tests.fixtures.cluster import wait_until
+from tests.fixtures.folders import quick_folder
 from tests.fixtures.people import new_person
 from tests.fixtures.platform import UpPlatform, json_of, start_up, stop_up
 
@@ -19,7 +19,7 @@ TOKEN_SECONDS = 10
 
 @contextlib.contextmanager
 def _up(settings: str, *arguments: str, env: dict[str, str] | None = None) -> Generator[UpPlatform]:
-    home = Path(tempfile.mkdtemp(prefix="dante-"))
+    home = quick_folder("dante-")
     config = home / "settings.toml"
     config.write_text(settings)
     platform = start_up(home, "--config", str(config), *arguments, env=env)

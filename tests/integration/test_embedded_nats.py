@@ -53,6 +53,15 @@ def _as_machine(server: NatsForTests):
     return _connected(server.url, server.machine_creds(_OWN), subjects.machine_inbox_prefix(_OWN))
 
 
+@pytest.fixture
+async def nats_server(nats_trust: NatsTrust, tmp_path: Path) -> AsyncGenerator[NatsForTests]:
+    """One of its own for each test: here the server itself is at stake."""
+    server = EmbeddedNats(tmp_path / "nats" / "data", None, nats_trust)
+    await server.start()
+    yield NatsForTests(server, nats_trust, tmp_path / "nats")
+    await server.stop()
+
+
 async def _add_reports_stream(client: Client) -> None:
     await client.jetstream().add_stream(StreamConfig(name="REPORTS", subjects=[subjects.ALL_REPORTS]))
 

@@ -3,11 +3,9 @@
 import base64
 import hashlib
 import shutil
-import tempfile
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -33,6 +31,7 @@ from dantegpu.kit.nats_jwt import (
 )
 from dantegpu.kit.rpc import Channels
 from tests.fixtures.cluster import free_ports
+from tests.fixtures.folders import quick_folder
 from tests.fixtures.servers import PostgresForTests
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -73,7 +72,7 @@ class Person:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def platform(postgres_server: PostgresForTests) -> AsyncGenerator[Platform]:
-    folder = Path(tempfile.mkdtemp(prefix="dante-"))
+    folder = quick_folder("dante-")
     database = postgres_server.create_database()
     secrets = folder / "secrets"
     secrets.mkdir(mode=0o700)
