@@ -167,7 +167,8 @@ class FragmentationScorer:
         losses += self._prices.take(pairs.row)
         return losses, columns
 
-    def score_whole(self, row: int, count: int) -> float | None:
+    @property
+    def score_one(self) -> None:
         """What V falls by is a sum over all of the mix: never without arrays."""
         return None
 

@@ -4,6 +4,7 @@ A float holds 53 bits without rounding: 20 for the price's rank among all prices
 free cores in sixteenths or 12 for the speed. What is larger counts as the largest; it only settles ties.
 """
 
+from collections.abc import Callable
 from typing import assert_never
 
 import numpy as np
@@ -56,7 +57,11 @@ class KeyScorer:
                 key = ((rank << _GPU_BITS | gpus) << _CORE_BITS) | cores
         return key.astype(np.float64), _fullest(pairs)
 
-    def score_whole(self, row: int, count: int) -> float | None:
+    @property
+    def score_one(self) -> Callable[[int, int], float]:
+        return self._score_one
+
+    def _score_one(self, row: int, count: int) -> float:
         """The same as score(), one at a time."""
         board, rank = self._board, self._rank_rows[count > 0][row]
         gpus = min(board.gpu_milli[row], (1 << _GPU_BITS) - 1)

@@ -7,7 +7,7 @@ which change of the board it is true. Only machines that changed since are looke
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -105,8 +105,9 @@ class Scorer(Protocol):
         """(K,): the score, and the device to take for a part of one (else -1)."""
         ...
 
-    def score_whole(self, row: int, count: int) -> float | None:
-        """The score of a machine with devices that are alike for `count` whole ones. None: only score() knows."""
+    @property
+    def score_one(self) -> Callable[[int, int], float] | None:
+        """Scores one machine with devices that are alike, for so many whole ones. None: only score() can."""
         ...
 
 
@@ -140,6 +141,7 @@ class ScoreTable:
     def __init__(self, board: Board, scorer: Scorer) -> None:
         self._board = board
         self._scorer = scorer
+        self._score_one = scorer.score_one
         self._machines = len(board.snapshot.machines)
         self._any_mixed = bool(board.mixed.any())
         self._limit = max(MAX_CELLS // max(self._machines, 1), 256)
@@ -356,7 +358,8 @@ class ScoreTable:
 
     def _update(self, lines: Ints) -> None:
         board = self._board
-        if len(lines) <= _FEW_LINES and all(map(self._update_changed, lines.tolist())):
+        score_one = self._score_one if len(lines) <= _FEW_LINES else None
+        if score_one is not None and all(self._update_changed(line, score_one) for line in lines.tolist()):
             return
         lines = lines[self._seen[lines] < board.clock]
         step = max(_SCAN // max(self._machines, 1), 1)
@@ -370,7 +373,7 @@ class ScoreTable:
                 self._score(which[start : start + _CHUNK], rows[start : start + _CHUNK])
         self._seen[lines] = board.clock
 
-    def _update_changed(self, line: int) -> bool:
+    def _update_changed(self, line: int, score_one: Callable[[int, int], float]) -> bool:
         """The same for one line, by a list of what changed instead of a look at all machines. False: there is none."""
         board = self._board
         rows = board.changed_since(int(self._seen[line]))
@@ -381,13 +384,13 @@ class ScoreTable:
         if len(rows) > _FEW_CHANGES:
             rows = np.unique(rows)
         else:
-            rows = np.array(self._score_few(line, set(rows.tolist())), dtype=np.int64)
+            rows = np.array(self._score_few(line, set(rows.tolist()), score_one), dtype=np.int64)
         if len(rows):
             self._score(np.full(len(rows), line, dtype=np.int64), rows)
         self._seen[line] = board.clock
         return True
 
-    def _score_few(self, line: int, rows: Iterable[int]) -> list[int]:
+    def _score_few(self, line: int, rows: Iterable[int], score_one: Callable[[int, int], float]) -> list[int]:
         """Score a few machines; those are left that need a look at each device."""
         board, scores, possible = self._board, self._scores[line], self._possible[line]
         cores, untouched, alike = board.cores, board.untouched, board.alike
@@ -407,7 +410,7 @@ class ScoreTable:
                     and board.capacity.disk[row] >= disk
                     and (not count or eligible[alike[row]])
                 ):
-                    score = self._scorer.score_whole(row, count)
+                    score = score_one(row, count)
             if score is None:
                 left.append(row)
             else:

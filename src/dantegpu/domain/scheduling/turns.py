@@ -150,7 +150,8 @@ class Turns:
 
     def _reserved(self) -> bool:
         """Somebody could start: those that were refused before get their reservations now. True: there are new ones."""
-        return self._backfill is not None and self._backfill.reserve(self._board.free)
+        backfill = self._backfill
+        return backfill is not None and backfill.pending and backfill.reserve(self._board.free)
 
     def _keep_behind(self, shape: Shape, places: Sequence[Place]) -> None:
         assert self._backfill is not None, "only reservations keep anybody behind"
