@@ -335,6 +335,8 @@ class _Search:
         gpu = request.gpu
         if gpu is None or self._eligible is None:
             return {NO_MODEL: []}
+        if sum([milli >= gpu.milli for milli in room.device]) < gpu.count_min:
+            return {}
         by_model: dict[int, list[int]] = {}
         for column, milli in enumerate(room.device):
             if milli >= gpu.milli and self._eligible[row, column] and self._may_share(row, column, milli):
