@@ -1,6 +1,7 @@
 """kill -9 of a provider's daemon at random moments, over and over, with jobs running: what is lost, doubled, left."""
 
 import asyncio
+import json
 import os
 import random
 import re
@@ -22,7 +23,11 @@ JOB_SECONDS = (0.5, 4.0)
 DAEMON_LIVES_SECONDS = (0.0, 1.5)
 """Every third one from its start on: it dies before it has adopted, or while it does. The others from when they are
 connected: a daemon that never lives long enough to renew its leases must lose its jobs."""
+UNRENEWED_SECONDS = 10.0
+"""On a machine so slow that leases were renewed longer ago than this, the daemon lives until it has renewed them: what
+is measured are kills, and two starts of a daemon that take longer than a lease would lose jobs without any."""
 CONNECT_SECONDS = 60.0
+RENEW_SECONDS = 30.0
 JOB_TIMEOUT_SECONDS = 300.0
 STOP_SECONDS = 30.0
 LAST_WORDS_LENGTH = 4000
@@ -76,6 +81,15 @@ class _Daemon:
             while b'"event": "connected"' not in os.pread(self._log.fileno(), 1 << 20, self._began):
                 await asyncio.sleep(0.01)
 
+    async def renewed(self) -> None:
+        """Wait until the leases of what runs were renewed a moment ago, or nothing runs."""
+        leases = self.state / "leases.json"
+        deadline = time.monotonic() + RENEW_SECONDS
+        while leases.exists() and time.time() - leases.stat().st_mtime > UNRENEWED_SECONDS:
+            if not json.loads(leases.read_text())["leases"] or time.monotonic() > deadline:
+                return
+            await asyncio.sleep(0.01)
+
     def last_words(self) -> str:
         """The end of what this life of it has logged."""
         return os.pread(self._log.fileno(), 1 << 20, self._began).decode(errors="replace")[-LAST_WORDS_LENGTH:]
@@ -127,6 +141,7 @@ async def measure(login: Login, kills: int, sandbox: str, seed: int) -> Adopted:
                 _fill(client, tally, dice)
                 if number % 3:
                     await daemon.connected()
+                await daemon.renewed()
                 await asyncio.sleep(dice.uniform(*DAEMON_LIVES_SECONDS))
                 await daemon.end(signal.SIGKILL)
                 await daemon.start()

@@ -6,10 +6,14 @@ In the sandbox of processes and in containers.
 import json
 import os
 from pathlib import Path
+from typing import Any
 
+from dantegpu.daemon.containers import choose_containers
 from dantegpu.daemon.executors.base import StopReason
-from dantegpu.daemon.workspace import output_files
-from tests.fixtures.executors import Bench, a_python_job, a_shell_job
+from dantegpu.daemon.settings import DaemonSettings
+from dantegpu.daemon.workspace import Workspace, output_files
+from tests.fixtures.containers import REMAPPED_UID
+from tests.fixtures.executors import ACCEPTED_ESCAPES, Bench, ContainerKind, a_python_job, a_shell_job
 
 PROBE = """
 import ctypes, json, os, socket
@@ -55,6 +59,26 @@ DEVICES = {
 
 
 async def test_every_line_of_the_sandboxs_list_holds(sandbox: Bench):
+    await list_holds(sandbox)
+
+
+async def test_the_list_holds_where_docker_maps_users_whose_root_is_nobody_here(remapped: Bench, tmp_path: Path):
+    seen, owner = await list_holds(remapped)
+    assert seen["maps"] == ["0", str(REMAPPED_UID), "65536"]
+    assert owner == REMAPPED_UID + seen["uid"]
+    assert isinstance(remapped.kind, ContainerKind)
+    settings = DaemonSettings.load(
+        {"containers": str(remapped.kind.socket), "accept_escapes": ",".join(ACCEPTED_ESCAPES)}
+    )
+    found = await choose_containers(settings, Workspace(tmp_path))
+    assert found.engine == "docker"
+    assert f"user namespace from uid {REMAPPED_UID} (userns-remap)" in found.about
+    assert found.executor is not None
+    await found.executor.close()
+
+
+async def list_holds(sandbox: Bench) -> tuple[dict[str, Any], int]:
+    """What the probe has seen, and who its files belong to on the machine."""
     handle = await sandbox.start(a_python_job(PROBE))
     status = await sandbox.executor.wait(handle)
     text = sandbox.log(handle)
@@ -78,6 +102,7 @@ async def test_every_line_of_the_sandboxs_list_holds(sandbox: Bench):
     assert set(seen["devices"]) <= DEVICES
     assert (seen["unshare"], seen["mount"], seen["keyctl"]) == (-1, -1, -1)
     assert [name for name in ("setuid", "mknod", "chown") if "Error" not in seen[name]] == []
+    return seen, owner
 
 
 async def test_links_that_a_job_leaves_lead_nobody_outside(sandbox: Bench, tmp_path: Path):

@@ -26,10 +26,9 @@ def path(tmp_path: Path) -> Path:
 def renew(path: Path, rest_seconds: float, *, seconds_ago: float = 0.0) -> float:
     """As a daemon does it whose boot clock shows other numbers than the node's. `seconds_ago` by the node's clock."""
     now = boottime() + 1_000_000
-    LeaseFile(path).write({ATTEMPT: now + rest_seconds, "att_2": now + 3600}, now)
-    raw = json.loads(path.read_text())
-    # Whole or not at all, as each time.
-    fresh = path.with_suffix(".old")
+    fresh = path.with_suffix(".fresh")
+    LeaseFile(fresh).write({ATTEMPT: now + rest_seconds, "att_2": now + 3600}, now)
+    raw = json.loads(fresh.read_text())
     fresh.write_text(json.dumps(raw | {"wall": raw["wall"] - seconds_ago}))
     fresh.rename(path)
     return boottime()

@@ -148,5 +148,5 @@ async def _containers() -> list[Finding]:
         found = await choose_containers(settings, Workspace(Path(folder)))
         if found.executor is not None:
             await found.executor.close()
-    name = f"{found.engine} at {socket}" if found.engine else f"not usable: {socket}"
+    name = f"{found.about}, at {socket}" if found.engine else f"not usable: {socket}"
     return [Finding("containers", bool(found.engine), False, name, "; ".join(found.notes))]
