@@ -3,9 +3,14 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Before the first import: fixtures import one another.
 pytest.register_assert_rewrite("tests.fixtures")
+
+# How long an example takes says more of the machine than of the code.
+settings.register_profile("dante", deadline=None)
+settings.load_profile("dante")
 
 pytest_plugins = [
     f"tests.fixtures.{path.stem}"

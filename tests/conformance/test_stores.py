@@ -127,7 +127,8 @@ async def test_a_locked_row_is_waited_for_and_then_seen_as_it_was_left(db: Datab
             order.append(f"second sees {rows[job.id].cost_udgpu}")
 
     async with db.transaction() as tx:
-        await store.lock_jobs(tx, [job.id])
+        await store.lock_job_ids(tx, [job.id])
+        await store.jobs_by_id(tx, [])
         waiting = asyncio.create_task(second())
         await asyncio.sleep(0.05)
         attempt = an_attempt(job)
@@ -332,14 +333,15 @@ async def test_past_use_is_an_average_in_which_a_half_life_ago_counts_half(db: D
 async def test_an_attempt_that_has_ended_never_changes_again(db: Database):
     _, attempt = await running(db)
     end = a_change(attempt, state="SUCCEEDED", outcome="succeeded", exit_code=0, ended_at=at(5), billed_seconds=5)
+    end["silent"] = True
     async with db.transaction() as tx:
         await store.save_attempts(tx, [a_change(attempt, state="STOPPING", stop_reason="user", running_at=at(9))])
         await store.save_attempts(tx, [end])
     before = await the_attempt(db, attempt)
     async with db.transaction() as tx:
-        await store.save_attempts(tx, [end | {"state": "FAILED", "exit_code": 1, "billed_seconds": 99}])
+        await store.save_attempts(tx, [end | {"state": "FAILED", "exit_code": 1, "billed_seconds": 99, "silent": None}])
     assert await the_attempt(db, attempt) == before
-    assert (before.running_at, before.stop_reason, before.billed_seconds) == (T0, "user", 5)
+    assert (before.running_at, before.stop_reason, before.billed_seconds, before.silent) == (T0, "user", 5, True)
 
 
 @pytest.mark.parametrize(

@@ -245,9 +245,7 @@ class _World:
         await self._billing.check_balanced()
 
 
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(terms=_terms, steps=_steps)
 async def test_any_sequence_of_calls_answers_as_the_domains_ledger_does(
     billing: BillingClient, terms: list[tuple[int, int, int]], steps: list[tuple[str, ...]]

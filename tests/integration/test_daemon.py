@@ -42,6 +42,15 @@ async def test_a_job_runs_and_its_log_and_results_arrive(
     await until(lambda: not attempts_left(running_daemon))
 
 
+async def test_a_job_that_writes_nothing_costs_no_log_unless_an_attempt_before_it_may_have_one(
+    machine_platform: MachinePlatform, running_daemon: RunningDaemon
+):
+    first, second = await machine_platform.place("true"), await machine_platform.place("true", epoch=2)
+    assert [(await machine_platform.ended(each)).log_bytes for each in (first, second)] == [0, 0]
+    assert machine_platform.logs == {second: b""}
+    await until(lambda: not attempts_left(running_daemon))
+
+
 async def test_commands_run_in_order_and_stop_at_the_first_that_fails(
     machine_platform: MachinePlatform, running_daemon: RunningDaemon
 ):
@@ -116,6 +125,23 @@ async def test_an_end_that_was_acknowledged_by_a_push_is_forgotten_without_a_syn
     await machine_platform.reached(attempt_id, jobs_pb2.SUCCEEDED)
     await machine_platform.acknowledge(attempt_id)
     await until(lambda: attempt_id not in {folder.name for folder in attempts_left(running_daemon)})
+
+
+async def test_a_push_that_comes_once_more_after_the_end_starts_nothing(
+    machine_platform: MachinePlatform, running_daemon: RunningDaemon
+):
+    first = await machine_platform.place("true")
+    again = machine_platform.desired[first]
+    await machine_platform.ended(first)
+    await until(lambda: not attempts_left(running_daemon))
+    machine_platform.answers_syncs = False
+    # It goes out beside the next one, like a message that was under way for long.
+    again.spec.argv[:] = ["sleep", "600"]
+    machine_platform.desired[first] = again
+    second = await machine_platform.place("true")
+    await machine_platform.reached(second, jobs_pb2.SUCCEEDED)
+    await machine_platform.acknowledge(second)
+    await until(lambda: not attempts_left(running_daemon))
 
 
 async def test_an_old_push_changes_nothing(machine_platform: MachinePlatform, running_daemon: RunningDaemon):

@@ -4,7 +4,6 @@ import asyncio
 import gzip
 import json
 import re
-import statistics
 import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -209,7 +208,8 @@ async def test_small_answers_do_not_wait_for_a_delayed_ack(client: httpx.AsyncCl
         began = time.perf_counter()
         await client.get("/v1/me")
         seconds.append(time.perf_counter() - began)
-    assert statistics.median(seconds) < 0.03
+    # A delayed acknowledgement comes after 40 ms and would hold up each of them, a busy machine only some.
+    assert min(seconds) < 0.03
 
 
 PUBLIC = {

@@ -74,8 +74,8 @@ class Behind(
         self.job.state = state
         self.events.append(jobs_pb2.JobEvent(job_id=self.job.id, seq=len(self.events) + 1, state=state, type=type_))
         if wake:
-            changes = [events_pb2.JobChanged(job_id=str(JobId.new())), events_pb2.JobChanged(job_id=self.job.id)]
-            event = wrap(events_pb2.JobsChanged(changes=changes), event_id=EventId.new(), occurred_at=datetime.now(UTC))
+            job_ids = [str(JobId.new()), self.job.id]
+            event = wrap(events_pb2.JobsChanged(job_ids=job_ids), event_id=EventId.new(), occurred_at=datetime.now(UTC))
             await self._bus.publish(subjects.JOBS_CHANGED, event)
 
     def attempt(self, state: "jobs_pb2.JobState.ValueType") -> jobs_pb2.Attempt:
@@ -406,6 +406,16 @@ async def test_a_log_whose_end_never_came_is_not_followed_for_ever(world: World)
     await world.behind.event(jobs_pb2.FAILED, "ended")
     async with world.follow("logs") as stream:
         assert [name for name, _, _ in await stream.rest()] == ["log", "end"]
+
+
+async def test_following_a_job_whose_machine_has_no_log_of_it_ends_with_the_job(world: World):
+    attempt = world.behind.attempt(jobs_pb2.SUCCEEDED)
+    attempt.started_at.GetCurrentTime()
+    attempt.ended_at.GetCurrentTime()
+    attempt.silent = True
+    await world.behind.event(jobs_pb2.SUCCEEDED, "ended")
+    async with world.follow("logs") as stream:
+        assert [name for name, _, _ in await stream.rest()] == ["end"]
 
 
 async def test_a_part_of_a_stored_log_can_be_asked_for(world: World):

@@ -3,11 +3,14 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
+from uuid import UUID
 
+import psutil
 import psycopg
 import pytest
 from nats.aio.msg import Msg
 
+from dantegpu.apps.embedded.postgres import EmbeddedPostgres
 from dantegpu.contracts import subjects
 from dantegpu.contracts.envelope import unwrap
 from dantegpu.contracts.gen.dante.v1 import events_pb2, jobs_pb2
@@ -109,6 +112,25 @@ async def test_what_was_sent_and_failed_rolls_everything_back_and_the_connection
     await one.stop()
 
 
+@pytest.mark.parametrize(
+    ("type_", "elements"),
+    [
+        ("uuid", [UUID(int=0), None, UUID(int=2**128 - 1)]),
+        ("text", ["", "NULL", 'é "\\{,}\n', None]),
+        ("bytea", [None, b"", b"\x00\xff{}"]),
+        ("bigint", [-(2**63), 2**63 - 1, 0, None]),
+        ("smallint", [-5, 32_767]),
+        ("boolean", [True, None, False]),
+        ("text", []),
+        ("integer", [None]),
+    ],
+)
+async def test_a_list_arrives_as_the_array_that_it_is(db: Database, type_: str, elements: list[object]):
+    async with db.transaction() as tx:
+        assert await tx.value(f"SELECT %(elements)s::{type_}[]", elements=elements) == elements
+        assert await tx.value(f"SELECT cardinality(%(elements)s::{type_}[])", elements=elements) == len(elements)
+
+
 async def test_a_statement_longer_than_the_sockets_buffer_arrives_whole(db: Database):
     data = bytes(8 << 20)
     statement = "INSERT INTO outbox (subject, message_id, payload) VALUES ('a', %(key)s, %(data)s)"
@@ -154,6 +176,42 @@ async def test_only_a_transaction_that_need_not_be_durable_leaves_the_disk_to_th
     async with fresh.transaction() as tx:
         assert await tx.value("SHOW synchronous_commit") == "on"
     await fresh.stop()
+
+
+async def test_a_crash_of_postgresql_undoes_only_what_no_durable_commit_came_after(short_dir: Path, tmp_path: Path):
+    # It writes its log at durable commits and else after ten seconds, which this test does not take.
+    server = EmbeddedPostgres(short_dir / "data", short_dir / "run", settings={"wal_writer_delay": "10s"})
+    address = await server.start()
+    await migrate(address.dsn(), "kit", tmp_path)
+
+    async def tell(word: str, *, durable: bool) -> None:
+        async with db.transaction(durable=durable) as tx:
+            await tx.run("INSERT INTO told VALUES (%(word)s)", word=word)
+
+    db = Database(address.dsn(), "kit")
+    await db.start()
+    async with db.transaction() as tx:
+        await tx.run("CREATE TABLE told (word text)")
+    await tell("the hold", durable=False)
+    await tell("its attempt", durable=True)
+    await tell("another hold", durable=False)
+    assert server.pid is not None
+    postmaster = psutil.Process(server.pid)
+    crashed = [postmaster, *postmaster.children(recursive=True)]
+    for process in crashed:
+        process.kill()
+    psutil.wait_procs(crashed, timeout=30)
+    await db.stop()
+    await server.start()
+    fresh = Database(address.dsn(), "kit")
+    await fresh.start()
+    async with fresh.statement() as tx:
+        assert await tx.value("SELECT array_agg(word ORDER BY ctid) FROM told") == [
+            "the hold",
+            "its attempt",
+        ]
+    await fresh.stop()
+    await server.stop()
 
 
 # --- idempotency ------------------------------------------------------------------------------------------------------
@@ -236,11 +294,11 @@ class Listener:
         self.jobs: list[str] = []
 
     async def __call__(self, message: Msg) -> None:
-        self.jobs.append(unwrap(message.data, events_pb2.JobChanged)[1].job_id)
+        self.jobs.append(unwrap(message.data, events_pb2.WalletChanged)[1].team_id)
 
 
-def changed(job_id: JobId) -> tuple[str, events_pb2.JobChanged]:
-    return f"dante.jobs.{job_id}", events_pb2.JobChanged(job_id=str(job_id))
+def changed(job_id: JobId) -> tuple[str, events_pb2.WalletChanged]:
+    return f"dante.jobs.{job_id}", events_pb2.WalletChanged(team_id=str(job_id))
 
 
 @pytest.fixture
@@ -289,7 +347,7 @@ async def test_rows_outlive_nats_and_go_out_once_it_is_back(db: Database, bus: B
 
 async def test_a_message_that_nats_refuses_holds_up_no_other(db: Database, bus: Bus) -> None:
     outbox = Outbox(db, bus, SystemClock())
-    huge = events_pb2.JobChanged(job_id="x" * (3 << 20))
+    huge = events_pb2.WalletChanged(team_id="x" * (3 << 20))
     async with db.transaction() as tx:
         await outbox.add(tx, [("dante.jobs.huge", huge), changed(JobId.new())])
     await outbox.start()

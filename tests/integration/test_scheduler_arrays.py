@@ -76,7 +76,7 @@ async def test_an_array_with_a_failed_task_fails_with_counts_and_costs_what_its_
 async def test_tasks_are_created_as_their_turn_comes_and_never_more_than_may_wait(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(arrays, "CHUNK_TASKS", 3)
+    monkeypatch.setattr(arrays, "CHUNK_TASKS", 2)
     monkeypatch.setattr(arrays, "MAX_WAITING_TASKS", 4)
     array_id = await world.submit_one(an_array(20))
     job = await world.when(array_id, lambda job: job.array.created == 4)

@@ -49,6 +49,17 @@ async def test_a_report_with_a_stale_epoch_seq_or_id_changes_nothing(world: Worl
     assert await world.get(job_id) == before
 
 
+async def test_an_attempt_without_a_log_is_known_as_silent_once_it_has_ended(world: World) -> None:
+    machine = await world.machine(2)
+    silent: list[bool] = []
+    for log_bytes in (0, 5):
+        job_id, attempt = await world.running(machine, a_spec())
+        assert not (await world.get(job_id)).attempts[0].silent
+        await machine.ends(attempt, log_bytes=log_bytes)
+        silent.append((await world.reached(job_id, *ENDED)).attempts[0].silent)
+    assert silent == [True, False]
+
+
 async def test_a_job_shows_where_its_ports_are_reached_unless_its_machine_says_nonsense(world: World) -> None:
     machine = await world.machine(2)
     shown: list[list[tuple[int, str, int]]] = []

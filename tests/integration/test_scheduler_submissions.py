@@ -1,6 +1,7 @@
 """Submissions of several callers in one call: each is answered as if it had come alone."""
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -54,6 +55,27 @@ async def test_a_refused_submission_refuses_no_other(world: World) -> None:
     assert (empty.error.type, empty.error_status) == ("invalid-job", "invalid")
     assert (forbidden.error.type, forbidden.error_status) == ("forbidden", "forbidden")
     assert await world.sql("SELECT count(*) FROM jobs") == [(1,)]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"priority": 101}, "job 3: priority 101"),
+        ({"argv": ["echo", "a\x00b"]}, "job 3: a command or variable holds a NUL"),
+        ({"env": {"NAME": "\x00"}}, "job 3: a command or variable holds a NUL"),
+        ({"commands": ["echo"]}, "job 3: give either a command or `commands`"),
+        ({"name": "n" * 101}, "job 3: name: at most"),
+    ],
+    ids=["priority", "command", "env", "commands", "name"],
+)
+async def test_one_wrong_job_among_many_alike_is_named(world: World, wrong: dict[str, Any], says: str) -> None:
+    small = jobs_pb2.ResourceRequest(cpu_milli=100)
+    alike = [jobs_pb2.JobSpec(argv=["echo", str(each)], name=str(each), resources=small) for each in range(4)]
+    fields: dict[str, Any] = {"argv": ["true"], "resources": small} | wrong
+    alike[2] = jobs_pb2.JobSpec(**fields)
+    with pytest.raises(RemoteError, match=says):
+        await world.submit(*alike)
+    assert await world.sql("SELECT count(*) FROM jobs") == [(0,)]
 
 
 async def test_a_key_is_done_once_also_within_one_call_and_across_both_calls(world: World) -> None:

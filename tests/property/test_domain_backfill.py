@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dantegpu.domain.gpus import KNOWN_GPUS
@@ -103,7 +103,6 @@ class World:
         return min((moment for moment in (*ends, *comes) if moment > now), default=None)
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_a_reserved_job_is_not_delayed_by_what_fills_its_gaps_and_starts_in_the_end(data: st.DataObject):
     gpus = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3), "gpus")

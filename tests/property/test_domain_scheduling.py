@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 from random import Random
 from uuid import UUID
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dantegpu.domain.gpus import KNOWN_GPUS
@@ -101,7 +101,6 @@ def leases_of(plan: Plan) -> list[Lease]:
 
 
 # A deadline would measure the machine's other work.
-@settings(deadline=None)
 @given(rounds())
 def test_no_plan_is_over_capacity(given_round: tuple[list[MachineInfo], list[PendingJob], Policy]):
     fleet, pending, policy = given_round
@@ -120,7 +119,6 @@ def test_no_plan_is_over_capacity(given_round: tuple[list[MachineInfo], list[Pen
     assert all(milli <= 1000 for milli in devices.values())
 
 
-@settings(deadline=None)
 @given(rounds())
 def test_each_job_is_placed_or_told_why_not_exactly_once(
     given_round: tuple[list[MachineInfo], list[PendingJob], Policy],
@@ -131,7 +129,6 @@ def test_each_job_is_placed_or_told_why_not_exactly_once(
     assert sorted(answered) == sorted(job.id for job in pending)
 
 
-@settings(deadline=None)
 @given(rounds())
 def test_every_placement_keeps_the_jobs_and_the_machines_conditions(
     given_round: tuple[list[MachineInfo], list[PendingJob], Policy],
@@ -153,7 +150,6 @@ def test_every_placement_keeps_the_jobs_and_the_machines_conditions(
         assert gpu is None or gpu.milli == 1000 or machine.allows_fractions
 
 
-@settings(deadline=None)
 @given(rounds())
 def test_no_device_is_ever_shared_by_two_teams(given_round: tuple[list[MachineInfo], list[PendingJob], Policy]):
     fleet, pending, policy = given_round
@@ -164,7 +160,6 @@ def test_no_device_is_ever_shared_by_two_teams(given_round: tuple[list[MachineIn
             assert teams.setdefault(share.device_id, placement.team_id) == placement.team_id
 
 
-@settings(deadline=None)
 @given(rounds(), st.randoms(use_true_random=False))
 def test_the_same_question_has_the_same_answer_in_whatever_order_it_is_asked(
     given_round: tuple[list[MachineInfo], list[PendingJob], Policy], random: Random
@@ -176,7 +171,6 @@ def test_the_same_question_has_the_same_answer_in_whatever_order_it_is_asked(
     assert schedule(Snapshot.from_machines(fleet), pending, policy, now=T0) == first
 
 
-@settings(deadline=None)
 @given(rounds())
 def test_what_was_not_placed_does_not_fit_into_what_is_left(
     given_round: tuple[list[MachineInfo], list[PendingJob], Policy],
@@ -192,7 +186,6 @@ def test_what_was_not_placed_does_not_fit_into_what_is_left(
             assert why.machines_free == 0
 
 
-@settings(deadline=None)
 @given(rounds())
 def test_every_relaxation_opens_what_it_promises(given_round: tuple[list[MachineInfo], list[PendingJob], Policy]):
     fleet, pending, _ = given_round
@@ -204,7 +197,6 @@ def test_every_relaxation_opens_what_it_promises(given_round: tuple[list[Machine
             assert relaxation.before != relaxation.after
 
 
-@settings(deadline=None)
 @given(rounds())
 def test_nobody_borrows_while_a_team_within_its_quota_goes_without(
     given_round: tuple[list[MachineInfo], list[PendingJob], Policy],
@@ -231,7 +223,6 @@ def test_nobody_borrows_while_a_team_within_its_quota_goes_without(
         taken.append(lease)
 
 
-@settings(deadline=None)
 @given(rounds(), st.randoms(use_true_random=False))
 def test_rounds_that_give_back_and_go_on_are_those_of_a_fresh_start(
     given_round: tuple[list[MachineInfo], list[PendingJob], Policy], random: Random

@@ -31,6 +31,8 @@ log = structlog.get_logger(__name__)
 FENCE_CHECK_SECONDS = 1.0
 UNACKNOWLEDGED_SYNC_SECONDS = 2.0
 """The next sync comes this soon while the platform has not acknowledged something: usually a push does before."""
+OVER_MARGIN_SECONDS = 1.0
+"""By so much two estimates of the server's clock may differ."""
 MIN_SYNC_PAUSE_SECONDS = 0.05
 REPORT_PAUSE_SECONDS = 0.01
 """Between two reports, at least: what changes meanwhile is told in one message."""
@@ -72,6 +74,8 @@ class Agent:
         self._attempts: dict[AttemptId, Attempt] = {}
         self._waiting: dict[AttemptId, Attempt] = {}
         """After a restart: journaled but not started; they start when the platform still wants them."""
+        self._over: dict[AttemptId, float] = {}
+        """Attempts that are forgotten, and until when a push that is late or comes twice may still bring them."""
         self._revision = -1
         self._link: Link | None = None
         self._tasks = Tasks("agent")
@@ -368,6 +372,10 @@ class Agent:
         for desired in state.desired:
             attempt_id = AttemptId.parse(desired.attempt_id)
             wanted.add(attempt_id)
+            if attempt_id not in self._attempts and (attempt_id in asked or (not renews and attempt_id in self._over)):
+                # Forgotten since this was asked for, or sent: it may not run a second time.
+                log.warning("ended_attempt_not_started_again", attempt_id=str(attempt_id))
+                continue
             self._want(attempt_id, desired, sent_at, renews)
         for attempt_id, attempt in self._attempts.items() if not state.partial else ():
             # What came after the question was asked cannot be missing in its answer.
@@ -439,6 +447,7 @@ class Agent:
             if attempt is None or not attempt.ended or ack.seq < attempt.row.status.seq:
                 continue
             del self._attempts[attempt.row.attempt_id]
+            self._over[attempt.row.attempt_id] = attempt.lease_until + OVER_MARGIN_SECONDS
             self._dirty.pop(attempt.row.attempt_id, None)
             if attempt.forgettable:
                 forgettable.append(attempt)
@@ -483,6 +492,7 @@ class Agent:
 
     def _fence_expired(self) -> None:
         now = boottime()
+        self._over = {attempt_id: until for attempt_id, until in self._over.items() if until > now}
         for attempt in list(self._attempts.values()):
             if not attempt.ended and attempt.lease_until < now:
                 log.warning("lease_expired", attempt_id=str(attempt.row.attempt_id))

@@ -146,7 +146,7 @@ class Attempt:
         status = machine_pb2.AttemptStatus()
         status.CopyFrom(self.row.status)
         if self._handle is not None:
-            status.log_bytes = self._tail.size
+            status.log_bytes = max(self._tail.size, self._tail.acked)
         return status
 
     def stop(self, grace_seconds: float, reason: str) -> None:
@@ -394,7 +394,12 @@ class Attempt:
 
     async def _finish(self, ending: Ended | None, exit_status: ExitStatus | None) -> None:
         """Results and log first, then the report that makes them count."""
-        self._tools.shipper.ended(self._tail)
+        if self._tail.sent or self.row.epoch > 1 or self._tail.size:
+            self._tools.shipper.ended(self._tail)
+        else:
+            # The report of its end says so: that costs nobody anything. Of a later attempt the log itself has to say
+            # it, or the one before it would still be shown as the latest.
+            self._tail.silent()
         results: list[HashedFile] = []
         ran_ms = int(self._ran_seconds() * 1000) if exit_status is not None else 0
         if exit_status is not None and not self._fenced and not exit_status.lost:

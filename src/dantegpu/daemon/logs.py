@@ -94,6 +94,13 @@ class Tail:
     complete: asyncio.Event = field(default_factory=asyncio.Event)
     """All of it, and that it ended, is stored; or the platform does not want more."""
     watch: int = -1
+    sent: bool = False
+    """The platform may know of it."""
+
+    def silent(self) -> None:
+        """It has ended, is empty, and was never sent."""
+        self.ended = True
+        self.complete.set()
 
     @property
     def size(self) -> int:
@@ -120,6 +127,7 @@ class Tail:
             with self.path.open("rb") as file:
                 data = os.pread(file.fileno(), count, self.acked)
         last = self.ended and self.acked + len(data) >= end
+        self.sent = True
         return machine_pb2.LogChunk(attempt_id=str(self.attempt_id), offset=self.acked, data=data, last=last)
 
 

@@ -9,7 +9,7 @@ import stat
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from dantegpu.domain.ids import AttemptId
@@ -33,9 +33,12 @@ class ResultsTooLarge(Exception):
     """The job left more files or bytes in its output folder than are uploaded."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AttemptFolder:
-    """`attempts/<id>/`, 0700: only `work`, `output` and the log's descriptor are ever seen by the job."""
+    """`attempts/<id>/`, 0700: only `work`, `output` and the log's descriptor are ever seen by the job.
+
+    Making a path costs as much as using it, so each is made once.
+    """
 
     root: Path
     spares: Path | None = None
@@ -43,32 +46,32 @@ class AttemptFolder:
     parked: Path | None = None
     """Where those lie for which a sandbox waits already."""
 
-    @property
+    @cached_property
     def work(self) -> Path:
         return self.root / "work"
 
-    @property
+    @cached_property
     def output(self) -> Path:
         return self.root / "output"
 
-    @property
+    @cached_property
     def log(self) -> Path:
         return self.root / "output.log"
 
-    @property
+    @cached_property
     def started(self) -> Path:
         """Made by the shim, exclusively, before anything runs: "pid starttime"."""
         return self.root / "started"
 
-    @property
+    @cached_property
     def exit(self) -> Path:
         return self.root / "exit"
 
-    @property
+    @cached_property
     def stop(self) -> Path:
         return self.root / "stop"
 
-    @property
+    @cached_property
     def resumed(self) -> Path:
         """Made once an earlier attempt's checkpoint is in place: that attempt's epoch."""
         return self.root / "resumed"
@@ -193,7 +196,7 @@ class AttemptFolder:
                 os.rename(f"{root}/started", f"{root}/{SPARE_STARTED}")
             with contextlib.suppress(FileNotFoundError):
                 os.rename(f"{root}/exit", f"{root}/{SPARE_EXIT}")
-            os.rename(root, self.spares / self.root.name)
+            os.rename(root, f"{self.spares}/{self.root.name}")
         except OSError:
             return False
         return True
@@ -342,10 +345,10 @@ def open_output(output: Path, path: str) -> int:
         os.close(descriptor)
 
 
-@cache
-def _places(root: Path) -> tuple[str, Path, Path]:
+@lru_cache(maxsize=128)
+def _folder(root: Path, attempt_id: AttemptId) -> AttemptFolder:
     """Asked for several times per attempt."""
-    return str(root / "attempts"), root / "spare", root / "parked"
+    return AttemptFolder(root / "attempts" / str(attempt_id), root / "spare", root / "parked")
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,8 +362,7 @@ class Workspace:
             (self.root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def attempt(self, attempt_id: AttemptId) -> AttemptFolder:
-        attempts, spare, parked = _places(self.root)
-        return AttemptFolder(Path(f"{attempts}/{attempt_id}"), spare, parked)
+        return _folder(self.root, attempt_id)
 
     def attempts(self) -> list[AttemptFolder]:
         folder = self.root / "attempts"

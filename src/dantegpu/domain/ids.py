@@ -21,7 +21,7 @@ _SUFFIX_LENGTH = 26
 _RANDOM_BITS = 74
 _RANDOM_LIMIT = 1 << _RANDOM_BITS
 _LOW_BITS_MASK = (1 << 62) - 1
-REMEMBERED = 8192
+REMEMBERED = 16_384
 """Texts and values of the last ids: each is written and read a dozen times while its job is on its way."""
 _DERIVED_NAMESPACE = UUID("5f9c3a52-7d0e-5c3e-9a0b-0d1f7c9be6a1")
 

@@ -6,6 +6,7 @@ the statements themselves do, and a platform's time is mostly small statements. 
 
 import asyncio
 import re
+import struct
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -22,7 +23,6 @@ MAX_PREPARED = 1000
 """Statements that a connection keeps prepared; what comes after is sent whole each time."""
 RESET_SECONDS = 5.0
 """A connection whose last statement cannot be ended within this time is given up."""
-_UUID_ARRAY_OID = 2951
 _PARAMETER = re.compile(rb"%(?:\((\w+)\)s|(%))")
 
 
@@ -39,7 +39,8 @@ class Pipeline:
     """The statements of one connection. Its user has it alone from open() to close()."""
 
     def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
-        connection.adapters.register_dumper(_Uuids, _UuidsDumper)
+        for array, dumper in _ARRAYS.values():
+            connection.adapters.register_dumper(array, dumper)
         self._connection = connection
         self._pgconn = connection.pgconn
         self._adapt = Transformer(connection)
@@ -203,25 +204,97 @@ def _parsed(sql: str) -> tuple[bytes, tuple[str, ...]]:
     return query, tuple(names)
 
 
-class _Uuids:
-    """An array of UUIDs as text. Ids are what most statements are about; psycopg adapts a list element by element."""
-
-    __slots__ = ("text",)
-
-    def __init__(self, text: bytes) -> None:
-        self.text = text
+# Lists are what most statements are about, and psycopg adapts them element by element. Here they become arrays in
+# PostgreSQL's binary form: a header, then each element's length and bytes. See array_recv in PostgreSQL's source.
 
 
-class _UuidsDumper(Dumper):
-    oid = _UUID_ARRAY_OID
+class _Array:
+    __slots__ = ("data",)
+    element_oid = 0
+
+    def __init__(self, elements: Sequence[bytes]) -> None:
+        self.data = _HEADER.pack(1, _NULL in elements, self.element_oid, len(elements), 1) + b"".join(elements)
+
+
+class _Uuids(_Array):
+    element_oid = 2950
+
+
+class _Texts(_Array):
+    element_oid = 25
+
+
+class _Blobs(_Array):
+    element_oid = 17
+
+
+class _Integers(_Array):
+    element_oid = 20
+
+
+class _Booleans(_Array):
+    element_oid = 16
+
+
+class _ArrayDumper(Dumper):
+    format = Format.BINARY
 
     @override
-    def dump(self, obj: _Uuids) -> bytes:
-        return obj.text
+    def dump(self, obj: _Array) -> bytes:
+        return obj.data
+
+
+class _UuidsDumper(_ArrayDumper):
+    oid = 2951
+
+
+class _TextsDumper(_ArrayDumper):
+    oid = 1009
+
+
+class _BlobsDumper(_ArrayDumper):
+    oid = 1001
+
+
+class _IntegersDumper(_ArrayDumper):
+    oid = 1016
+
+
+class _BooleansDumper(_ArrayDumper):
+    oid = 1000
+
+
+_HEADER = struct.Struct(">iiIii")
+"""Dimensions, whether there are NULLs, type of the elements, their number, the first one's index."""
+_NULL = b"\xff\xff\xff\xff"
+_ARRAYS: Mapping[type, tuple[type[_Array], type[_ArrayDumper]]] = {
+    UUID: (_Uuids, _UuidsDumper),
+    str: (_Texts, _TextsDumper),
+    bytes: (_Blobs, _BlobsDumper),
+    int: (_Integers, _IntegersDumper),
+    bool: (_Booleans, _BooleansDumper),
+}
+
+
+def _sized(data: bytes) -> bytes:
+    return len(data).to_bytes(4) + data
+
+
+_ELEMENTS: Mapping[type, Callable[[Any], bytes]] = {
+    UUID: lambda uuid: b"\x00\x00\x00\x10" + uuid.bytes,
+    str: lambda text: _sized(text.encode()),
+    bytes: _sized,
+    int: lambda number: b"\x00\x00\x00\x08" + number.to_bytes(8, signed=True),
+    bool: lambda truth: b"\x00\x00\x00\x01\x01" if truth else b"\x00\x00\x00\x01\x00",
+}
 
 
 def _fast(value: object) -> object:
-    if type(value) is list and value and type(cast("list[object]", value)[0]) is UUID:
-        uuids = cast("list[UUID | None]", value)
-        return _Uuids(b"{%s}" % ",".join(["NULL" if uuid is None else uuid.hex for uuid in uuids]).encode())
-    return cast(object, value)
+    if type(value) is not list:
+        return value
+    values = cast("list[object]", value)
+    kind = type(next((each for each in values if each is not None), None))
+    element = _ELEMENTS.get(kind)
+    if element is None:
+        return values
+    return _ARRAYS[kind][0]([_NULL if each is None else element(each) for each in values])

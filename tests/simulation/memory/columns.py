@@ -58,11 +58,11 @@ def _value(type_: str, value: Any) -> Any:
     if value is None:
         return None
     match type_:
-        case "uuid":
+        case "uuid" if isinstance(value, str):
             return UUID(value)
-        case "timestamptz":
+        case "timestamptz" if isinstance(value, str):
             return datetime.fromisoformat(value)
-        case "bytea":
+        case "bytea" if isinstance(value, str):
             return bytes.fromhex(value)
         case "uuid[]":
             return [UUID(each) for each in value]

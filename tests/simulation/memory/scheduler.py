@@ -113,6 +113,10 @@ async def _locked(tx: MemoryTx, table: str, ids: Iterable[UUID]) -> list[Row]:
     return _rows(tx, table, [key[0] for key in keys])
 
 
+def _only(rows: Iterable[Row], *columns: str) -> list[Row]:
+    return [{column: row[column] for column in columns} for row in rows]
+
+
 def _seconds(number: float) -> timedelta:
     return timedelta(seconds=number)
 
@@ -134,6 +138,11 @@ async def _insert_jobs(tx: MemoryTx, params: Mapping[str, Any]) -> int:
 @statement("jobs_by_id")
 async def _jobs_by_id(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
     return _rows(tx, "jobs", params["ids"])
+
+
+@statement("lock_job_ids")
+async def _lock_job_ids(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
+    return _only(await _locked(tx, "jobs", params["ids"]), "id")
 
 
 @statement("lock_jobs")
@@ -274,7 +283,8 @@ async def _save_attempts(tx: MemoryTx, params: Mapping[str, Any]) -> int:
         first = {
             name: row.get(name) if known[name] is None else known[name] for name in ("stop_requested_at", "running_at")
         }
-        tx.update("attempts", known, **(row | kept | first | {"billed_seconds": row.get("billed_seconds") or 0}))
+        zero = {"billed_seconds": row.get("billed_seconds") or 0, "silent": row.get("silent") or False}
+        tx.update("attempts", known, **(row | kept | first | zero))
         saved += 1
     return saved
 
@@ -505,7 +515,8 @@ async def _due_attempts(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
 @statement("unsettled_attempts")
 async def _unsettled_attempts(tx: MemoryTx, params: Mapping[str, Any]) -> list[Row]:
     found = [row for row in tx.scan("attempts") if row["ended_at"] is not None and not row["settled"]]
-    return sorted(found, key=lambda row: row["ended_at"])[: params["limit"]]
+    found = sorted(found, key=lambda row: row["ended_at"])[: params["limit"]]
+    return _only(found, "id", "job_id", "billed_seconds", "windows_opened", "windows_closed")
 
 
 @statement("attempts_needing_window")
@@ -542,7 +553,7 @@ async def _open_windows(tx: MemoryTx, params: Mapping[str, Any]) -> int:
 
 @statement("close_windows")
 async def _close_windows(tx: MemoryTx, params: Mapping[str, Any]) -> int:
-    new = {UUID(record["id"]): record for record in records(params["rows"])}
+    new = {record["id"]: record for record in records(params["rows"])}
     cost: dict[UUID, int] = {}
     for row in await _locked(tx, "attempts", new):
         record = new[row["id"]]
@@ -568,7 +579,8 @@ async def _jobs_to_mark_settled(tx: MemoryTx, params: Mapping[str, Any]) -> list
         return row["ended_at"] is not None and not row["settled"] and not whole and row["id"] not in unsettled
 
     ids = sorted(row["id"] for row in tx.scan("jobs") if due(row))[: params["limit"]]
-    return [row for row in await _locked(tx, "jobs", ids) if due(row)]
+    found = [row for row in await _locked(tx, "jobs", ids) if due(row)]
+    return _only(found, "id", "team_id", "state", "event_seq", "cost_udgpu")
 
 
 @statement("mark_jobs_settled")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -54,7 +54,7 @@ def latency(jobs: int, sandbox: str, as_json: bool) -> None:
 @_sandbox
 @_json
 def throughput(array: int | None, sleep: float, sandbox: str, as_json: bool, **options: int) -> None:
-    """Run many jobs (`true`), one POST each: first POST to the last job's end. Without --json also what it costs."""
+    """Run many jobs (`true`), one POST each: first POST to the last job's end, and what it costs."""
     module = _bench("throughput")
     options |= {"array": array or 0}
     queued = options["queued"]
@@ -63,7 +63,7 @@ def throughput(array: int | None, sleep: float, sandbox: str, as_json: bool, **o
         gpus=module.QUEUED_GPUS if queued else "",
         environment=_environment(sandbox),
     )
-    _report(result, as_json, leave_out=module.NOT_IN_JSON)
+    _report(result, as_json)
 
 
 @click.command("intake")
@@ -79,7 +79,7 @@ def intake(jobs: int, submitters: int, bulk: int, as_json: bool) -> None:
         provider=False,
         environment=_environment("auto"),
     )
-    _report(result, as_json, leave_out=module.NOT_IN_JSON)
+    _report(result, as_json)
 
 
 @click.command("idle")
@@ -178,10 +178,10 @@ def _bench(name: str) -> Any:
     return import_module(f"bench.{name}")
 
 
-def _report(result: Any, as_json: bool, *, leave_out: Collection[str] = ()) -> None:
+def _report(result: Any, as_json: bool) -> None:
     figures = asdict(result)
     if as_json:
-        click.echo(json.dumps({name: value for name, value in figures.items() if name not in leave_out}))
+        click.echo(json.dumps(figures))
     else:
         for name, value in figures.items():
             click.echo(f"{name:<20}{value}")

@@ -96,7 +96,7 @@ class Streams:
     async def _jobs_changed(self, message: Msg) -> None:
         if self._following:
             _, event = unwrap(message.data, events_pb2.JobsChanged)
-            _wake(self._following, [change.job_id for change in event.changes])
+            _wake(self._following, event.job_ids)
 
     async def _logs_appended(self, message: Msg) -> None:
         if self._following_logs:

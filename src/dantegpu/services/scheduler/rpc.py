@@ -398,6 +398,7 @@ def _attempt_message(row: AttemptRow, leases: Sequence[LeaseRow], resumed_epoch:
         checkpointed_at=_timestamp(row.checkpointed_at if row.checkpoint_sha256 else None),
         resumed_epoch=resumed_epoch,
         ports=machine_pb2.AttemptStatus.FromString(row.ports).ports,
+        silent=row.silent,
     )
 
 

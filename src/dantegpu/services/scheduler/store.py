@@ -1,8 +1,10 @@
 """Jobs, attempts and leases in PostgreSQL. Named SQL: sql/queries.sql."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from operator import attrgetter
 from typing import Any
 from uuid import UUID
 
@@ -104,6 +106,7 @@ class AttemptRow:
     checkpointed_at: datetime | None
     ports: bytes
     checkpoints_deleted: bool
+    silent: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +191,28 @@ class ResolvedRow:
 
 
 @dataclass(frozen=True, slots=True)
+class UnsettledRow:
+    """An attempt that has ended."""
+
+    id: UUID
+    job_id: UUID
+    billed_seconds: int
+    windows_opened: int
+    windows_closed: int
+
+
+@dataclass(frozen=True, slots=True)
+class EndedRow:
+    """A job that has ended."""
+
+    id: UUID
+    team_id: UUID
+    state: str
+    event_seq: int
+    cost_udgpu: int
+
+
+@dataclass(frozen=True, slots=True)
 class RevisionRow:
     machine_id: UUID
     desired_revision: int
@@ -210,17 +235,27 @@ type Record = Mapping[str, Any]
 
 def json_rows(rows: Iterable[Record]) -> Jsonb:
     """Rows as the parameter of a query that takes a list of them."""
-    return Jsonb([{key: _plain(value) for key, value in row.items()} for row in rows])
+    return Jsonb(list(rows), dumps=_json)
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, UUID):
-        return str(value)
-    if isinstance(value, datetime):
-        return value.isoformat()
-    if isinstance(value, bytes):
-        return value.hex()
-    return value
+_PLAIN: Mapping[type, Callable[[Any], str]] = {
+    UUID: attrgetter("hex"), datetime: datetime.isoformat, bytes: bytes.hex
+}  # fmt: skip
+_encode = json.JSONEncoder(check_circular=False, separators=(",", ":")).encode
+
+
+def _json(rows: list[Record]) -> str:
+    """NULL is what a record has in columns that it leaves out, so most columns of most rows need not be written."""
+    return _encode(
+        [
+            {
+                key: value if (plain := _PLAIN.get(value.__class__)) is None else plain(value)
+                for key, value in row.items()
+                if value is not None
+            }
+            for row in rows
+        ]
+    )
 
 
 _NEW_JOB: Record = {
@@ -261,6 +296,11 @@ async def jobs_by_id(tx: Tx, ids: Sequence[UUID]) -> dict[UUID, JobRow]:
 async def lock_jobs(tx: Tx, ids: Iterable[UUID]) -> dict[UUID, JobRow]:
     """The jobs, locked in id order until the transaction ends: so no two transactions wait for one another."""
     return {row.id: row for row in await tx.all(JobRow, QUERIES["lock_jobs"], ids=list(ids))}
+
+
+async def lock_job_ids(tx: Tx, ids: Iterable[UUID]) -> None:
+    """The same for those whose jobs need not be looked at. It is waited for with what comes next."""
+    await tx.send(QUERIES["lock_job_ids"], ids=list(ids))
 
 
 async def lock_jobs_of_attempts(
@@ -448,8 +488,8 @@ async def due_attempts(
 # --- settlement -------------------------------------------------------------------------------------------------------
 
 
-async def unsettled_attempts(tx: Tx, limit: int) -> list[AttemptRow]:
-    return await tx.all(AttemptRow, QUERIES["unsettled_attempts"], limit=limit)
+async def unsettled_attempts(tx: Tx, limit: int) -> list[UnsettledRow]:
+    return await tx.all(UnsettledRow, QUERIES["unsettled_attempts"], limit=limit)
 
 
 async def attempts_needing_window(tx: Tx, *, now: datetime, ahead_seconds: float, limit: int) -> list[AttemptRow]:
@@ -473,10 +513,10 @@ async def close_windows(tx: Tx, rows: Sequence[Record]) -> None:
     await tx.send(QUERIES["close_windows"], rows=json_rows(rows))
 
 
-async def jobs_to_mark_settled(tx: Tx, limit: int, *, among: Iterable[UUID] | None = None) -> list[JobRow]:
+async def jobs_to_mark_settled(tx: Tx, limit: int, *, among: Iterable[UUID] | None = None) -> list[EndedRow]:
     """Ended jobs of which every attempt is settled, locked."""
     ids = None if among is None else list(among)
-    return await tx.all(JobRow, QUERIES["jobs_to_mark_settled"], limit=limit, ids=ids)
+    return await tx.all(EndedRow, QUERIES["jobs_to_mark_settled"], limit=limit, ids=ids)
 
 
 async def mark_jobs_settled(tx: Tx, job_ids: Iterable[UUID]) -> None:

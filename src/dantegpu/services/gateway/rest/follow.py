@@ -156,7 +156,7 @@ class LogSource(Source):
         if not is_terminal(attempt):
             return False
         lost = attempt.outcome == jobs_pb2.OUTCOME_LOST or not attempt.HasField("started_at")
-        return lost or self._clock.now() - convert.when(attempt.ended_at) > LOG_GRACE
+        return lost or attempt.silent or self._clock.now() - convert.when(attempt.ended_at) > LOG_GRACE
 
     async def finished(self) -> jobs.StreamEnd | None:
         over = is_terminal(self._job) or (self._one_attempt and self._epoch > 0)

@@ -25,7 +25,7 @@ from dantegpu.kit.lease import Leadership
 from dantegpu.kit.lifecycle import Wakeup
 from dantegpu.kit.outbox import Outbox
 from dantegpu.services.scheduler import store, store_arrays
-from dantegpu.services.scheduler.service.transitions import Wakeups, changed_messages, job_changed
+from dantegpu.services.scheduler.service.transitions import Wakeups, changed_messages
 from dantegpu.services.scheduler.settings import SchedulerSettings
 from dantegpu.services.scheduler.store import EventRow, JobRow
 from dantegpu.services.scheduler.store_arrays import OpenArrayRow
@@ -39,7 +39,8 @@ MAX_WAITING_TASKS = 2000
 MAX_OPEN_ARRAYS = 1000
 """Arrays looked at in one pass, the oldest first."""
 PASS_PAUSE_SECONDS = 0.05
-"""From one pass to the next at least: what ends meanwhile is looked at in one go."""
+"""From one pass to the next at least: what ends meanwhile is looked at in one go. Longer (`array_seconds`) while all
+arrays have tasks enough for a while: their tasks are counted in each pass."""
 IDLE_PASS_SECONDS = 5.0
 """While there is no array: a submission wakes the passes, this finds one whose message got lost."""
 
@@ -73,6 +74,7 @@ class Arrays:
         self._settings = settings
         self._queue = queue
         self._again = Wakeup()
+        self._rest_seconds = PASS_PAUSE_SECONDS
         self.leadership: Leadership | None = None
 
     def notify(self) -> None:
@@ -89,7 +91,7 @@ class Arrays:
                 log.warning("arrays_failed", error=error.message)
             if pause_seconds:
                 await self._again.wait(pause_seconds)
-                await asyncio.sleep(PASS_PAUSE_SECONDS - (self._clock.monotonic() - began_seconds))
+                await asyncio.sleep(self._rest_seconds - (self._clock.monotonic() - began_seconds))
 
     async def look(self) -> float:
         """Do for each array what is due; after how many seconds to look again."""
@@ -97,6 +99,8 @@ class Arrays:
             rows = await store_arrays.open_arrays(tx, MAX_OPEN_ARRAYS)
         if not rows:
             return IDLE_PASS_SECONDS
+        quiet = all(row.waiting > CHUNK_TASKS and not row.ended for row in rows)
+        self._rest_seconds = self._settings.array_seconds if quiet else PASS_PAUSE_SECONDS
         busy = False
         for row in rows:
             if row.ended:
@@ -117,9 +121,10 @@ class Arrays:
         room = MAX_WAITING_TASKS - row.waiting
         if row.max_parallel:
             room = min(room, row.max_parallel - row.waiting - row.live)
-        count = min(room, CHUNK_TASKS, row.size - row.created)
-        if count <= 0:
-            return False
+        whole = min(CHUNK_TASKS, row.size - row.created)
+        count = min(room, whole)
+        if count <= 0 or (count < whole and row.waiting >= CHUNK_TASKS):
+            return False  # where many wait, the next ones come in whole chunks
         await self._create(row, count)
         return room > count
 
@@ -182,18 +187,13 @@ class Arrays:
             await self._tell(tx, row.id, event)
 
     async def _tell(self, tx: Tx, array_id: UUID, event: EventRow | None) -> None:
+        """Wake those who follow the array, if anything has happened to it."""
         if event is not None:
-            rows = await store.jobs_by_id(tx, [array_id])
-            await tell(tx, self._outbox, rows[array_id], event)
+            await self._outbox.add(tx, changed_messages([array_id]))
 
     async def _assert_held(self, tx: Tx) -> None:
         assert self.leadership is not None, "passes run under a lease"
         await self.leadership.assert_held(tx)
-
-
-async def tell(tx: Tx, outbox: Outbox, row: JobRow, event: EventRow) -> None:
-    """Wake those who follow the array."""
-    await outbox.add(tx, changed_messages([job_changed(row.team_id, event)]))
 
 
 async def stop_array(
@@ -206,7 +206,7 @@ async def stop_array(
     )  # fmt: skip
     if event is None:
         return
-    await tell(tx, outbox, row, event)
+    await outbox.add(tx, changed_messages([row.id]))
     # A statement of its own, after the array is locked: it sees every task that was ever created.
     await stop_tasks(tx, row.id, why, by, now, wakeups)
     tx.after_commit.append(wakeups.arrays)

@@ -8,9 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from google.protobuf.message import Message
-
-from dantegpu.contracts.gen.dante.v1 import common_pb2, events_pb2, jobs_pb2, storage_pb2, storage_pb2_grpc
+from dantegpu.contracts.gen.dante.v1 import common_pb2, jobs_pb2, storage_pb2, storage_pb2_grpc
 from dantegpu.contracts.rest.convert import array_of
 from dantegpu.contracts.rest.spec import (
     CHECKPOINT_GRACE_MAX_SECONDS,
@@ -41,8 +39,6 @@ from dantegpu.services.scheduler.service.placement import pending_of, pending_of
 from dantegpu.services.scheduler.service.transitions import (
     JobBatch,
     Wakeups,
-    changed_messages,
-    job_changed,
     submitted_messages,
 )
 from dantegpu.services.scheduler.settings import SchedulerSettings
@@ -129,33 +125,48 @@ class Intake:
         team_id = actor.require_writer()
         if not 1 <= len(specs) <= MAX_JOBS_PER_CALL:
             raise InvalidArgument(f"{len(specs)} jobs in one call; 1 to {MAX_JOBS_PER_CALL} are accepted")
+        alike: set[bytes] = set()
         for index, spec in enumerate(specs):
-            self._check_spec(spec, f"job {index + 1}: " if len(specs) > 1 else "")
+            where = f"job {index + 1}: " if len(specs) > 1 else ""
+            self._check_own(spec, where)
+            # Thousands in one call have most in common.
+            shape = _shape(spec) if len(specs) > 1 else b""
+            if shape not in alike:
+                self._check_spec(spec, where)
+                alike.add(shape)
         await self._check_inputs(team_id, specs)
         await self._check_after(actor, specs)
         if no_wait:
             await self._check_fits_now(team_id, specs)
 
-    def _check_spec(self, spec: jobs_pb2.JobSpec, where: str) -> None:
+    def _check_own(self, spec: jobs_pb2.JobSpec, where: str) -> None:
+        """What is not in its shape."""
         if bool(spec.argv) == bool(spec.commands):
             raise InvalidJob(f"{where}give either a command or `commands`: what shall run?", field="commands")
-        if spec.ByteSize() > MAX_SPEC_BYTES:
-            raise InvalidJob(f"{where}the job is {spec.ByteSize()} bytes long, at most {MAX_SPEC_BYTES} are accepted")
+        written = spec.SerializeToString()
+        if len(written) > MAX_SPEC_BYTES:
+            raise InvalidJob(f"{where}the job is {len(written)} bytes long, at most {MAX_SPEC_BYTES} are accepted")
+        # Most specs have no such byte anywhere.
+        if b"\x00" in written and any("\x00" in text for text in _texts(spec)):
+            raise InvalidJob(f"{where}a command or variable holds a NUL character, which no process can be given")
+        if len(spec.name) > MAX_NAME_LENGTH:
+            raise InvalidJob(f"{where}name: at most {MAX_NAME_LENGTH} characters", field="name")
+        try:
+            self._check_array(spec)
+        except ValueError as error:
+            raise InvalidJob(f"{where}{error}") from error
+
+    def _check_spec(self, spec: jobs_pb2.JobSpec, where: str) -> None:
         if not 0 <= spec.nodes <= MAX_NODES:
             raise InvalidJob(f"{where}nodes {spec.nodes}: expected 1 to {MAX_NODES}", field="nodes")
         if not 0 <= spec.priority <= 100:
             raise InvalidJob(f"{where}priority {spec.priority}: expected 0 to 100", field="priority")
-        if any("\x00" in text for text in _texts(spec)):
-            raise InvalidJob(f"{where}a command or variable holds a NUL character, which no process can be given")
         if spec.input_sha256 and not _SHA256.fullmatch(spec.input_sha256):
             raise InvalidJob(f"{where}input: expected a SHA-256 in hex", field="input")
-        if len(spec.name) > MAX_NAME_LENGTH:
-            raise InvalidJob(f"{where}name: at most {MAX_NAME_LENGTH} characters", field="name")
         if not 0 <= spec.max_duration_seconds <= self._settings.max_duration_seconds:
             most = self._settings.max_duration_seconds
             raise InvalidJob(f"{where}max_duration: 1 to {most} seconds", field="max_duration")
         try:
-            self._check_array(spec)
             self._check_lifetime(spec)
             _check_preemptible(spec)
             request_of(spec)
@@ -246,7 +257,7 @@ class Intake:
         arrays = await self._insert(tx, actor, [spec for spec in specs if spec.HasField("array")])
         if arrays:
             tx.after_commit.append(self._wakeups.arrays)
-        await self._outbox.add(tx, _submitted_messages([*jobs, *arrays]))
+        await self._outbox.add(tx, submitted_messages([row.id for row in (*jobs, *arrays)]))
         of_kind = {True: iter(arrays), False: iter(jobs)}
         rows = [next(of_kind[spec.HasField("array")]) for spec in specs]
         bound = await self._bind(tx, rows, specs)
@@ -437,30 +448,22 @@ def _stop_reason(actor: Actor, row: JobRow) -> StopReason:
     return StopReason.USER if own else StopReason.OPERATOR
 
 
+def _shape(spec: jobs_pb2.JobSpec) -> bytes:
+    """The spec without its name and what it runs."""
+    shape = jobs_pb2.JobSpec()
+    shape.CopyFrom(spec)
+    shape.name = ""
+    del shape.argv[:], shape.commands[:]
+    if shape.env:
+        shape.env.clear()
+    return shape.SerializeToString()
+
+
 def _texts(spec: jobs_pb2.JobSpec) -> Iterator[str]:
     yield from spec.argv
     yield from spec.commands
     yield from spec.env
     yield from spec.env.values()
-
-
-def _submitted_messages(rows: Sequence[JobRow]) -> list[tuple[str, Message]]:
-    """Placement is told first: the job waits for nobody else."""
-    if not rows:
-        return []
-    # Of jobs that are submitted together only the ids differ.
-    first = rows[0]
-    queued = JobState.QUEUED.value
-    like = job_changed(
-        first.team_id, store.EventRow(first.id, first.event_seq, queued, "submitted", "", None, first.submitted_at)
-    )
-    changes: list[events_pb2.JobChanged] = []
-    for row in rows:
-        change = events_pb2.JobChanged()
-        change.CopyFrom(like)
-        change.job_id = change.event.job_id = str(JobId(row.id))
-        changes.append(change)
-    return [*submitted_messages([row.id for row in rows]), *changed_messages(changes)]
 
 
 def team_of(actor: Actor) -> TeamId:

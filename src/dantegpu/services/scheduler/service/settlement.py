@@ -24,7 +24,7 @@ from dantegpu.kit.errors import ServiceError
 from dantegpu.kit.lifecycle import Pace, Wakeup
 from dantegpu.kit.outbox import Outbox
 from dantegpu.services.scheduler import store
-from dantegpu.services.scheduler.service.transitions import JobBatch, Wakeups, changed_messages, job_changed
+from dantegpu.services.scheduler.service.transitions import JobBatch, Wakeups, changed_messages
 from dantegpu.services.scheduler.settings import SchedulerSettings
 from dantegpu.services.scheduler.store import AttemptRow
 
@@ -113,7 +113,7 @@ class Settlement:
         ]
         job_ids = {attempt.job_id for attempt in ended}
         async with self._db.transaction() as tx:
-            await store.lock_jobs(tx, job_ids)
+            await store.lock_job_ids(tx, job_ids)
             await store.close_windows(tx, rows)
             # Only among those: locks that are taken out of order could wait for one another.
             await self._mark(tx, await store.jobs_to_mark_settled(tx, BATCH, among=job_ids))
@@ -137,7 +137,7 @@ class Settlement:
             for attempt in running
         ]
         async with self._db.transaction() as tx:
-            await store.lock_jobs(tx, {attempt.job_id for attempt in running})
+            await store.lock_job_ids(tx, {attempt.job_id for attempt in running})
             await store.close_windows(tx, rows)
 
     async def open_next_windows(self) -> None:
@@ -214,7 +214,7 @@ class Settlement:
             await self._mark(tx, rows)
         return len(rows)
 
-    async def _mark(self, tx: store.Tx, rows: Sequence[store.JobRow]) -> None:
+    async def _mark(self, tx: store.Tx, rows: Sequence[store.EndedRow]) -> None:
         if not rows:
             return
         await store.mark_jobs_settled(tx, [row.id for row in rows])
@@ -226,10 +226,7 @@ class Settlement:
             for row in rows
         ]
         await store.insert_events(tx, [_record(event) for event in events])
-        await self._outbox.add(
-            tx,
-            changed_messages([job_changed(row.team_id, event) for row, event in zip(rows, events, strict=True)]),
-        )
+        await self._outbox.add(tx, changed_messages([row.id for row in rows]))
 
 
 def _record(event: store.EventRow) -> dict[str, object]:

@@ -22,8 +22,8 @@ from dantegpu.kit.outbox import Outbox
 from dantegpu.services.scheduler import store, store_preemptions
 from dantegpu.services.scheduler.store import AttemptRow, DesiredRow, JobRow, LeaseRow, RevisionRow
 
-JOBS_PER_MESSAGE_MAX = 200
-"""NATS bounds a message, and the text of a change may have MAX_MESSAGE_LENGTH characters."""
+JOBS_PER_MESSAGE_MAX = 1000
+"""NATS bounds a message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,6 +368,7 @@ class JobBatch:
         if status is not None:
             record["results"] = machine_pb2.AttemptStatus(results=status.results).SerializeToString()
             record["sandbox"] = status.sandbox[:MAX_SANDBOX_LENGTH].replace(_NUL, "") or None
+            record["silent"] = not status.log_bytes
         self._closed.append(attempt_id)
 
     def _tell(self, job_id: UUID, job: JobSnapshot, attempt_id: AttemptId | None, type_: str, message: str) -> None:
@@ -442,10 +443,8 @@ class JobBatch:
         return Opened(desired, [LeaseRow(attempt_id=attempt_id, **device) for device in opening.devices[0]])
 
     def _messages(self) -> list[tuple[str, Message]]:
-        changes = [
-            job_changed(self._jobs[record["job_id"]].team_id.uuid, store.EventRow(**record)) for record in self._events
-        ]
-        return [*changed_messages(changes), *submitted_messages(sorted(self._requeued))]
+        changed = dict.fromkeys(record["job_id"] for record in self._events)
+        return [*changed_messages(list(changed)), *submitted_messages(sorted(self._requeued))]
 
     def _record(self, job_id: UUID) -> dict[str, Any]:
         job = self._jobs[job_id]
@@ -491,7 +490,7 @@ def _ports_text(status: machine_pb2.AttemptStatus) -> str:
 
 _ATTEMPT_COLUMNS = (
     "id", "state", "stop_reason", "outcome", "exit_code", "message", "running_at", "ended_at", "results",
-    "billed_seconds", "sandbox", "stop_requested_at", "report_seq",
+    "billed_seconds", "sandbox", "stop_requested_at", "report_seq", "silent",
 )  # fmt: skip
 
 
@@ -569,16 +568,10 @@ def submitted_messages(job_ids: Sequence[UUID]) -> Iterator[tuple[str, Message]]
         yield subjects.JOB_SUBMITTED, events_pb2.JobsSubmitted(job_ids=[str(JobId(job_id)) for job_id in some])
 
 
-def changed_messages(changes: Sequence[events_pb2.JobChanged]) -> Iterator[tuple[str, Message]]:
-    """What tells followers about jobs."""
-    for some in batched(changes, JOBS_PER_MESSAGE_MAX):
-        yield subjects.JOBS_CHANGED, events_pb2.JobsChanged(changes=some)
-
-
-def job_changed(team_id: UUID, event: store.EventRow) -> events_pb2.JobChanged:
-    return events_pb2.JobChanged(
-        job_id=str(JobId(event.job_id)), team_id=str(TeamId(team_id)), event=event_message(event)
-    )
+def changed_messages(job_ids: Sequence[UUID]) -> Iterator[tuple[str, Message]]:
+    """What tells followers about jobs. Of those that are just submitted nobody can be one."""
+    for some in batched(job_ids, JOBS_PER_MESSAGE_MAX):
+        yield subjects.JOBS_CHANGED, events_pb2.JobsChanged(job_ids=[str(JobId(job_id)) for job_id in some])
 
 
 def event_message(row: store.EventRow) -> jobs_pb2.JobEvent:

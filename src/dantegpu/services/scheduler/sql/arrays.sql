@@ -21,15 +21,20 @@ WITH whole AS (
     UPDATE arrays SET created = created + cardinality(%(ids)s::uuid[])
     WHERE id = %(array_id)s AND created = %(first)s AND stop_reason IS NULL
     RETURNING id, task_spec
+), told AS (
+    -- They are alike: what the last one heard, if that was never placed, they need not be told one by one.
+    SELECT t.reason, t.reason_detail FROM jobs t
+    WHERE t.array_id = %(array_id)s AND t.array_index = %(first)s - 1 AND t.state = 'QUEUED' AND t.epoch = 0
 ), inserted AS (
     INSERT INTO jobs (id, team_id, user_id, spec, state, priority, submitted_at, traceparent, reason, event_seq,
-        deadline_at, array_id, array_index)
+        reason_detail, deadline_at, array_id, array_index)
     SELECT new.id, j.team_id, j.user_id, whole.task_spec || new.environment, 'QUEUED', j.priority, j.submitted_at,
-        j.traceparent, 'new', 1, j.deadline_at, j.id, %(first)s + new.place - 1
+        j.traceparent, coalesce((SELECT reason FROM told), 'new'), 1, coalesce((SELECT reason_detail FROM told), ''),
+        j.deadline_at, j.id, %(first)s + new.place - 1
     FROM whole JOIN jobs j ON j.id = whole.id
     CROSS JOIN unnest(%(ids)s::uuid[], %(environments)s::bytea[]) WITH ORDINALITY AS new (id, environment, place)
     RETURNING *
-), told AS (
+), noted AS (
     INSERT INTO job_events (job_id, seq, state, type, message, occurred_at)
     SELECT id, event_seq, state, 'submitted', '', %(now)s FROM inserted
 )

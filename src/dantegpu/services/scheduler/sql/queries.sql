@@ -14,6 +14,9 @@ SELECT * FROM jobs WHERE id = ANY(%(ids)s);
 -- name: lock_jobs
 SELECT * FROM jobs WHERE id = ANY(%(ids)s) ORDER BY id FOR UPDATE;
 
+-- name: lock_job_ids
+SELECT id FROM jobs WHERE id = ANY(%(ids)s) ORDER BY id FOR UPDATE;
+
 -- name: list_jobs
 -- Jobs and arrays; the tasks of an array are a list of their own.
 SELECT * FROM jobs
@@ -100,11 +103,11 @@ UPDATE attempts SET
     running_at = coalesce(attempts.running_at, new.running_at), ended_at = new.ended_at,
     results = coalesce(decode(new.results, 'hex'), attempts.results),
     billed_seconds = coalesce(new.billed_seconds, 0), sandbox = coalesce(new.sandbox, attempts.sandbox),
-    report_seq = coalesce(new.report_seq, attempts.report_seq)
+    report_seq = coalesce(new.report_seq, attempts.report_seq), silent = coalesce(new.silent, false)
 FROM jsonb_to_recordset(%(rows)s) AS new (
     id uuid, state text, stop_reason text, outcome text, exit_code integer, message text, running_at timestamptz,
     ended_at timestamptz, results text, billed_seconds bigint, sandbox text, stop_requested_at timestamptz,
-    report_seq bigint)
+    report_seq bigint, silent boolean)
 WHERE attempts.id = new.id AND attempts.ended_at IS NULL;
 
 -- name: save_ports
@@ -214,7 +217,8 @@ SELECT * FROM (
 WHERE lost OR overdue ORDER BY job_id LIMIT %(limit)s;
 
 -- name: unsettled_attempts
-SELECT * FROM attempts WHERE ended_at IS NOT NULL AND NOT settled ORDER BY ended_at LIMIT %(limit)s;
+SELECT id, job_id, billed_seconds, windows_opened, windows_closed FROM attempts
+WHERE ended_at IS NOT NULL AND NOT settled ORDER BY ended_at LIMIT %(limit)s;
 
 -- name: attempts_needing_window
 SELECT * FROM attempts
@@ -250,7 +254,7 @@ WITH charged AS (
 UPDATE jobs SET cost_udgpu = jobs.cost_udgpu + per_job.cost_udgpu FROM per_job WHERE jobs.id = per_job.job_id;
 
 -- name: jobs_to_mark_settled
-SELECT j.* FROM jobs j
+SELECT j.id, j.team_id, j.state, j.event_seq, j.cost_udgpu FROM jobs j
 WHERE j.ended_at IS NOT NULL AND NOT j.settled AND j.array_size IS NULL
   AND (%(ids)s::uuid[] IS NULL OR j.id = ANY(%(ids)s))
   AND NOT EXISTS (SELECT 1 FROM attempts a WHERE a.job_id = j.id AND NOT a.settled)

@@ -23,33 +23,30 @@ _sym_db = _symbol_database.Default()
 
 
 from dantegpu.contracts.gen.dante.v1 import common_pb2 as dante_dot_v1_dot_common__pb2
-from dantegpu.contracts.gen.dante.v1 import jobs_pb2 as dante_dot_v1_dot_jobs__pb2
 from dantegpu.contracts.gen.dante.v1 import marketplace_pb2 as dante_dot_v1_dot_marketplace__pb2
 from dantegpu.contracts.gen.dante.v1 import registry_pb2 as dante_dot_v1_dot_registry__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x64\x61nte/v1/events.proto\x12\x08\x64\x61nte.v1\x1a\x15\x64\x61nte/v1/common.proto\x1a\x13\x64\x61nte/v1/jobs.proto\x1a\x1a\x64\x61nte/v1/marketplace.proto\x1a\x17\x64\x61nte/v1/registry.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xaf\x01\n\x08\x45nvelope\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12/\n\x0boccurred_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0btraceparent\x18\x04 \x01(\t\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x1e\n\x05\x61\x63tor\x18\x06 \x01(\x0b\x32\x0f.dante.v1.Actor\x12\x0f\n\x07payload\x18\x07 \x01(\x0c\" \n\rJobsSubmitted\x12\x0f\n\x07job_ids\x18\x01 \x03(\t\"4\n\x0bJobsChanged\x12%\n\x07\x63hanges\x18\x01 \x03(\x0b\x32\x14.dante.v1.JobChanged\"P\n\nJobChanged\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0f\n\x07team_id\x18\x02 \x01(\t\x12!\n\x05\x65vent\x18\x03 \x01(\x0b\x32\x12.dante.v1.JobEvent\"4\n\x0eMachineChanged\x12\"\n\x07machine\x18\x01 \x01(\x0b\x32\x11.dante.v1.Machine\"(\n\nAskChanged\x12\x1a\n\x03\x61sk\x18\x01 \x01(\x0b\x32\r.dante.v1.Ask\" \n\rWalletChanged\x12\x0f\n\x07team_id\x18\x01 \x01(\t\"\x1f\n\x0cLogsAppended\x12\x0f\n\x07job_ids\x18\x01 \x03(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x64\x61nte/v1/events.proto\x12\x08\x64\x61nte.v1\x1a\x15\x64\x61nte/v1/common.proto\x1a\x1a\x64\x61nte/v1/marketplace.proto\x1a\x17\x64\x61nte/v1/registry.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xaf\x01\n\x08\x45nvelope\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12/\n\x0boccurred_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0btraceparent\x18\x04 \x01(\t\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x1e\n\x05\x61\x63tor\x18\x06 \x01(\x0b\x32\x0f.dante.v1.Actor\x12\x0f\n\x07payload\x18\x07 \x01(\x0c\" \n\rJobsSubmitted\x12\x0f\n\x07job_ids\x18\x01 \x03(\t\"$\n\x0bJobsChanged\x12\x0f\n\x07job_ids\x18\x02 \x03(\tJ\x04\x08\x01\x10\x02\"4\n\x0eMachineChanged\x12\"\n\x07machine\x18\x01 \x01(\x0b\x32\x11.dante.v1.Machine\"(\n\nAskChanged\x12\x1a\n\x03\x61sk\x18\x01 \x01(\x0b\x32\r.dante.v1.Ask\" \n\rWalletChanged\x12\x0f\n\x07team_id\x18\x01 \x01(\t\"\x1f\n\x0cLogsAppended\x12\x0f\n\x07job_ids\x18\x01 \x03(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'dante.v1.events_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENVELOPE']._serialized_start=166
-  _globals['_ENVELOPE']._serialized_end=341
-  _globals['_JOBSSUBMITTED']._serialized_start=343
-  _globals['_JOBSSUBMITTED']._serialized_end=375
-  _globals['_JOBSCHANGED']._serialized_start=377
-  _globals['_JOBSCHANGED']._serialized_end=429
-  _globals['_JOBCHANGED']._serialized_start=431
-  _globals['_JOBCHANGED']._serialized_end=511
-  _globals['_MACHINECHANGED']._serialized_start=513
-  _globals['_MACHINECHANGED']._serialized_end=565
-  _globals['_ASKCHANGED']._serialized_start=567
-  _globals['_ASKCHANGED']._serialized_end=607
-  _globals['_WALLETCHANGED']._serialized_start=609
-  _globals['_WALLETCHANGED']._serialized_end=641
-  _globals['_LOGSAPPENDED']._serialized_start=643
-  _globals['_LOGSAPPENDED']._serialized_end=674
+  _globals['_ENVELOPE']._serialized_start=145
+  _globals['_ENVELOPE']._serialized_end=320
+  _globals['_JOBSSUBMITTED']._serialized_start=322
+  _globals['_JOBSSUBMITTED']._serialized_end=354
+  _globals['_JOBSCHANGED']._serialized_start=356
+  _globals['_JOBSCHANGED']._serialized_end=392
+  _globals['_MACHINECHANGED']._serialized_start=394
+  _globals['_MACHINECHANGED']._serialized_end=446
+  _globals['_ASKCHANGED']._serialized_start=448
+  _globals['_ASKCHANGED']._serialized_end=488
+  _globals['_WALLETCHANGED']._serialized_start=490
+  _globals['_WALLETCHANGED']._serialized_end=522
+  _globals['_LOGSAPPENDED']._serialized_start=524
+  _globals['_LOGSAPPENDED']._serialized_end=555
 # @@protoc_insertion_point(module_scope)

@@ -5,7 +5,6 @@ isort:skip_file
 
 from collections import abc as abc
 from dantegpu.contracts.gen.dante.v1 import common_pb2 as common_pb2
-from dantegpu.contracts.gen.dante.v1 import jobs_pb2 as jobs_pb2
 from dantegpu.contracts.gen.dante.v1 import marketplace_pb2 as marketplace_pb2
 from dantegpu.contracts.gen.dante.v1 import registry_pb2 as registry_pb2
 from google.protobuf import descriptor as descriptor
@@ -85,45 +84,22 @@ class JobsSubmitted(message.Message):
 class JobsChanged(message.Message):
     """Stream EVENTS, dante.jobs.changed: what one transaction changed, in one message, because at every change of every job
     somebody would be told who mostly follows another one.
+    What happened is in PostgreSQL.
     """
 
     DESCRIPTOR: descriptor.Descriptor
 
-    CHANGES_FIELD_NUMBER: builtins.int
+    JOB_IDS_FIELD_NUMBER: builtins.int
     @builtins.property
-    def changes(self) -> containers.RepeatedCompositeFieldContainer[JobChanged]: ...
+    def job_ids(self) -> containers.RepeatedScalarFieldContainer[builtins.str]: ...
     def __init__(
         self,
         *,
-        changes: abc.Iterable[JobChanged] | None = ...,
+        job_ids: abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["changes", b"changes"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-@typing.final
-class JobChanged(message.Message):
-    DESCRIPTOR: descriptor.Descriptor
-
-    JOB_ID_FIELD_NUMBER: builtins.int
-    TEAM_ID_FIELD_NUMBER: builtins.int
-    EVENT_FIELD_NUMBER: builtins.int
-    job_id: builtins.str
-    team_id: builtins.str
-    @builtins.property
-    def event(self) -> jobs_pb2.JobEvent: ...
-    def __init__(
-        self,
-        *,
-        job_id: builtins.str = ...,
-        team_id: builtins.str = ...,
-        event: jobs_pb2.JobEvent | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["event", b"event"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["event", b"event", "job_id", b"job_id", "team_id", b"team_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["job_ids", b"job_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -549,6 +549,7 @@ class Attempt(message.Message):
     SPOT_FIELD_NUMBER: builtins.int
     CHECKPOINTED_AT_FIELD_NUMBER: builtins.int
     RESUMED_EPOCH_FIELD_NUMBER: builtins.int
+    SILENT_FIELD_NUMBER: builtins.int
     PORTS_FIELD_NUMBER: builtins.int
     id: builtins.str
     job_id: builtins.str
@@ -573,6 +574,8 @@ class Attempt(message.Message):
     """could be preempted, at the price of spot work"""
     resumed_epoch: builtins.int
     """of the attempt whose checkpoint it began with; 0 = it began anew"""
+    silent: builtins.bool
+    """its machine said at its end that it has no log: none will come"""
     @builtins.property
     def device_ids(self) -> containers.RepeatedScalarFieldContainer[builtins.str]: ...
     @builtins.property
@@ -611,11 +614,12 @@ class Attempt(message.Message):
         spot: builtins.bool = ...,
         checkpointed_at: timestamp_pb2.Timestamp | None = ...,
         resumed_epoch: builtins.int = ...,
+        silent: builtins.bool = ...,
         ports: abc.Iterable[PublishedPort] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["_exit_code", b"_exit_code", "checkpointed_at", b"checkpointed_at", "created_at", b"created_at", "ended_at", b"ended_at", "exit_code", b"exit_code", "started_at", b"started_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_exit_code", b"_exit_code", "billed_seconds", b"billed_seconds", "checkpointed_at", b"checkpointed_at", "cost_udgpu", b"cost_udgpu", "created_at", b"created_at", "device_ids", b"device_ids", "ended_at", b"ended_at", "epoch", b"epoch", "exit_code", b"exit_code", "id", b"id", "job_id", b"job_id", "machine_id", b"machine_id", "message", b"message", "node_rank", b"node_rank", "outcome", b"outcome", "ports", b"ports", "rate_udgpu_per_hour", b"rate_udgpu_per_hour", "resumed_epoch", b"resumed_epoch", "sandbox", b"sandbox", "simulated", b"simulated", "spot", b"spot", "started_at", b"started_at", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_exit_code", b"_exit_code", "billed_seconds", b"billed_seconds", "checkpointed_at", b"checkpointed_at", "cost_udgpu", b"cost_udgpu", "created_at", b"created_at", "device_ids", b"device_ids", "ended_at", b"ended_at", "epoch", b"epoch", "exit_code", b"exit_code", "id", b"id", "job_id", b"job_id", "machine_id", b"machine_id", "message", b"message", "node_rank", b"node_rank", "outcome", b"outcome", "ports", b"ports", "rate_udgpu_per_hour", b"rate_udgpu_per_hour", "resumed_epoch", b"resumed_epoch", "sandbox", b"sandbox", "silent", b"silent", "simulated", b"simulated", "spot", b"spot", "started_at", b"started_at", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exit_code: _TypeAlias = typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015

@@ -410,7 +410,7 @@ class AttemptStatus(message.Message):
     message: builtins.str
     """"killed: memory limit 64 MiB" """
     log_bytes: builtins.int
-    """length of the attempt's log so far"""
+    """length of the attempt's log so far; 0 at its end: it may never be sent"""
     sandbox: builtins.str
     """bubblewrap | docker | podman | none: what it really ran in"""
     ran_ms: builtins.int
