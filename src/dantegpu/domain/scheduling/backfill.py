@@ -156,6 +156,11 @@ class Backfill:
         """May such a job still get a reservation?"""
         return self._left[is_large(job)] > 0 and self._looks > 0 and len(self._blocked) < MAX_BLOCKED
 
+    @property
+    def pending(self) -> bool:
+        """Is anybody blocked who was not looked at?"""
+        return bool(self._blocked)
+
     def block(self, job: PendingJob) -> None:
         """The job cannot start, and goes before all that are drawn from now on."""
         self._blocked.append(job)
@@ -330,6 +335,8 @@ class _Search:
         gpu = request.gpu
         if gpu is None or self._eligible is None:
             return {NO_MODEL: []}
+        if sum([milli >= gpu.milli for milli in room.device]) < gpu.count_min:
+            return {}
         by_model: dict[int, list[int]] = {}
         for column, milli in enumerate(room.device):
             if milli >= gpu.milli and self._eligible[row, column] and self._may_share(row, column, milli):

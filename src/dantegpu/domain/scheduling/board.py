@@ -12,7 +12,7 @@ from dantegpu.domain.scheduling.constraints import Capacity
 from dantegpu.domain.scheduling.snapshot import NOBODY, Bools, Ints, Lease, Snapshot
 from dantegpu.domain.units import MILLI_PER_UNIT, MicroDgpu
 
-_REMEMBERED_CHANGES = 256
+_REMEMBERED_CHANGES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +63,9 @@ class Board:
         self.capacity = Capacity.of(snapshot)
         self.clock = 1
         """Rises by one with every change of a machine."""
-        self._changes: list[int] = []
-        """The machines of the last changes, the latest last."""
+        self._changes: Ints = np.zeros(2 * _REMEMBERED_CHANGES, dtype=np.int64)
+        self._changes_end = 0
+        """The machines of the last changes, the latest at the end."""
         self.given_back = 0
         """The clock when something became free last. What did not fit since then does not fit now."""
         self.last_change: Ints = np.ones(len(snapshot.machines), dtype=np.int64)
@@ -77,6 +78,10 @@ class Board:
         """(M,): machines with devices of several models."""
         self.cores: list[int] = self.capacity.cpu.tolist()
         """`capacity.cpu` as plain numbers, which are read far quicker one at a time."""
+        self.gpu_milli: list[int] = self.capacity.device.sum(axis=1).tolist()
+        """The same of all devices of a machine together."""
+        self.alike: list[int] = _class_of_all(snapshot, self.classes).tolist()
+        """The class of each machine's devices; -1 when they are not alike, or there are none."""
         self.untouched: Ints = _untouched(snapshot.device_free, snapshot.device_tenant).sum(axis=1)
         """(M,): devices that nobody has a part of."""
         # Teams that own and hold nothing yet get a number here, or two of them could share a device.
@@ -86,17 +91,20 @@ class Board:
     def team_number(self, team_id: TeamId) -> int:
         return self._teams.setdefault(team_id, len(self._teams))
 
-    def changed_since(self, clock: int, limit: int) -> set[int] | None:
-        """Machines that changed after that time; None when they are more than `limit` or no longer known one by one."""
-        count = self.clock - clock
-        return None if count > limit or count > len(self._changes) else set(self._changes[-count:] if count else ())
+    def changed_since(self, clock: int) -> Ints | None:
+        """Machines that changed after that time, some of them several times; None when that is not known any more."""
+        count, end = self.clock - clock, self._changes_end
+        return None if count > end else self._changes[end - count : end]
 
     def _changed(self, row: int) -> None:
         self.clock += 1
         self.last_change[row] = self.clock
-        self._changes.append(row)
-        if len(self._changes) > 2 * _REMEMBERED_CHANGES:
-            del self._changes[:-_REMEMBERED_CHANGES]
+        if self._changes_end == len(self._changes):
+            half = len(self._changes) // 2
+            self._changes[:half] = self._changes[half:]
+            self._changes_end = half
+        self._changes[self._changes_end] = row
+        self._changes_end += 1
 
     @property
     def free(self) -> Snapshot:
@@ -140,6 +148,7 @@ class Board:
             devices = tuple([self._share(row, column, milli) for column in columns])
             gpu_milli = milli * len(columns)
         self.cores[row] -= request.cpu_milli
+        self.gpu_milli[row] -= gpu_milli
         self._changed(row)
         return Placement(
             job_id,
@@ -174,6 +183,7 @@ class Board:
                 if column is None:
                     continue
                 capacity.device[row, column] += milli
+                self.gpu_milli[row] += milli
                 if capacity.device[row, column] >= MILLI_PER_UNIT:
                     capacity.tenant[row, column] = NOBODY
             self.cores[row] += lease.cpu_milli
@@ -198,6 +208,14 @@ class Board:
 
 def _untouched(free_milli: Ints, tenant: Ints) -> Bools:
     return (free_milli >= MILLI_PER_UNIT) & (tenant == NOBODY)
+
+
+def _class_of_all(snapshot: Snapshot, classes: Ints) -> Ints:
+    there = snapshot.device_total > 0
+    if not there.size:
+        return np.full(len(snapshot.machines), -1, dtype=np.int64)
+    first = classes[:, 0]
+    return np.where(there[:, 0] & ((classes == first[:, None]) | ~there).all(axis=1), first, -1)
 
 
 def device_classes(snapshot: Snapshot) -> tuple[Ints, int]:

@@ -167,6 +167,11 @@ class FragmentationScorer:
         losses += self._prices.take(pairs.row)
         return losses, columns
 
+    @property
+    def score_one(self) -> None:
+        """What V falls by is a sum over all of the mix: never without arrays."""
+        return None
+
     def _states(self, pairs: Pairs) -> Ints:
         capacity, weights, row = self._board.capacity, self._weights, pairs.row
         width = pairs.free.shape[1]

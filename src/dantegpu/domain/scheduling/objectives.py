@@ -4,6 +4,7 @@ A float holds 53 bits without rounding: 20 for the price's rank among all prices
 free cores in sixteenths or 12 for the speed. What is larger counts as the largest; it only settles ties.
 """
 
+from collections.abc import Callable
 from typing import assert_never
 
 import numpy as np
@@ -36,6 +37,9 @@ class KeyScorer:
         self._speeds: Ints = np.zeros(snapshot.device_model.shape, dtype=np.int64)
         self._speeds[known] = speeds[snapshot.device_model[known]]
         self._ranks = np.stack((_rank(snapshot.price_cpu), _rank(snapshot.price_gpu)))
+        self._rank_rows: list[list[int]] = self._ranks.tolist()
+        self._first_speeds: list[int] = self._speeds.max(axis=1, initial=0).tolist()
+        self._board = board
 
     def score(self, pairs: Pairs) -> tuple[Floats, Columns]:
         cores = self._capacity.cpu.take(pairs.row) * _CORE_PARTS // MILLI_PER_UNIT
@@ -52,6 +56,25 @@ class KeyScorer:
             case _:
                 key = ((rank << _GPU_BITS | gpus) << _CORE_BITS) | cores
         return key.astype(np.float64), _fullest(pairs)
+
+    @property
+    def score_one(self) -> Callable[[int, int], float]:
+        return self._score_one
+
+    def _score_one(self, row: int, count: int) -> float:
+        """The same as score(), one at a time."""
+        board, rank = self._board, self._rank_rows[count > 0][row]
+        gpus = min(board.gpu_milli[row], (1 << _GPU_BITS) - 1)
+        cores = min(board.cores[row] * _CORE_PARTS // MILLI_PER_UNIT, (1 << _CORE_BITS) - 1)
+        match self._objective:
+            case Objective.SPREAD:
+                gpus, cores = (1 << _GPU_BITS) - 1 - gpus, (1 << _CORE_BITS) - 1 - cores
+                return float(((gpus << _CORE_BITS | cores) << _PRICE_BITS) | rank)
+            case Objective.FASTEST:
+                speed = self._first_speeds[row] if count else 0
+                return float((((1 << _SPEED_BITS) - 1 - speed) << _PRICE_BITS | rank) << _GPU_BITS | gpus)
+            case _:
+                return float(((rank << _GPU_BITS | gpus) << _CORE_BITS) | cores)
 
 
 def scorer_of(objective: Objective, board: Board, mix: RequestMix) -> Scorer:

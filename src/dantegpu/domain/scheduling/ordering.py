@@ -180,13 +180,16 @@ class Order:
                     return True
                 self.refused.append((run.group, place))
                 level.leave(head)
-            elif own and not shares.within_quota(shape.team, shape.request, shape.nodes):
+                following = level.head(team)
+                # The team holds what it held: only its next job is another one.
+                turn = None if following is None else (turn[0], following[0], following[1], team, turn[4])
+                continue
+            if own and not shares.within_quota(shape.team, shape.request, shape.nodes):
                 turn = None
                 continue  # until what is left is given to all
-            else:
-                drawn.append(Draw(self._step, run, shape, run.group.jobs[place], place))
-                shares.add(shape.team, shape.request, shape.nodes)
-                level.advance(head)
+            drawn.append(Draw(self._step, run, shape, run.group.jobs[place], place))
+            shares.add(shape.team, shape.request, shape.nodes)
+            level.advance(head)
             turn = level.next_turn(team, shares)
         if turn is not None:
             heapq.heappush(turns, turn)

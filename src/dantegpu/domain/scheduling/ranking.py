@@ -7,7 +7,7 @@ which change of the board it is true. Only machines that changed since are looke
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,7 +41,7 @@ WINDOW = 64
 """The most shapes that are prepared at once."""
 MAX_PLACES = 100_000
 """Shapes whose lines are known, and the same holds for them."""
-_FEW_LINES, _FEW_CHANGES = 2, 48
+_FEW_LINES, _FEW_CHANGES, _MACHINES_PER_CHANGE = 2, 48, 4
 _CHUNK = 1 << 14
 _SCAN = 1 << 22
 
@@ -105,12 +105,18 @@ class Scorer(Protocol):
         """(K,): the score, and the device to take for a part of one (else -1)."""
         ...
 
+    @property
+    def score_one(self) -> Callable[[int, int], float] | None:
+        """Scores one machine with devices that are alike, for so many whole ones. None: only score() can."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A shape's place in the table. `lines` are tried in this order; equal scores go to the earlier one."""
+    """A shape's place in the table. One or two `lines` are tried in this order; equal scores go to the earlier one."""
 
     lines: tuple[int, ...]
+    line_numbers: Ints
     eligible: tuple[bool, ...]
     refusal: Refusal
     avoided: Ints | None
@@ -135,6 +141,7 @@ class ScoreTable:
     def __init__(self, board: Board, scorer: Scorer) -> None:
         self._board = board
         self._scorer = scorer
+        self._score_one = scorer.score_one
         self._machines = len(board.snapshot.machines)
         self._any_mixed = bool(board.mixed.any())
         self._limit = max(MAX_CELLS // max(self._machines, 1), 256)
@@ -171,8 +178,9 @@ class ScoreTable:
         if self._closed_at < self._board.given_back:
             self._closed.clear()
             self._closed_at = self._board.given_back
-        place = self._places.get(shape) if self._closed else None
-        return place is not None and self._closed.issuperset(place.lines)
+        closed = self._closed
+        place = self._places.get(shape) if closed else None
+        return place is not None and place.lines[0] in closed and place.lines[-1] in closed
 
     def close(self, shape: Shape) -> None:
         """`best` found nothing after `refresh`. Shapes of other teams that share its lines are closed with it."""
@@ -185,13 +193,17 @@ class ScoreTable:
         """Bring the lines of these shapes up to date; hide() works on them from now on."""
         if self._size + 2 * WINDOW > self._limit or len(self._places) > MAX_PLACES:
             self._forget_lines()
-        lines = list(dict.fromkeys(line for shape in shapes for line in self._place(shape).lines))
-        self._shown = np.array(lines, dtype=np.int64)
+        places = [self._place(shape) for shape in shapes]
+        if len(places) == 1:
+            self._shown = places[0].line_numbers
+        else:
+            lines = list(dict.fromkeys(line for place in places for line in place.lines))
+            self._shown = np.array(lines, dtype=np.int64)
         self._update(self._shown)
 
     def refresh(self, shape: Shape) -> None:
         """Bring one more shape up to date, and show it what hide() took from it."""
-        self._update(np.array(self._place(shape).lines, dtype=np.int64))
+        self._update(self._place(shape).line_numbers)
 
     def hide(self, row: int) -> None:
         """The machine has changed: nobody takes it by its old score."""
@@ -291,7 +303,9 @@ class ScoreTable:
             lines = (self._line((*key, team), shape, conditions, team, base), base)
         rows = [snapshot.index_of[machine] for machine in job.avoided_machines if machine in snapshot.index_of]
         avoided = np.array(sorted(rows), dtype=np.int64) if rows else None
-        return Place(lines, tuple(conditions.eligible.tolist()), conditions.refusal, avoided)
+        return Place(
+            lines, np.array(lines, dtype=np.int64), tuple(conditions.eligible.tolist()), conditions.refusal, avoided
+        )
 
     def _look_at(self, job: PendingJob) -> _Conditions:
         snapshot, gpu = self._board.snapshot, job.request.gpu
@@ -344,7 +358,8 @@ class ScoreTable:
 
     def _update(self, lines: Ints) -> None:
         board = self._board
-        if len(lines) <= _FEW_LINES and self._update_few(lines.tolist()):
+        score_one = self._score_one if len(lines) <= _FEW_LINES else None
+        if score_one is not None and all(self._update_changed(line, score_one) for line in lines.tolist()):
             return
         lines = lines[self._seen[lines] < board.clock]
         step = max(_SCAN // max(self._machines, 1), 1)
@@ -358,31 +373,50 @@ class ScoreTable:
                 self._score(which[start : start + _CHUNK], rows[start : start + _CHUNK])
         self._seen[lines] = board.clock
 
-    def _update_few(self, lines: Sequence[int]) -> bool:
-        """The same for few lines and machines, without the calls that pay only for many. False: there are too many."""
-        board, asked, scores = self._board, self._asked, self._scores
-        cores, untouched = board.cores, board.untouched
-        which: list[int] = []
-        rows: list[int] = []
-        for line in lines:
-            changed = board.changed_since(int(self._seen[line]), _FEW_CHANGES)
-            if changed is None:
-                return False
-            cpu_milli, count, tenant = int(asked[0, line]), int(asked[3, line]), int(asked[5, line])
-            possible = self._possible[line]
-            for row in changed:
-                if not possible[row]:
-                    continue
-                if cores[row] < cpu_milli or (tenant == NOBODY and untouched[row] < count):
-                    scores[line, row] = NEVER
-                else:
-                    which.append(line)
-                    rows.append(row)
-        if rows:
-            self._score(np.array(which, dtype=np.int64), np.array(rows, dtype=np.int64))
-        for line in lines:
-            self._seen[line] = board.clock
+    def _update_changed(self, line: int, score_one: Callable[[int, int], float]) -> bool:
+        """The same for one line, by a list of what changed instead of a look at all machines. False: there is none."""
+        board = self._board
+        rows = board.changed_since(int(self._seen[line]))
+        if rows is None or len(rows) > max(_FEW_CHANGES, self._machines // _MACHINES_PER_CHANGE):
+            return False
+        if len(rows) > _FEW_CHANGES:
+            rows = rows[self._possible[line].take(rows)]
+        if len(rows) > _FEW_CHANGES:
+            rows = np.unique(rows)
+        else:
+            rows = np.array(self._score_few(line, set(rows.tolist()), score_one), dtype=np.int64)
+        if len(rows):
+            self._score(np.full(len(rows), line, dtype=np.int64), rows)
+        self._seen[line] = board.clock
         return True
+
+    def _score_few(self, line: int, rows: Iterable[int], score_one: Callable[[int, int], float]) -> list[int]:
+        """Score a few machines; those are left that need a look at each device."""
+        board, scores, possible = self._board, self._scores[line], self._possible[line]
+        cores, untouched, alike = board.cores, board.untouched, board.alike
+        cpu, memory, disk, count, milli, tenant = self._asked[:, line].tolist()
+        quick = tenant == NOBODY and (milli == MILLI_PER_UNIT or not count)
+        eligible = self._eligible[line]
+        left: list[int] = []
+        for row in rows:
+            if not possible[row]:
+                continue
+            score: float | None = NEVER
+            if cores[row] >= cpu and (tenant != NOBODY or untouched[row] >= count):
+                if not quick or (count and alike[row] < 0):
+                    score = None
+                elif (
+                    board.capacity.memory[row] >= memory
+                    and board.capacity.disk[row] >= disk
+                    and (not count or eligible[alike[row]])
+                ):
+                    score = score_one(row, count)
+            if score is None:
+                left.append(row)
+            else:
+                scores[row] = score
+                self._columns[line, row] = -1
+        return left
 
     def _score(self, line: Ints, row: Ints) -> None:
         """Score these pairs anew."""

@@ -68,7 +68,9 @@ class Turns:
         return Decided(tuple(placements), refused, self._told())
 
     def _closed(self, shape: Shape) -> bool:
-        return shape in self._no_gang or shape in self._behind or self._table.closed(shape)
+        if shape in self._behind:
+            return True
+        return self._table.closed(shape) if shape.nodes == 1 else shape in self._no_gang
 
     def _refusal(self, shape: Shape) -> Refusal:
         return self._no_gang.get(shape) or self._table.refusal(shape)
@@ -148,7 +150,8 @@ class Turns:
 
     def _reserved(self) -> bool:
         """Somebody could start: those that were refused before get their reservations now. True: there are new ones."""
-        return self._backfill is not None and self._backfill.reserve(self._board.free)
+        backfill = self._backfill
+        return backfill is not None and backfill.pending and backfill.reserve(self._board.free)
 
     def _keep_behind(self, shape: Shape, places: Sequence[Place]) -> None:
         assert self._backfill is not None, "only reservations keep anybody behind"
