@@ -30,6 +30,7 @@ class Launch:
     """What a cell executes. Only `env` reaches the program: of a sandboxed job, that is nothing of its own.
 
     `arguments` and `files`: descriptors that the program reads from, what is put there and which file.
+    `user_namespaces`: descriptors of such, and who is who in them (a line of user_namespaces(7)'s uid_map).
     """
 
     argv: Sequence[str]
@@ -37,9 +38,12 @@ class Launch:
     cwd: str
     arguments: Mapping[int, Sequence[str]] = field(default_factory=dict[int, Sequence[str]])
     files: Mapping[int, str] = field(default_factory=dict[int, str])
+    user_namespaces: Mapping[int, str] = field(default_factory=dict[int, str])
     sandbox: bool = False
     script: str = ""
-    """For the sandbox that waits in the cell, if there is one."""
+    """For the sandbox's shell."""
+    plain: bool = False
+    """Whether the sandbox that waits in the cell will do, if there is one."""
 
     def payload(self, directory: Path, *, park: bool = False) -> bytes:
         """Raises AttemptRefused."""
@@ -50,9 +54,11 @@ class Launch:
             "cwd": self.cwd,
             "arguments": {number: list(parts) for number, parts in self.arguments.items()},
             "files": dict(self.files),
+            "user_namespaces": dict(self.user_namespaces),
             "sandbox": self.sandbox,
             "park": park,
             "script": self.script,
+            "plain": self.plain,
         }
         text = json.dumps(request).encode()
         if len(text) > MAX_PAYLOAD_BYTES:

@@ -41,9 +41,10 @@ _DEFAULT_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ)
 
 class Request(TypedDict):
     """One attempt: what to execute. `arguments`: descriptor -> what the program reads from it, NUL between parts.
+    `user_namespaces`: descriptor -> its only line of uid_map and gid_map.
 
-    `park`: only make the sandbox, whose shell is to read its script from its standard input. `script`: what to tell the
-    shell of the sandbox that was made so; without one, or when that has died, a new sandbox is made.
+    `script`: what the sandbox's shell reads from its standard input. `park`: only make the sandbox, whose script comes
+    later. `plain`: that sandbox will do; else, or when it has died, a new one is made.
     """
 
     directory: str
@@ -52,9 +53,11 @@ class Request(TypedDict):
     cwd: str
     arguments: dict[str, list[str]]
     files: dict[str, str]
+    user_namespaces: dict[str, str]
     sandbox: bool
     park: bool
     script: str
+    plain: bool
 
 
 class Sandbox(NamedTuple):
@@ -77,6 +80,7 @@ class CellProcess:
         self._null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         self._may_protect = os.geteuid() == 0
         self._ready_made: Sandbox | None = None
+        self._user_namespaces: dict[str, int] = {}
 
     def live(self) -> None:
         """Park, serve, and return when the daemon is gone and nothing runs."""
@@ -215,7 +219,7 @@ class CellProcess:
 
     def _sandboxed(self, request: Request, log: int) -> int:
         """The sandbox stays in the cell's session; the job has one of its own. It says by a pipe that it runs."""
-        made, self._ready_made = (self._ready_made, None) if request["script"] else (None, self._ready_made)
+        made, self._ready_made = (self._ready_made, None) if request["plain"] else (None, self._ready_made)
         self._unpark()
         if made is not None:
             told = _told(made.script, request["script"])
@@ -225,11 +229,14 @@ class CellProcess:
                 return self._end(made)
             # It has died before its command began.
             self._end(made)
+        script = _in_memory(os.fsencode(request["script"]))
         try:
-            made = Sandbox(*self._spawn_sandbox(request, log, []), -1)
+            made = Sandbox(*self._spawn_sandbox(request, log, [(script, 0), (log, LOG)]), -1)
         except OSError as error:
             self.say(f"failed {request['argv'][0]}: {error.strerror}")
             return _NOT_EXECUTABLE
+        finally:
+            os.close(script)
         self.say("running" if os.read(made.ready, 1) == b"r" else "failed ")
         return self._end(made)
 
@@ -240,11 +247,14 @@ class CellProcess:
         mine = [said]
         try:
             for number, parts in request["arguments"].items():
-                mine.append(_in_memory(parts))
+                mine.append(_in_memory(b"".join(os.fsencode(part) + b"\0" for part in parts)))
                 opened.append((mine[-1], int(number)))
             for number, path in request["files"].items():
                 mine.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
                 opened.append((mine[-1], int(number)))
+            opened += [
+                (self._user_namespace(users), int(number)) for number, users in request["user_namespaces"].items()
+            ]
             command = request["argv"]
             return self._spawn(command[0], command, request["env"], log, opened, setsid=False), ready
         except OSError:
@@ -253,6 +263,12 @@ class CellProcess:
         finally:
             for descriptor in mine:
                 os.close(descriptor)
+
+    def _user_namespace(self, users: str) -> int:
+        """One is as good as the next: it is empty again when its sandbox has ended. Raises OSError."""
+        if users not in self._user_namespaces:
+            self._user_namespaces[users] = _new_user_namespace(users)
+        return self._user_namespaces[users]
 
     def _spawn(
         self,
@@ -326,13 +342,38 @@ def _told(script: int, text: str) -> bool:
     return True
 
 
-def _in_memory(parts: Sequence[str]) -> int:
-    descriptor = os.memfd_create("arguments")
-    payload = b"".join(os.fsencode(part) + b"\0" for part in parts)
+def _in_memory(payload: bytes) -> int:
+    descriptor = os.memfd_create("dante")
     while payload:
         payload = payload[os.write(descriptor, payload) :]
     os.lseek(descriptor, 0, os.SEEK_SET)
     return descriptor
+
+
+def _new_user_namespace(users: str) -> int:
+    """Its descriptor. A process that lives no longer than this makes it: whoever makes one is in it."""
+    made, told = os.pipe()
+    held, release = os.pipe()
+    if (pid := os.fork()) == 0:
+        try:
+            os.close(release)
+            os.unshare(os.CLONE_NEWUSER)
+            os.write(told, b"m")
+            os.read(held, 1)
+        finally:
+            os._exit(0)
+    os.close(told)
+    os.close(held)
+    try:
+        if not os.read(made, 1):
+            raise OSError(errno.EPERM, "no user namespace can be made here")
+        _write(f"/proc/{pid}/uid_map", users)
+        _write(f"/proc/{pid}/gid_map", users)
+        return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(made)
+        os.close(release)
+        os.waitpid(pid, 0)
 
 
 def _create(path: str, text: str) -> None:

@@ -305,7 +305,7 @@ class ProcessExecutor(Executor):
         run.asked = True
         try:
             launch = self._launch(run.place, folder, spec)
-            await run.cell.start(folder.root, launch if run.ready else replace(launch, script=""))
+            await run.cell.start(folder.root, launch if run.ready else replace(launch, plain=False))
         except AlreadyStarted:
             # By a daemon before this one, in the same groups: this cell must not be given to others.
             run.cell.close()

@@ -1,10 +1,11 @@
 """The bubblewrap sandbox: what a job sees of the machine, and as whom it runs.
 
-As root, two stages. The first makes namespaces and mounts with root's rights, because the Python to show may lie below
-a 0700 home; it keeps three capabilities, only to become an unprivileged user of the attempt's own (`uid`). The second,
-already that user, makes the user namespace in which the job is uid 1000 and installs the seccomp filter. A job never
-runs as the host's uid 0, not even inside a user namespace: root's files and /proc/sys would be its own.
-An ordinary user's daemon needs one stage only.
+As root, bubblewrap makes namespaces and mounts with root's rights, because the Python to show may lie below a 0700
+home. At last it enters a user namespace that the cell made (`--userns2`), in which there is one user: uid 1000, who is
+an unprivileged user of the attempt's own outside (`uid`). It keeps three capabilities there, with which setpriv becomes
+that user. A job never runs as the host's uid 0, not even inside a user namespace: root's files and /proc/sys would be
+its own. Nothing of the job's own may reach what runs before that, so its variables are set only afterwards.
+An ordinary user's bubblewrap makes the user namespace itself.
 """
 
 import os
@@ -28,8 +29,8 @@ HOSTNAME = "dante"
 SEARCH_PATH = "/usr/local/bin:/usr/bin:/bin"
 RELOCATED_PREFIX = "/opt/dante/venv"
 GET_BUBBLEWRAP = "install it, for example with: apt-get install bubblewrap"
-_READY, _LOG, _SECCOMP = 9, 8, 7
-_FIRST_STAGE, _SECOND_STAGE = 4, 5
+_READY, _LOG, _SECCOMP, _USER_NAMESPACE = 9, 8, 7, 6
+_ARGUMENTS = 4
 
 _MERGED = ("bin", "lib", "lib32", "lib64", "sbin")
 # Copied from the host's /etc, once, into one folder that becomes the job's: one mount instead of a dozen is 2 ms.
@@ -48,12 +49,10 @@ _OWN_ETC = {
     "hosts": f"127.0.0.1 localhost {HOSTNAME}\n::1 localhost\n",
     "resolv.conf": "",
 }
-# Tells the daemon on descriptor 9 that the command runs, then becomes it; a missing command ends with 127, as in a
-# shell.
-_ENTRY = f'echo r >&{_READY}; exec "$@" {_READY}>&-'
 _MAX_SCRIPT_LENGTH = 16 << 10
+"""Of one that is written to a shell that waits."""
 _SHELLS_OWN = {"IFS", "LINENO", "OLDPWD", "OPTIND", "PPID", "PWD", "UID", "EUID", "SHELLOPTS", "BASHOPTS", "ENV"}
-"""Variables that a shell refuses to set, or that change what it makes of the rest of its script."""
+"""Variables that a shell refuses to set, or that change what it makes of the rest of its script. (And all of bash.)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +110,8 @@ class Bubblewrap:
             return "setpriv is not installed; it is part of util-linux"
         text = subprocess.run([bwrap, "--help"], capture_output=True, text=True, check=False, timeout=10).stdout
         options = frozenset(word for word in text.split() if word.startswith("--"))
-        if lacking := {"--args", "--clearenv", "--perms", "--new-session", "--die-with-parent"} - options:
+        needed = {"--args", "--clearenv", "--perms", "--new-session", "--die-with-parent"}
+        if lacking := (needed | {"--userns2"} if as_root else needed) - options:
             return f"{bwrap} is too old: it lacks {', '.join(sorted(lacking))}; {GET_BUBBLEWRAP}"
         return cls(bwrap, setpriv or "", options, as_root)
 
@@ -209,14 +209,15 @@ def sandboxed(tools: Bubblewrap, layout: Layout, spec: AttemptSpec, uid: int) ->
     """How to start `spec` inside. As root, the job runs as the host's `uid`, else as the daemon's own user."""
     variables = environment(spec, work=WORK, output=OUTPUT, search_path=layout.python.search_path)
     command = _from(inside(spec.working_dir) if spec.working_dir else "", spec.command)
-    launch = _launch(tools, layout, spec, uid, ["/bin/sh", "-c", _ENTRY, "sh", *command], variables)
-    return replace(launch, script=_script(variables, command)) if is_plain(spec) else launch
+    before = {name: value for name, value in variables.items() if name in _SHELLS_OWN or name.startswith("BASH")}
+    script = _script({name: value for name, value in variables.items() if name not in before}, command)
+    plain = is_plain(spec) and not before and len(script) <= _MAX_SCRIPT_LENGTH
+    return replace(_launch(tools, layout, spec, uid, before), script=script, plain=plain)
 
 
 def parked(tools: Bubblewrap, layout: Layout, spec: AttemptSpec, uid: int) -> Launch:
     """A sandbox for any attempt that `is_plain`, made ahead: its shell waits for the attempt's `script`."""
-    variables = {"PATH": SEARCH_PATH}
-    return _launch(tools, layout, spec, uid, ["/bin/sh", "-s"], variables)
+    return _launch(tools, layout, spec, uid, {})
 
 
 def is_plain(spec: AttemptSpec) -> bool:
@@ -226,43 +227,38 @@ def is_plain(spec: AttemptSpec) -> bool:
 
 
 def _script(variables: Mapping[str, str], command: Sequence[str]) -> str:
-    """For the shell that waits; nothing where a script could not say the same."""
-    if _SHELLS_OWN & variables.keys() or any(name.startswith("BASH") for name in variables):
-        return ""
+    """For the shell inside: it tells the daemon that the command runs, and becomes it; a missing one ends with 127.
+
+    By a script, because what stands in arguments is seen by all users of the machine.
+    """
     exports = "".join(f"export {name}={shlex.quote(value)};" for name, value in variables.items())
-    text = (
-        f"exec >&{_LOG} 2>&1 {_LOG}>&-; {exports} echo r >&{_READY}; exec {shlex.join(command)} {_READY}>&- </dev/null"
-    )
-    return text if len(text) <= _MAX_SCRIPT_LENGTH else ""
+    closed = f"{_READY}>&- {_USER_NAMESPACE}<&- </dev/null"
+    return f"exec >&{_LOG} 2>&1 {_LOG}>&-; {exports} echo r >&{_READY}; exec {shlex.join(command)} {closed}"
 
 
-def _launch(
-    tools: Bubblewrap, layout: Layout, spec: AttemptSpec, uid: int, entry: Sequence[str], variables: Mapping[str, str]
-) -> Launch:
-    user = ["--unshare-user", "--uid", str(INSIDE_UID), "--gid", str(INSIDE_UID), "--new-session", "--clearenv"]
-    user += [part for name, value in variables.items() for part in ("--setenv", name, value)]
-    user += ["--chdir", WORK, "--cap-drop", "ALL"]
+def _launch(tools: Bubblewrap, layout: Layout, spec: AttemptSpec, uid: int, variables: Mapping[str, str]) -> Launch:
+    """`variables`: those that its shell must find set; setpriv sees them too."""
+    arguments = [*_namespaces(spec), *_mounts(tools, layout, spec)]
+    arguments += ["--new-session", "--clearenv", "--setenv", "PATH", SEARCH_PATH, "--chdir", WORK, "--cap-drop", "ALL"]
+    arguments += [part for name, value in variables.items() for part in ("--setenv", name, value)]
     files: dict[int, str] = {}
     if layout.seccomp is not None:
-        user += ["--seccomp", str(_SECCOMP)]
+        arguments += ["--seccomp", str(_SECCOMP)]
         files[_SECCOMP] = str(layout.seccomp)
     elif "--disable-userns" in tools.options and not tools.as_root:
-        user.append("--disable-userns")
-    mounts = [*_namespaces(spec), *_mounts(tools, layout, spec)]
-    from_first, from_second = (["--args", str(number), "--"] for number in (_FIRST_STAGE, _SECOND_STAGE))
+        arguments.append("--disable-userns")
+    command, shell = [tools.bwrap, "--args", str(_ARGUMENTS), "--"], ["/bin/sh", "-s"]
     outside = {"PATH": SEARCH_PATH, "LANG": "C.UTF-8"}
     if not tools.as_root:
-        command = [tools.bwrap, *from_first, *entry]
-        return Launch(command, outside, "/", {_FIRST_STAGE: [*mounts, *user]}, files, sandbox=True)
-    capabilities = ["--cap-drop", "ALL"]
+        arguments += ["--unshare-user", "--uid", str(INSIDE_UID), "--gid", str(INSIDE_UID)]
+        return Launch([*command, *shell], outside, "/", {_ARGUMENTS: arguments}, files, sandbox=True)
+    arguments += ["--userns2", str(_USER_NAMESPACE)]
     for name in ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"):
-        capabilities += ["--cap-add", name]
-    drop = [tools.setpriv, "--reuid", str(uid), "--regid", str(uid), "--clear-groups", "--inh-caps=-all"]
-    drop += ["--bounding-set=-all", "--no-new-privs", "--"]
-    command = [tools.bwrap, *from_first, *drop, tools.bwrap, *from_second, *entry]
-    first = [*mounts, "--clearenv", "--setenv", "PATH", SEARCH_PATH, *capabilities]
-    second = ["--dev-bind", "/", "/", "--die-with-parent", *user]
-    return Launch(command, outside, "/", {_FIRST_STAGE: first, _SECOND_STAGE: second}, files, sandbox=True)
+        arguments += ["--cap-add", name]
+    command += [tools.setpriv, "--reuid", str(INSIDE_UID), "--regid", str(INSIDE_UID), "--clear-groups"]
+    command += ["--inh-caps=-all", "--bounding-set=-all", "--no-new-privs", "--", *shell]
+    users = {_USER_NAMESPACE: f"{INSIDE_UID} {uid} 1"}
+    return Launch(command, outside, "/", {_ARGUMENTS: arguments}, files, users, sandbox=True)
 
 
 def unsandboxed(work: Path, output: Path, spec: AttemptSpec, search_path: str) -> Launch:
@@ -284,9 +280,8 @@ def _mounts(tools: Bubblewrap, layout: Layout, spec: AttemptSpec) -> list[str]:
     if spec.network:
         mounts += [("--ro-bind-try", f"/etc/{name}", f"/etc/{name}") for name in _NETWORK_ETC]
     mounts += [("--ro-bind", host, inside) for host, inside in layout.python.mounts]
-    for tool in (tools.bwrap, tools.setpriv):
-        if tool and not _is_below(os.path.realpath(tool), "/usr"):
-            mounts.append(("--ro-bind", tool, tool))
+    if tools.setpriv and not _is_below(os.path.realpath(tools.setpriv), "/usr"):
+        mounts.append(("--ro-bind", tools.setpriv, tools.setpriv))
     mounts += _devices(spec)
     mounts += [("--bind", str(layout.work), WORK), ("--bind", str(layout.output), OUTPUT)]
     arguments = [*_system(), "--proc", "/proc", "--dev", "/dev"]
