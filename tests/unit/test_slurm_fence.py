@@ -4,7 +4,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +21,14 @@ WAIT_SECONDS = 20.0
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "leases.json"
+
+
+@pytest.fixture
+def watch(path: Path) -> Iterator[LeaseWatch]:
+    """Of the attempt, and ended with the test: its threads would look on."""
+    watch = LeaseWatch(path, ATTEMPT)
+    yield watch
+    watch.stop()
 
 
 def renew(path: Path, rest_seconds: float, *, seconds_ago: float = 0.0) -> float:
@@ -41,18 +49,18 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
-def test_an_attempt_ends_when_its_lease_does(path: Path):
+def test_an_attempt_ends_when_its_lease_does(path: Path, watch: LeaseWatch):
     written_at = renew(path, 0.3)
-    watch, killed = LeaseWatch(path, ATTEMPT), threading.Event()
+    killed = threading.Event()
     assert watch.may_start()
     watch.start(killed.set)
     assert killed.wait(WAIT_SECONDS)
     assert boottime() - written_at >= 0.3
 
 
-def test_a_lease_that_is_renewed_again_and_again_ends_nothing_also_when_the_file_is_not_there_for_a_while(path: Path):
+def test_a_lease_that_is_renewed_ends_nothing_also_when_its_file_is_gone_for_a_while(path: Path, watch: LeaseWatch):
     renew(path, 1.5)
-    watch, killed = LeaseWatch(path, ATTEMPT), threading.Event()
+    killed = threading.Event()
     assert watch.may_start()
     watch.start(killed.set)
     over_at = boottime() + 2
@@ -64,10 +72,10 @@ def test_a_lease_that_is_renewed_again_and_again_ends_nothing_also_when_the_file
         assert not killed.wait(0.05)
 
 
-def test_a_renewal_that_is_seen_only_after_the_end_counts(path: Path):
+def test_a_renewal_that_is_seen_only_after_the_end_counts(path: Path, watch: LeaseWatch):
     """As when all processes of a job were stopped for longer than its lease."""
     renew(path, 0.3)
-    watch, killed = LeaseWatch(path, ATTEMPT), threading.Event()
+    killed = threading.Event()
     assert watch.may_start()
     over_at = boottime() + 0.3
     until(lambda: boottime() > over_at)
@@ -76,10 +84,10 @@ def test_a_renewal_that_is_seen_only_after_the_end_counts(path: Path):
     assert not killed.wait(0.3)
 
 
-def test_a_file_system_that_hangs_keeps_no_attempt_alive(path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_system_that_hangs_keeps_none_alive(path: Path, watch: LeaseWatch, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fence, "HANG_SECONDS", 0.1)
     renew(path, 0.3)
-    watch, killed = LeaseWatch(path, ATTEMPT), threading.Event()
+    killed = threading.Event()
     assert watch.may_start()
     path.unlink()
     os.mkfifo(path)  # whoever opens it waits for a writer
@@ -106,10 +114,10 @@ def test_a_clock_that_is_wrong_delays_a_start_until_the_next_renewal_only(path: 
         assert may.result()
 
 
-def test_signals_go_to_the_thread_that_waits_for_the_job(path: Path):
+def test_signals_go_to_the_thread_that_waits_for_the_job(path: Path, watch: LeaseWatch):
     renew(path, 3600)
     before = threading.enumerate()
-    LeaseWatch(path, ATTEMPT).start(lambda: None)
+    watch.start(lambda: None)
     fresh = [thread for thread in threading.enumerate() if thread not in before]
     assert len(fresh) == 2
     for thread in fresh:

@@ -41,6 +41,7 @@ class LeaseWatch:
         self._until = boottime()
         self._pause_seconds = FIRST_LOOK_SECONDS
         self._looks = 0
+        self._over = threading.Event()
 
     def may_start(self) -> bool:
         """Whether the lease runs. Slurm may start a job long after the daemon is gone that submitted it."""
@@ -69,6 +70,10 @@ class LeaseWatch:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
+    def stop(self) -> None:
+        """The job has ended."""
+        self._over.set()
+
     def _look(self) -> Renewal | None:
         try:
             renewal = read_renewal(self._path, self._attempt_id)
@@ -81,27 +86,22 @@ class LeaseWatch:
         return renewal
 
     def _keep_looking(self, kill: Callable[[], None]) -> None:
-        while True:
+        while not self._over.is_set():
             began_at = boottime()
             self._look()
             self._looks += 1
             # After all processes of the job were stopped for a while, its lease may have been renewed meanwhile.
             if began_at >= self._until:
-                _end(kill)
-            time.sleep(max(0.0, min(self._pause_seconds, self._until - boottime())))
+                self._end(kill)
+            self._over.wait(max(0.0, min(self._pause_seconds, self._until - boottime())))
 
     def _notice_a_hang(self, kill: Callable[[], None]) -> None:
-        while True:
-            time.sleep(max(self._pause_seconds, self._until - boottime()))
+        while not self._over.wait(max(self._pause_seconds, self._until - boottime())):
             looks = self._looks
-            if boottime() >= self._until:
-                time.sleep(HANG_SECONDS)
-                if looks == self._looks:
-                    _end(kill)
+            if boottime() >= self._until and not self._over.wait(HANG_SECONDS) and looks == self._looks:
+                self._end(kill)
 
-
-def _end(kill: Callable[[], None]) -> None:
-    """Never returns: its thread ends with the program, which ends when the job has."""
-    while True:
-        kill()
-        time.sleep(KILL_AGAIN_SECONDS)
+    def _end(self, kill: Callable[[], None]) -> None:
+        while not self._over.is_set():
+            kill()
+            self._over.wait(KILL_AGAIN_SECONDS)

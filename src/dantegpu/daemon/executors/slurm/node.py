@@ -360,6 +360,8 @@ def run(site: Path, folder: AttemptFolder) -> None:
         cell.tell_fenced()
     else:
         cell.run(request)
+    if watch is not None:
+        watch.stop()
     signal.setitimer(signal.ITIMER_REAL, 0)
     leave_groups(groups, tree)
 
