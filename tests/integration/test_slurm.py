@@ -14,11 +14,10 @@ from pydantic import SecretStr
 
 from dantegpu.contracts.gen.dante.v1 import jobs_pb2, machine_pb2
 from dantegpu.daemon import agent
-from dantegpu.daemon.attempt import boottime
 from dantegpu.daemon.enrol import EnrolmentRefused
 from dantegpu.daemon.executors.base import ExitStatus, SandboxFailed, StopReason
 from dantegpu.daemon.executors.processes import processes_with_env
-from dantegpu.daemon.leases import LEASES, LeaseFile
+from dantegpu.daemon.leases import LEASES, LeaseFile, boottime
 from tests.fixtures.executors import a_shell_job
 from tests.fixtures.machines import KilledDaemon, MachinePlatform, RunningDaemon, daemon_settings, until
 from tests.fixtures.slurm import GPU_TYPE, NODES, SlurmServer, slurm_executor

@@ -18,7 +18,7 @@ from uuid import UUID
 
 from structlog._config import BoundLoggerLazyProxy
 
-from dantegpu.daemon import attempt, leases
+from dantegpu.daemon import leases
 from dantegpu.domain import ids
 from dantegpu.kit import bus, telemetry
 from dantegpu.services.billing import module as billing_module
@@ -169,7 +169,7 @@ def installed() -> Generator[None]:
         id(real_uuid): _Uuid(real_uuid),
         id(telemetry.span): _no_span,
         id(telemetry.current_traceparent): _no_trace,
-        id(attempt.boottime): _boottime,
+        id(leases.boottime): _boottime,
         id(leases.boot_id): _boot_id,
     }
     try:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from dantegpu.daemon.executors.slurm import fence
-from dantegpu.daemon.executors.slurm.fence import LeaseWatch, boottime
-from dantegpu.daemon.leases import LeaseFile
+from dantegpu.daemon.executors.slurm.fence import LeaseWatch
+from dantegpu.daemon.leases import LeaseFile, boottime
 
 ATTEMPT = "att_1"
 WAIT_SECONDS = 20.0

@@ -10,12 +10,12 @@ import structlog
 
 from dantegpu.contracts.gen.dante.v1 import jobs_pb2, machine_pb2
 from dantegpu.daemon import owner
-from dantegpu.daemon.attempt import Attempt, Tools, boottime, sandbox_of
+from dantegpu.daemon.attempt import Attempt, Tools, sandbox_of
 from dantegpu.daemon.benchmarks import BUSY_PAUSE_SECONDS, Benchmarks
 from dantegpu.daemon.executors.base import Adoption, Executor, ExecutorError
 from dantegpu.daemon.executors.processes import boot_id
 from dantegpu.daemon.journal import AttemptRow, JournalError
-from dantegpu.daemon.leases import LeaseFile, ServerClock, lease_until
+from dantegpu.daemon.leases import LeaseFile, ServerClock, boottime, lease_until
 from dantegpu.daemon.link import Link
 from dantegpu.daemon.meter import METRICS_INTERVAL_SECONDS, Meter, use_of
 from dantegpu.daemon.owner import Hours

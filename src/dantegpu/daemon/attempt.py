@@ -58,11 +58,6 @@ ADOPTED_SEQ_STEP = 1000
 """Not every change is in the journal: after a restart, reports are numbered above all that may have been told."""
 
 
-def boottime() -> float:
-    """Seconds since boot, time asleep included: a suspended laptop must not think that its leases still run."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
 @dataclass(frozen=True, slots=True)
 class Tools:
     """What all attempts of the daemon share."""

@@ -20,6 +20,11 @@ MARGIN_FRACTION = 0.2
 MAX_MARGIN_SECONDS = 5.0
 
 
+def boottime() -> float:
+    """Seconds since boot, time asleep included: a suspended laptop must not think that its leases still run."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 def lease_until(sent_at: float, lease_ms: int) -> float:
     """When the attempt must be dead. `sent_at`: boot clock when the renewal was asked for, not when it was answered."""
     lease_seconds = lease_ms / 1000

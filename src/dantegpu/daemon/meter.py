@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dantegpu.contracts.gen.dante.v1 import machine_pb2
-from dantegpu.daemon.attempt import Attempt, boottime
+from dantegpu.daemon.attempt import Attempt
 from dantegpu.daemon.executors.base import Stats
+from dantegpu.daemon.leases import boottime
 from dantegpu.daemon.probe.devices import GpuSample
 from dantegpu.domain.ids import AttemptId
 

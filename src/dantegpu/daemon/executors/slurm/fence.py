@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dantegpu.daemon.leases import Renewal, read_renewal
+from dantegpu.daemon.leases import Renewal, boottime, read_renewal
 
 LOOKS_PER_LEASE = 8
 FIRST_LOOK_SECONDS = 0.2
@@ -25,10 +25,6 @@ NAMED_SECONDS = 15.0
 """How long the file may take to name an attempt that is about to start."""
 KILL_AGAIN_SECONDS = 1.0
 """What was forking while all were killed is killed after this time."""
-
-
-def boottime() -> float:
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class LeaseWatch:
