@@ -9,7 +9,7 @@ which change of the board it is true. Only machines that changed since are looke
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +41,7 @@ WINDOW = 64
 """The most shapes that are prepared at once."""
 MAX_PLACES = 100_000
 """Shapes whose lines are known, and the same holds for them."""
-_FEW_LINES, _FEW_CHANGES, _MACHINES_PER_CHANGE = 2, 48, 4
+_FEW_LINES, _FEW_CHANGES, _MANY_CHANGES = 2, 48, 400
 _CHUNK = 1 << 14
 _SCAN = 1 << 22
 
@@ -68,16 +68,15 @@ class Refusal:
         return f"{head}: {', '.join(parts)}" if parts else head
 
 
-@dataclass(frozen=True, slots=True)
-class Pairs:
+class Pairs(NamedTuple):
     """Lines and machines that are to be scored, as columns of one length K; each machine can take its line's job.
 
-    `usable` (K, G) marks the devices that the job could have, `free` what each device has left. `count` and `milli` are
-    the devices that the job asks for; both are 0 for a job without GPUs.
+    `count` and `milli` are the devices that the job asks for; both are 0 for a job without GPUs. The first of the pairs
+    take devices that nobody uses, on machines whose devices are alike: any of them. For the last L of them, `usable`
+    (L, G) marks the devices that the job could have, and `free` is what each device has left.
     """
 
     row: Ints
-    line: Ints
     cpu_milli: Ints
     memory_bytes: Ints
     count: Ints
@@ -85,29 +84,24 @@ class Pairs:
     usable: Bools
     free: Ints
 
-    def take(self, places: Ints) -> "Pairs":
-        return Pairs(
-            self.row.take(places),
-            self.line.take(places),
-            self.cpu_milli.take(places),
-            self.memory_bytes.take(places),
-            self.count.take(places),
-            self.milli.take(places),
-            self.usable.take(places, axis=0),
-            self.free.take(places, axis=0),
-        )
-
 
 class Scorer(Protocol):
     """An objective. The lowest score wins, of equal scores the machine with the lower number."""
 
+    extra: Floats
+    """(M,): what is added to a machine's scores whatever its state."""
+
     def score(self, pairs: Pairs) -> tuple[Floats, Columns]:
-        """(K,): the score, and the device to take for a part of one (else -1)."""
+        """(K,): the score but for `extra`; (L,): the device to take for a part of one (else -1)."""
+        ...
+
+    def states(self) -> Ints | None:
+        """(M,): machines with equal numbers have equal scores. None: each is to be looked at."""
         ...
 
     @property
-    def score_one(self) -> Callable[[int, int], float] | None:
-        """Scores one machine with devices that are alike, for so many whole ones. None: only score() can."""
+    def score_one(self) -> "Callable[[int, int, Sequence[int] | None], float] | None":
+        """Scores one machine for a job with so many devices, `usable` when they are not alike. None: only score()."""
         ...
 
 
@@ -143,7 +137,8 @@ class ScoreTable:
         self._scorer = scorer
         self._score_one = scorer.score_one
         self._machines = len(board.snapshot.machines)
-        self._any_mixed = bool(board.mixed.any())
+        self._nothing: Floats = np.zeros(self._machines)
+        self._any_unlike = bool(((board.alike < 0) & (board.snapshot.device_total > 0).any(axis=1)).any())
         self._limit = max(MAX_CELLS // max(self._machines, 1), 256)
         self._places: dict[Shape, Place] = {}
         self._closed: set[int] = set()
@@ -255,29 +250,20 @@ class ScoreTable:
         board, gpu = self._board, shape.request.gpu
         if held is None or gpu is None:
             return None if held is None else []
-        free, tenant = board.capacity.device[row].tolist(), board.capacity.tenant[row].tolist()
-        teams = (NOBODY, board.team_number(shape.team_id)) if gpu.milli < MILLI_PER_UNIT else (NOBODY,)
-        usable = [
-            column
-            for column, number in enumerate(board.class_rows[row])
-            if column not in held and place.eligible[number] and free[column] >= gpu.milli and tenant[column] in teams
-        ]
-        if gpu.milli < MILLI_PER_UNIT:
-            return [min(usable, key=lambda column: (free[column], column))] if usable else None
+        whole = gpu.milli == MILLI_PER_UNIT
+        teams = (NOBODY,) if whole else (NOBODY, board.team_number(shape.team_id))
+        usable = [column for column in self._usable(row, place.eligible, gpu.milli, teams) if column not in held]
+        if not self._are_enough(row, usable, gpu.count_min):
+            return None
         models = board.snapshot.device_model[row].tolist()
-        return tightest_group(models, usable, gpu.count_min) if _has_count(models, usable, gpu.count_min) else None
+        return tightest_group(models, usable, gpu.count_min) if whole else [self._fullest(row, usable)]
 
     def _whole_devices(self, row: int, eligible: Sequence[bool], count: int) -> list[int]:
-        board = self._board
-        free, classes = board.capacity.device[row].tolist(), board.class_rows[row]
-        usable = [
-            column
-            for column, (milli, number) in enumerate(zip(free, classes, strict=True))
-            if milli == MILLI_PER_UNIT and eligible[number]
-        ]
-        if len(usable) == count or not board.mixed[row]:
+        """Of those that nobody uses."""
+        usable = self._usable(row, eligible, MILLI_PER_UNIT, (NOBODY,))
+        if len(usable) == count or not self._board.mixed[row]:
             return usable[:count]
-        return tightest_group(board.snapshot.device_model[row].tolist(), usable, count)
+        return tightest_group(self._board.snapshot.device_model[row].tolist(), usable, count)
 
     # --- lines --------------------------------------------------------------------------------------------------------
 
@@ -338,7 +324,7 @@ class ScoreTable:
             gpu.milli if gpu is not None else 0,
             tenant,
         )
-        self._eligible[line] = conditions.eligible
+        self._eligible[line] = conditions.eligible | (gpu is None)
         self._possible[line] = conditions.possible
         if base is not None:
             self._possible[line] &= (self._board.capacity.tenant == tenant).any(axis=1)
@@ -357,96 +343,149 @@ class ScoreTable:
     # --- scores -------------------------------------------------------------------------------------------------------
 
     def _update(self, lines: Ints) -> None:
-        board = self._board
-        score_one = self._score_one if len(lines) <= _FEW_LINES else None
-        if score_one is not None and all(self._update_changed(line, score_one) for line in lines.tolist()):
+        if len(lines) <= _FEW_LINES and self._score_one is not None:
+            lines = lines[[not self._update_few(line, self._score_one) for line in lines.tolist()]]
+            if len(lines):
+                # Many machines changed. Whatever line was asked no earlier will be asked again: all in one go.
+                lines = np.flatnonzero(self._seen[: self._size] >= self._seen[lines].min())
+        clock = self._board.clock
+        lines = lines[self._seen[lines] < clock]
+        if not len(lines):
             return
-        lines = lines[self._seen[lines] < board.clock]
+        seen = self._seen[lines]
+        states = self._scorer.states() if not seen.all() and self._machines > _FEW_CHANGES else None
+        if states is not None:
+            self._score_all(lines[seen == 0], states)
+            lines = lines[seen > 0]
         step = max(_SCAN // max(self._machines, 1), 1)
         for first in range(0, len(lines), step):
+            self._score_changed(lines[first : first + step])
+        self._seen[lines] = clock
+
+    def _score_all(self, lines: Ints, states: Ints) -> None:
+        """These know nothing yet, or by weights that were others: machines in the same state are scored once."""
+        _, rows, state = np.unique(states, return_index=True, return_inverse=True)
+        step = max(_CHUNK // len(rows), 1)
+        for first in range(0, len(lines), step):
             some = lines[first : first + step]
-            stale = board.last_change > self._seen[some][:, None]
-            stale &= self._possible[some]
-            which, rows = stale.nonzero()
-            which = some[which]
-            for start in range(0, len(rows), _CHUNK):
-                self._score(which[start : start + _CHUNK], rows[start : start + _CHUNK])
-        self._seen[lines] = board.clock
+            self._scores[some] = NEVER
+            self._score(some, rows, np.ones((len(some), len(rows)), dtype=np.bool_), self._nothing)
+            scores = self._scores[some[:, None], rows].take(state, axis=1)
+            scores[~self._possible[some]] = NEVER
+            scores += self._scorer.extra
+            self._scores[some] = scores
+            self._columns[some] = self._columns[some[:, None], rows].take(state, axis=1)
+        self._seen[lines] = self._board.clock
 
-    def _update_changed(self, line: int, score_one: Callable[[int, int], float]) -> bool:
-        """The same for one line, by a list of what changed instead of a look at all machines. False: there is none."""
-        board = self._board
-        rows = board.changed_since(int(self._seen[line]))
-        if rows is None or len(rows) > max(_FEW_CHANGES, self._machines // _MACHINES_PER_CHANGE):
-            return False
-        if len(rows) > _FEW_CHANGES:
-            rows = rows[self._possible[line].take(rows)]
-        if len(rows) > _FEW_CHANGES:
-            rows = np.unique(rows)
-        else:
-            rows = np.array(self._score_few(line, set(rows.tolist()), score_one), dtype=np.int64)
-        if len(rows):
-            self._score(np.full(len(rows), line, dtype=np.int64), rows)
-        self._seen[line] = board.clock
-        return True
+    def _score_changed(self, lines: Ints) -> None:
+        """These know all but what changed since they were asked last."""
+        last_change, seen = self._board.last_change, self._seen[lines]
+        rows = np.flatnonzero(last_change > seen.min())
+        wanted = last_change.take(rows) > seen[:, None]
+        wanted &= self._possible[lines[:, None], rows]
+        which, at = wanted.nonzero()
+        self._scores[lines.take(which), rows.take(at)] = NEVER
+        step = max(len(rows) * _CHUNK // max(len(at), 1), 1)
+        for first in range(0, len(rows), step):
+            self._score(lines, rows[first : first + step], wanted[:, first : first + step], self._scorer.extra)
 
-    def _score_few(self, line: int, rows: Iterable[int], score_one: Callable[[int, int], float]) -> list[int]:
-        """Score a few machines; those are left that need a look at each device."""
-        board, scores, possible = self._board, self._scores[line], self._possible[line]
-        cores, untouched, alike = board.cores, board.untouched, board.alike
-        cpu, memory, disk, count, milli, tenant = self._asked[:, line].tolist()
-        quick = tenant == NOBODY and (milli == MILLI_PER_UNIT or not count)
-        eligible = self._eligible[line]
-        left: list[int] = []
-        for row in rows:
-            if not possible[row]:
-                continue
-            score: float | None = NEVER
-            if cores[row] >= cpu and (tenant != NOBODY or untouched[row] >= count):
-                if not quick or (count and alike[row] < 0):
-                    score = None
-                elif (
-                    board.capacity.memory[row] >= memory
-                    and board.capacity.disk[row] >= disk
-                    and (not count or eligible[alike[row]])
-                ):
-                    score = score_one(row, count)
-            if score is None:
-                left.append(row)
-            else:
-                scores[row] = score
-                self._columns[line, row] = -1
-        return left
-
-    def _score(self, line: Ints, row: Ints) -> None:
-        """Score these pairs anew."""
+    def _score(self, lines: Ints, rows: Ints, wanted: Bools, extra: Floats) -> None:
+        """Score those of these pairs that are wanted (lines, rows), where the job fits."""
         board, capacity = self._board, self._board.capacity
-        self._scores[line, row] = NEVER
-        cpu, memory, disk, count, milli, tenant = self._asked.take(line, axis=1)
+        cpu, memory, disk, count, milli, tenant = self._asked.take(lines, axis=1)
         # What needs no look at each device first: most machines lack cores or have no device that is free.
-        fits = capacity.cpu.take(row) >= cpu
-        fits &= capacity.memory.take(row) >= memory
-        fits &= capacity.disk.take(row) >= disk
-        fits &= (board.untouched.take(row) >= count) | (tenant != NOBODY)
-        some = np.flatnonzero(fits)
-        if not len(some):
+        fits = wanted & (capacity.cpu.take(rows) >= cpu[:, None])
+        fits &= capacity.memory.take(rows) >= memory[:, None]
+        fits &= capacity.disk.take(rows) >= disk[:, None]
+        shared = tenant != NOBODY
+        fits &= (board.untouched.take(rows) >= count[:, None]) | shared[:, None]
+        alike = board.alike.take(rows)
+        closer = np.broadcast_to(shared[:, None], fits.shape)
+        if self._any_unlike:
+            closer = closer | ((alike < 0) & (count > 0)[:, None])
+        quick = fits & ~closer
+        quick &= self._eligible[lines[:, None], alike]
+        quick_line, quick_row = quick.nonzero()
+        line, row = (fits & closer).nonzero()
+        line, row, usable, free = self._look_closer(lines.take(line), rows.take(row))
+        quick_count = len(quick_row)
+        if not quick_count and not len(row):
             return
-        row, line, cpu, memory = row.take(some), line.take(some), cpu.take(some), memory.take(some)
-        count, milli, tenant = count.take(some), milli.take(some), tenant.take(some)
+        line, row = np.concatenate((lines.take(quick_line), line)), np.concatenate((rows.take(quick_row), row))
+        cpu, memory, _, count, milli, _ = self._asked.take(line, axis=1)
+        scores, columns = self._scorer.score(Pairs(row, cpu, memory, count, milli, usable, free))
+        self._scores[line, row] = scores + extra.take(row)
+        self._columns[line[:quick_count], row[:quick_count]] = -1
+        self._columns[line[quick_count:], row[quick_count:]] = columns
+
+    def _look_closer(self, line: Ints, row: Ints) -> tuple[Ints, Ints, Bools, Ints]:
+        """Those of the pairs whose machines have devices for their jobs, which ones, and what each has free."""
+        board, capacity = self._board, self._board.capacity
         free = capacity.device.take(row, axis=0)
+        _, _, _, count, milli, tenant = self._asked.take(line, axis=1)
         usable = free >= milli[:, None]
         usable &= capacity.tenant.take(row, axis=0) == tenant[:, None]
         usable &= self._eligible[line[:, None], board.classes.take(row, axis=0)]
         fits = usable.sum(axis=1) >= count
-        for place in np.flatnonzero(fits & board.mixed.take(row) & (count > 1)) if self._any_mixed else ():
+        for place in np.flatnonzero(fits & board.mixed.take(row) & (count > 1)) if self._any_unlike else ():
             models = board.snapshot.device_model[row[place]]
             fits[place] = has_count_of_one_model(usable[place][None], models[None], int(count[place]))[0]
         kept = np.flatnonzero(fits)
-        if len(kept):
-            pairs = Pairs(row, line, cpu, memory, count, milli, usable, free)
-            if len(kept) < len(row):
-                pairs = pairs.take(kept)
-            self._scores[pairs.line, pairs.row], self._columns[pairs.line, pairs.row] = self._scorer.score(pairs)
+        return line.take(kept), row.take(kept), usable.take(kept, axis=0), free.take(kept, axis=0)
+
+    def _update_few(self, line: int, score_one: "Callable[[int, int, Sequence[int] | None], float]") -> bool:
+        """The same for one line, one machine at a time. False: too many changed, or nobody knows which."""
+        board = self._board
+        rows = board.changed_since(int(self._seen[line]))
+        if rows is None or len(rows) > _MANY_CHANGES:
+            return False
+        possible = self._possible[line]
+        some = [row for row in dict.fromkeys(rows) if possible[row]]
+        if len(some) > _FEW_CHANGES:
+            return False
+        scores, all_columns = self._scores[line], self._columns[line]
+        cpu, memory, disk, count, milli, tenant = self._asked[:, line].tolist()
+        eligible = self._eligible[line].tolist()
+        for row in some:
+            score, column = NEVER, -1
+            if (
+                board.cores[row] >= cpu
+                and board.memory[row] >= memory
+                and board.disk[row] >= disk
+                and (tenant != NOBODY or board.untouched_rows[row] >= count)
+            ):
+                if tenant == NOBODY and (not count or board.alike_rows[row] >= 0):
+                    if not count or eligible[board.alike_rows[row]]:
+                        score = score_one(row, count, None)
+                else:
+                    usable = self._usable(row, eligible, milli, (tenant,))
+                    if self._are_enough(row, usable, count):
+                        score = score_one(row, count, usable)
+                        column = self._fullest(row, usable) if milli < MILLI_PER_UNIT else -1
+            scores[row], all_columns[row] = score, column
+        self._seen[line] = board.clock
+        return True
+
+    # --- devices of one machine ---------------------------------------------------------------------------------------
+
+    def _usable(self, row: int, eligible: Sequence[bool], milli: int, tenants: Sequence[int]) -> list[int]:
+        board = self._board
+        devices = zip(board.device[row], board.tenant[row], board.class_rows[row], strict=True)
+        return [
+            column
+            for column, (free, tenant, number) in enumerate(devices)
+            if free >= milli and tenant in tenants and eligible[number]
+        ]
+
+    def _are_enough(self, row: int, usable: Sequence[int], count: int) -> bool:
+        if count > 1 and self._board.mixed[row]:
+            models = self._board.snapshot.device_model[row].tolist()
+            return max(Counter(models[column] for column in usable).values(), default=0) >= count
+        return len(usable) >= count
+
+    def _fullest(self, row: int, usable: Sequence[int]) -> int:
+        free = self._board.device[row]
+        return min(usable, key=lambda column: (free[column], column))
 
 
 def _without(scores: Floats, rows: Ints) -> Floats:
@@ -454,10 +493,6 @@ def _without(scores: Floats, rows: Ints) -> Floats:
     others = scores.copy()
     others[rows] = NEVER
     return others if (others < NEVER).any() else scores
-
-
-def _has_count(models: Sequence[int], usable: Sequence[int], count: int) -> bool:
-    return max(Counter(models[column] for column in usable).values(), default=0) >= count
 
 
 def tightest_group(models: Sequence[int], usable: Sequence[int], count: int) -> list[int]:
