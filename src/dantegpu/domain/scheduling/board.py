@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,8 +25,7 @@ class DeviceShare:
     milli: int
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(NamedTuple):
     """A job's place: what the attempt will hold, at which rate."""
 
     job_id: JobId
@@ -72,6 +72,8 @@ class Board:
         """The machines of the last changes, the latest at the end."""
         self.given_back = 0
         """The clock when something became free last. What did not fit since then does not fit now."""
+        self.changed_at: list[int] = [1] * len(snapshot.machines)
+        """The clock at each machine's last change."""
         self._last_change: Ints = np.ones(len(snapshot.machines), dtype=np.int64)
         self.classes, self.class_count = device_classes(snapshot)
         """(M, G): devices with equal numbers are equal to every request."""
@@ -123,7 +125,7 @@ class Board:
 
     @property
     def last_change(self) -> Ints:
-        """(M,): the clock at each machine's last change."""
+        """(M,): `changed_at` as a column."""
         self._sync()
         return self._last_change
 
@@ -138,12 +140,12 @@ class Board:
         capacity.device[at] = [self.device[row] for row in rows]
         capacity.tenant[at] = [self.tenant[row] for row in rows]
         self._untouched[at] = [self.untouched_rows[row] for row in rows]
-        # Of a machine that changed several times the last one counts.
-        self._last_change[at] = np.arange(self._synced + 1, self.clock + 1)
+        self._last_change[at] = [self.changed_at[row] for row in rows]
         self._synced = self.clock
 
     def _changed(self, row: int) -> None:
         self.clock += 1
+        self.changed_at[row] = self.clock
         self._changes.append(row)
         if len(self._changes) == 2 * _REMEMBERED_CHANGES:
             self._sync()

@@ -128,8 +128,8 @@ class _Conditions:
 class ScoreTable:
     """The scores of one board under one objective.
 
-    `prepare` brings the lines of some shapes up to date; `best` then answers from the table alone, so between the two
-    the caller `hide`s machines that it has used. When `best` finds nothing, `refresh` shows what was hidden.
+    `prepare` brings the lines of some shapes up to date; `best` then answers from the table alone, and leaves out
+    machines that have changed since. When it finds nothing, `refresh` looks at those as well.
     """
 
     def __init__(self, board: Board, scorer: Scorer) -> None:
@@ -147,7 +147,8 @@ class ScoreTable:
         self._conditions: dict[tuple[object, ...], _Conditions] = {}
         self._lines_of_team: dict[int, Ints] = {}
         """Of each team: lines over devices that it has parts of, and those over free devices that they go with."""
-        self._shown: Ints = np.zeros(0, dtype=np.int64)
+        self._rows_of_team: dict[int, set[int]] = {}
+        """Machines on which those lines have been told that the team has something there."""
         self._size = 0
         self._allocate(64)
 
@@ -170,42 +171,37 @@ class ScoreTable:
 
     def closed(self, shape: Shape) -> bool:
         """Is it known that no job of the shape fits anywhere? Until something is given back that stays so."""
-        if self._closed_at < self._board.given_back:
-            self._closed.clear()
-            self._closed_at = self._board.given_back
         closed = self._closed
-        place = self._places.get(shape) if closed else None
+        if not closed:
+            return False
+        if self._closed_at < self._board.given_back:
+            closed.clear()
+        place = self._places.get(shape)
         return place is not None and place.lines[0] in closed and place.lines[-1] in closed
 
     def close(self, shape: Shape) -> None:
         """`best` found nothing after `refresh`. Shapes of other teams that share its lines are closed with it."""
+        if self._closed_at < self._board.given_back:
+            self._closed.clear()
+            self._closed_at = self._board.given_back
         self._closed.update(self._place(shape).lines)
 
     def refusal(self, shape: Shape) -> Refusal:
         return self._place(shape).refusal
 
     def prepare(self, shapes: Iterable[Shape]) -> None:
-        """Bring the lines of these shapes up to date; hide() works on them from now on."""
+        """Bring the lines of these shapes up to date."""
         if self._size + 2 * WINDOW > self._limit or len(self._places) > MAX_PLACES:
             self._forget_lines()
-        places = [self._place(shape) for shape in shapes]
-        if len(places) == 1:
-            self._shown = places[0].line_numbers
-        else:
-            lines = list(dict.fromkeys(line for place in places for line in place.lines))
-            self._shown = np.array(lines, dtype=np.int64)
-        self._update(self._shown)
+        lines = {line: None for shape in shapes for line in self._place(shape).lines}
+        self._update(np.array(list(lines), dtype=np.int64))
 
     def refresh(self, shape: Shape) -> None:
-        """Bring one more shape up to date, and show it what hide() took from it."""
+        """Bring one more shape up to date."""
         self._update(self._place(shape).line_numbers)
 
-    def hide(self, row: int) -> None:
-        """The machine has changed: nobody takes it by its old score."""
-        self._scores[self._shown, row] = NEVER
-
     def best(self, shape: Shape, holds: Holds | None = None) -> tuple[int, list[int]] | None:
-        """The machine and its devices for a job of this shape; None when no machine that is shown can take it.
+        """The machine and its devices for a job of this shape; None when no machine that is known can take it.
 
         `holds`: what of machines is not for it.
         """
@@ -222,9 +218,10 @@ class ScoreTable:
                 scores[closed] = NEVER
             if place.avoided is not None:
                 scores = _without(scores, place.avoided)
-            best = int(scores.argmin())
-            if scores[best] < lowest:
-                found, lowest, row = line, scores[best], best
+            best = self._lowest(line, scores)
+            score = scores.item(best)
+            if score < lowest:
+                found, lowest, row = line, score, best
         if found < 0:
             return None
         gpu = shape.request.gpu
@@ -235,10 +232,21 @@ class ScoreTable:
         column = int(self._columns[found, row])
         return row, [column] if column >= 0 else self._whole_devices(row, place.eligible, gpu.count_min)
 
+    def _lowest(self, line: int, scores: Floats) -> int:
+        """The machine with the lowest score, of those that have not changed since the line was looked at."""
+        changed_at, seen = self._board.changed_at, self._seen.item(line)
+        best = int(scores.argmin())
+        while changed_at[best] > seen and scores.item(best) < NEVER:
+            scores[best] = NEVER
+            best = int(scores.argmin())
+        return best
+
     def joined(self, team: int, row: int) -> None:
         """The team holds a part of a device there now, and may take more of it."""
-        lines = self._lines_of_team.get(team)
-        if lines is not None:
+        rows = self._rows_of_team.get(team)
+        if rows is not None and row not in rows:
+            rows.add(row)
+            lines = self._lines_of_team[team]
             self._possible[lines[0], row] = self._possible[lines[1], row]
 
     def rescore(self) -> None:
@@ -260,6 +268,8 @@ class ScoreTable:
 
     def _whole_devices(self, row: int, eligible: Sequence[bool], count: int) -> list[int]:
         """Of those that nobody uses."""
+        if self._board.alike_rows[row] >= 0:
+            return [column for column, free in enumerate(self._board.device[row]) if free == MILLI_PER_UNIT][:count]
         usable = self._usable(row, eligible, MILLI_PER_UNIT, (NOBODY,))
         if len(usable) == count or not self._board.mixed[row]:
             return usable[:count]
@@ -330,10 +340,11 @@ class ScoreTable:
             self._possible[line] &= (self._board.capacity.tenant == tenant).any(axis=1)
             lines = self._lines_of_team.get(tenant, np.zeros((2, 0), dtype=np.int64))
             self._lines_of_team[tenant] = np.column_stack((lines, (line, base)))
+            self._rows_of_team[tenant] = set()
         return line
 
     def _forget_lines(self) -> None:
-        for known in (self._places, self._numbers, self._lines_of_team, self._conditions):
+        for known in (self._places, self._numbers, self._lines_of_team, self._rows_of_team, self._conditions):
             known.clear()
         self._closed.clear()
         self._size = 0

@@ -110,7 +110,14 @@ class Turns:
 
     def _one(self, shape: Shape, *, hidden: bool) -> list[Place] | None:
         """Where a job of the shape goes. None: nowhere, and the shape is closed."""
-        table, holds = self._table, self._holds(shape)
+        table = self._table
+        if self._backfill is None:
+            found = self._best(shape, {}, hidden)
+            if found is None:
+                table.close(shape)
+                return None
+            return [found]
+        holds = self._holds(shape)
         found = self._best(shape, holds, hidden)
         if found is not None and self._reserved():
             holds = self._holds(shape)
@@ -162,7 +169,6 @@ class Turns:
         price_percent = shape.job.price_percent
         placement = board.take(draw.job.id, shape.team_id, shape.request, row, columns, price_percent)
         self._placements.append(placement)
-        table.hide(row)
         gpu = shape.request.gpu
         if gpu is not None and gpu.milli < MILLI_PER_UNIT:
             table.joined(board.team_number(shape.team_id), row)
