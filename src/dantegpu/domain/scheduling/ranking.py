@@ -128,8 +128,8 @@ class _Conditions:
 class ScoreTable:
     """The scores of one board under one objective.
 
-    `prepare` brings the lines of some shapes up to date; `best` then answers from the table alone, and leaves out
-    machines that have changed since. When it finds nothing, `refresh` looks at those as well.
+    `prepare` brings the lines of some shapes up to date; `best` then answers from the table alone, so between the two
+    the caller `hide`s machines that it has used. When `best` finds nothing, `refresh` shows what was hidden.
     """
 
     def __init__(self, board: Board, scorer: Scorer) -> None:
@@ -147,6 +147,8 @@ class ScoreTable:
         self._conditions: dict[tuple[object, ...], _Conditions] = {}
         self._lines_of_team: dict[int, Ints] = {}
         """Of each team: lines over devices that it has parts of, and those over free devices that they go with."""
+        self._shown: dict[int, Floats] = {}
+        self._several: Floats | None = None
         self._rows_of_team: dict[int, set[int]] = {}
         """Machines on which those lines have been told that the team has something there."""
         self._size = 0
@@ -189,19 +191,35 @@ class ScoreTable:
     def refusal(self, shape: Shape) -> Refusal:
         return self._place(shape).refusal
 
-    def prepare(self, shapes: Iterable[Shape]) -> None:
-        """Bring the lines of these shapes up to date."""
+    def prepare(self, shapes: Sequence[Shape]) -> None:
+        """Bring the lines of these shapes up to date; hide() works on them from now on."""
         if self._size + 2 * WINDOW > self._limit or len(self._places) > MAX_PLACES:
             self._forget_lines()
-        lines = {line: None for shape in shapes for line in self._place(shape).lines}
-        self._update(np.array(list(lines), dtype=np.int64))
+        if len(shapes) == 1:
+            lines = self._place(shapes[0]).lines
+            self._update(lines)
+            self._several, self._shown = None, {line: self._scores[line] for line in lines}
+            return
+        lines = list({line: None for shape in shapes for line in self._place(shape).lines})
+        self._update(lines)
+        # A copy, in which one machine is one step through memory: hide() is called for each placement.
+        self._several = self._scores[np.array(lines, dtype=np.int64)]
+        self._shown = dict(zip(lines, self._several, strict=True))
 
     def refresh(self, shape: Shape) -> None:
-        """Bring one more shape up to date."""
-        self._update(self._place(shape).line_numbers)
+        """Bring one more shape up to date, and show it what hide() took from it."""
+        lines = self._place(shape).lines
+        self._update(lines)
+        for line in lines:
+            self._shown[line][:] = self._scores[line]
+
+    def hide(self, row: int) -> None:
+        """The machine has changed: nobody takes it by its old score."""
+        if self._several is not None:
+            self._several[:, row] = NEVER
 
     def best(self, shape: Shape, holds: Holds | None = None) -> tuple[int, list[int]] | None:
-        """The machine and its devices for a job of this shape; None when no machine that is known can take it.
+        """The machine and its devices for a job of this shape; None when no machine that is shown can take it.
 
         `holds`: what of machines is not for it.
         """
@@ -212,13 +230,13 @@ class ScoreTable:
         closed = [row for row, columns in beside.items() if columns is None]
         found, lowest, row = -1, NEVER, -1
         for line in place.lines:
-            scores = self._scores[line]
+            scores = self._shown[line]
             if closed:
                 scores = scores.copy()
                 scores[closed] = NEVER
             if place.avoided is not None:
                 scores = _without(scores, place.avoided)
-            best = self._lowest(line, scores)
+            best = int(scores.argmin())
             score = scores.item(best)
             if score < lowest:
                 found, lowest, row = line, score, best
@@ -231,15 +249,6 @@ class ScoreTable:
             return row, columns
         column = int(self._columns[found, row])
         return row, [column] if column >= 0 else self._whole_devices(row, place.eligible, gpu.count_min)
-
-    def _lowest(self, line: int, scores: Floats) -> int:
-        """The machine with the lowest score, of those that have not changed since the line was looked at."""
-        changed_at, seen = self._board.changed_at, self._seen.item(line)
-        best = int(scores.argmin())
-        while changed_at[best] > seen and scores.item(best) < NEVER:
-            scores[best] = NEVER
-            best = int(scores.argmin())
-        return best
 
     def joined(self, team: int, row: int) -> None:
         """The team holds a part of a device there now, and may take more of it."""
@@ -353,25 +362,27 @@ class ScoreTable:
 
     # --- scores -------------------------------------------------------------------------------------------------------
 
-    def _update(self, lines: Ints) -> None:
-        if len(lines) <= _FEW_LINES and self._score_one is not None:
-            lines = lines[[not self._update_few(line, self._score_one) for line in lines.tolist()]]
-            if len(lines):
-                # Many machines changed. Whatever line was asked no earlier will be asked again: all in one go.
-                lines = np.flatnonzero(self._seen[: self._size] >= self._seen[lines].min())
-        clock = self._board.clock
-        lines = lines[self._seen[lines] < clock]
+    def _update(self, asked: Sequence[int]) -> None:
+        board, seen = self._board, self._seen
+        if len(asked) <= _FEW_LINES and self._score_one is not None:
+            asked = [line for line in asked if not self._update_few(line, self._score_one)]
+            if not asked:
+                return
+            # Many machines changed. Whatever line was asked no earlier will be asked again: all in one go.
+            lines = np.flatnonzero(seen[: self._size] >= seen[asked].min())
+        else:
+            lines = np.array(asked, dtype=np.int64)
+        lines = lines[seen[lines] < board.clock]
         if not len(lines):
             return
-        seen = self._seen[lines]
-        states = self._scorer.states() if not seen.all() and self._machines > _FEW_CHANGES else None
+        new = seen[lines] == 0
+        states = self._scorer.states() if self._machines > _FEW_CHANGES and new.any() else None
         if states is not None:
-            self._score_all(lines[seen == 0], states)
-            lines = lines[seen > 0]
+            self._score_all(lines[new], states)
+            lines = lines[~new]
         step = max(_SCAN // max(self._machines, 1), 1)
         for first in range(0, len(lines), step):
             self._score_changed(lines[first : first + step])
-        self._seen[lines] = clock
 
     def _score_all(self, lines: Ints, states: Ints) -> None:
         """These know nothing yet, or by weights that were others: machines in the same state are scored once."""
@@ -380,57 +391,52 @@ class ScoreTable:
         for first in range(0, len(lines), step):
             some = lines[first : first + step]
             self._scores[some] = NEVER
-            self._score(some, rows, np.ones((len(some), len(rows)), dtype=np.bool_), self._nothing)
-            scores = self._scores[some[:, None], rows].take(state, axis=1)
+            self._score(some.repeat(len(rows)), np.tile(rows, len(some)), self._nothing)
+            scores = self._scores[some][:, rows[state]]
             scores[~self._possible[some]] = NEVER
             scores += self._scorer.extra
             self._scores[some] = scores
-            self._columns[some] = self._columns[some[:, None], rows].take(state, axis=1)
+            self._columns[some] = self._columns[some][:, rows[state]]
         self._seen[lines] = self._board.clock
 
     def _score_changed(self, lines: Ints) -> None:
         """These know all but what changed since they were asked last."""
         last_change, seen = self._board.last_change, self._seen[lines]
         rows = np.flatnonzero(last_change > seen.min())
-        wanted = last_change.take(rows) > seen[:, None]
-        wanted &= self._possible[lines[:, None], rows]
-        which, at = wanted.nonzero()
-        self._scores[lines.take(which), rows.take(at)] = NEVER
-        step = max(len(rows) * _CHUNK // max(len(at), 1), 1)
-        for first in range(0, len(rows), step):
-            self._score(lines, rows[first : first + step], wanted[:, first : first + step], self._scorer.extra)
+        stale = last_change.take(rows) > seen[:, None]
+        stale &= self._possible[lines].take(rows, axis=1)
+        which, at = stale.nonzero()
+        line, row = lines.take(which), rows.take(at)
+        self._scores[line, row] = NEVER
+        for first in range(0, len(line), _CHUNK):
+            self._score(line[first : first + _CHUNK], row[first : first + _CHUNK], self._scorer.extra)
+        self._seen[lines] = self._board.clock
 
-    def _score(self, lines: Ints, rows: Ints, wanted: Bools, extra: Floats) -> None:
-        """Score those of these pairs that are wanted (lines, rows), where the job fits."""
+    def _score(self, line: Ints, row: Ints, extra: Floats) -> None:
+        """Score those of these pairs where the job fits."""
         board, capacity = self._board, self._board.capacity
-        cpu, memory, disk, count, milli, tenant = self._asked.take(lines, axis=1)
+        cpu, memory, disk, count, milli, tenant = self._asked.take(line, axis=1)
+        alike, shared = board.alike.take(row), tenant != NOBODY
         # What needs no look at each device first: most machines lack cores or have no device that is free.
-        fits = wanted & (capacity.cpu.take(rows) >= cpu[:, None])
-        fits &= capacity.memory.take(rows) >= memory[:, None]
-        fits &= capacity.disk.take(rows) >= disk[:, None]
-        shared = tenant != NOBODY
-        fits &= (board.untouched.take(rows) >= count[:, None]) | shared[:, None]
-        alike = board.alike.take(rows)
-        closer = np.broadcast_to(shared[:, None], fits.shape)
-        if self._any_unlike:
-            closer = closer | ((alike < 0) & (count > 0)[:, None])
-        quick = fits & ~closer
-        quick &= self._eligible[lines[:, None], alike]
-        quick_line, quick_row = quick.nonzero()
-        line, row = (fits & closer).nonzero()
-        line, row, usable, free = self._look_closer(lines.take(line), rows.take(row))
-        quick_count = len(quick_row)
-        if not quick_count and not len(row):
+        fits = capacity.cpu.take(row) >= cpu
+        fits &= capacity.memory.take(row) >= memory
+        fits &= capacity.disk.take(row) >= disk
+        fits &= (board.untouched.take(row) >= count) | shared
+        closer = shared | ((alike < 0) & (count > 0)) if self._any_unlike else shared
+        quick = np.flatnonzero(fits & ~closer & self._eligible[line, alike])
+        close = np.flatnonzero(fits & closer)
+        kept, usable, free = self._look_closer(line.take(close), row.take(close))
+        both = np.concatenate((quick, close.take(kept)))
+        if not len(both):
             return
-        line, row = np.concatenate((lines.take(quick_line), line)), np.concatenate((rows.take(quick_row), row))
-        cpu, memory, _, count, milli, _ = self._asked.take(line, axis=1)
-        scores, columns = self._scorer.score(Pairs(row, cpu, memory, count, milli, usable, free))
+        line, row = line.take(both), row.take(both)
+        asked = (cpu.take(both), memory.take(both), count.take(both), milli.take(both))
+        scores, columns = self._scorer.score(Pairs(row, *asked, usable, free))
         self._scores[line, row] = scores + extra.take(row)
-        self._columns[line[:quick_count], row[:quick_count]] = -1
-        self._columns[line[quick_count:], row[quick_count:]] = columns
+        self._columns[line, row] = np.concatenate((np.full(len(quick), -1, dtype=np.int16), columns))
 
-    def _look_closer(self, line: Ints, row: Ints) -> tuple[Ints, Ints, Bools, Ints]:
-        """Those of the pairs whose machines have devices for their jobs, which ones, and what each has free."""
+    def _look_closer(self, line: Ints, row: Ints) -> tuple[Ints, Bools, Ints]:
+        """Which of the pairs have machines with devices for their jobs, which ones, and what each has free."""
         board, capacity = self._board, self._board.capacity
         free = capacity.device.take(row, axis=0)
         _, _, _, count, milli, tenant = self._asked.take(line, axis=1)
@@ -442,7 +448,7 @@ class ScoreTable:
             models = board.snapshot.device_model[row[place]]
             fits[place] = has_count_of_one_model(usable[place][None], models[None], int(count[place]))[0]
         kept = np.flatnonzero(fits)
-        return line.take(kept), row.take(kept), usable.take(kept, axis=0), free.take(kept, axis=0)
+        return kept, usable.take(kept, axis=0), free.take(kept, axis=0)
 
     def _update_few(self, line: int, score_one: "Callable[[int, int, Sequence[int] | None], float]") -> bool:
         """The same for one line, one machine at a time. False: too many changed, or nobody knows which."""
@@ -450,8 +456,10 @@ class ScoreTable:
         rows = board.changed_since(int(self._seen[line]))
         if rows is None or len(rows) > _MANY_CHANGES:
             return False
-        possible = self._possible[line]
-        some = [row for row in dict.fromkeys(rows) if possible[row]]
+        if not rows:
+            return True
+        some = list(dict.fromkeys(rows))
+        some = [row for row, possible in zip(some, self._possible[line].take(some).tolist(), strict=True) if possible]
         if len(some) > _FEW_CHANGES:
             return False
         scores, all_columns = self._scores[line], self._columns[line]

@@ -169,6 +169,7 @@ class Turns:
         price_percent = shape.job.price_percent
         placement = board.take(draw.job.id, shape.team_id, shape.request, row, columns, price_percent)
         self._placements.append(placement)
+        table.hide(row)
         gpu = shape.request.gpu
         if gpu is not None and gpu.milli < MILLI_PER_UNIT:
             table.joined(board.team_number(shape.team_id), row)
