@@ -134,7 +134,7 @@ class FragmentationScorer:
         self._board = board
         snapshot = board.snapshot
         price = snapshot.price_gpu
-        self.extra: Floats = price * (_TIE_PRICE / max(int(price.max(initial=0)), 1))
+        self.extra: Floats = np.multiply(price, _TIE_PRICE / max(int(price.max(initial=0)), 1), dtype=np.float64)
         self._offsets = board.classes * LEVELS
         self._full: Ints = np.maximum(board.alike, 0) * LEVELS + MILLI_PER_UNIT
         # Odd random weights: two states with one sum are as good as impossible, and would only share a score.
@@ -196,7 +196,7 @@ class FragmentationScorer:
         self._values[:, changed] = values[:, : len(changed)]
         falls = self._values.take(row.take(at), axis=1) - values[:, len(changed) :]
         losses = self._ties.take(row)
-        losses[:quick] += np.where(pairs.count[:quick] > 0, falls[0, :quick], falls[1, :quick])
+        losses[:quick] += np.where(pairs.gpus[:quick] > 0, falls[0, :quick], falls[1, :quick])
         losses[:quick] += np.where(pairs.milli[:quick] % MILLI_PER_UNIT > 0, _TIE_PER_FREE_GPU, 0.0)
         losses[whole] += falls[0, quick : quick + len(whole)]
         columns: Columns = np.full(len(part), -1, dtype=np.int16)
@@ -223,8 +223,8 @@ class FragmentationScorer:
         return changed
 
     def _left_by_any(self, pairs: Pairs, quick: int) -> Floats:
-        """What devices are worth once some of those that nobody uses are taken, or a part of one, where all are alike."""
-        row, count, milli = pairs.row[:quick], pairs.count[:quick], pairs.milli[:quick]
+        """What devices are worth once some that nobody uses are taken, or a part of one, where all are alike."""
+        row, count, milli = pairs.row[:quick], pairs.gpus[:quick], pairs.milli[:quick]
         left, full = self._devices.take(row, axis=0), self._full.take(row)
         taken = self._value.devices.take(full, axis=0)
         taken -= self._value.devices.take(full - milli, axis=0)
@@ -236,7 +236,7 @@ class FragmentationScorer:
         """The same of whole devices where they are not alike."""
         row, left = pairs.row.take(whole), self._devices.take(pairs.row.take(whole), axis=0)
         for number, place in enumerate(whole.tolist()):
-            at, count = int(row[number]), int(pairs.count[place])
+            at, count = int(row[number]), int(pairs.gpus[place])
             columns = np.flatnonzero(pairs.usable[place - quick]).tolist()
             if self._board.mixed[at]:
                 columns = tightest_group(self._board.snapshot.device_model[at].tolist(), columns, count)

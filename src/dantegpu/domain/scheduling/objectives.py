@@ -45,13 +45,13 @@ class KeyScorer:
         capacity, quick = self._board.capacity, len(pairs.row) - len(pairs.usable)
         cores = np.minimum(capacity.cpu.take(pairs.row) * _CORE_PARTS // MILLI_PER_UNIT, (1 << _CORE_BITS) - 1)
         gpus = np.minimum(capacity.device.take(pairs.row, axis=0).sum(axis=1), (1 << _GPU_BITS) - 1)
-        rank = self._ranks[(pairs.count > 0).astype(np.int64), pairs.row]
+        rank = self._ranks[(pairs.gpus > 0).astype(np.int64), pairs.row]
         match self._objective:
             case Objective.SPREAD:
                 gpus, cores = (1 << _GPU_BITS) - 1 - gpus, (1 << _CORE_BITS) - 1 - cores
                 key = ((gpus << _CORE_BITS | cores) << _PRICE_BITS) | rank
             case Objective.FASTEST:
-                speed = np.where(pairs.count > 0, self._first_speeds.take(pairs.row), 0)
+                speed = np.where(pairs.gpus > 0, self._first_speeds.take(pairs.row), 0)
                 speeds = self._speeds.take(pairs.row[quick:], axis=0)
                 speed[quick:] = np.where(pairs.usable, speeds, 0).max(axis=1, initial=0)
                 key = (((1 << _SPEED_BITS) - 1 - speed) << _PRICE_BITS | rank) << _GPU_BITS | gpus

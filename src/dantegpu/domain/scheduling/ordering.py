@@ -13,9 +13,6 @@ from dantegpu.domain.scheduling.policy import Policy
 from dantegpu.domain.scheduling.queue import JobGroup, JobQueue, QueuedJob, Shape
 from dantegpu.domain.scheduling.shares import Shares
 
-_EVERYBODY = -1
-"""The team of all jobs where teams make no difference."""
-
 
 class _Run:
     """A group in a round. `place` is where its next job is; its entry in a heap is true while it says the same."""
@@ -39,7 +36,8 @@ class _Run:
 class _Team:
     """A team's groups of one level. `heads` is a heap by the age of the job that is next in each.
 
-    Entries that are no longer true stay in it until they come up. `stamp` is that of the team's only true turn.
+    Entries that are no longer true stay in it until they come up. `runs` are not in it yet: nobody has asked for them.
+    `stamp` is that of the team's only true turn.
     """
 
     __slots__ = ("heads", "level", "number", "runs", "stamp")
@@ -48,23 +46,23 @@ class _Team:
         self.number = number
         self.level = level
         self.runs: list[_Run] = []
-        self.heads: list[_Head] | None = None
+        self.heads: list[_Head] = []
         self.stamp = 0
 
     def head(self) -> "_Head | None":
         """The oldest of the jobs that are next in their groups."""
         heads = self.heads
-        if heads is None:
-            heads = self.heads = [head for run in self.runs if (head := run.entry(0)) is not None]
+        if self.runs:
+            heads += [head for run in self.runs if (head := run.entry(0)) is not None]
             heapq.heapify(heads)
+            self.runs.clear()
         while heads and heads[0][3].place != heads[0][2]:
             heapq.heappop(heads)
         return heads[0] if heads else None
 
-    def advance(self, run: _Run) -> "_Head | None":
-        """Go past the job at the head, which is of this run; the next head."""
-        assert self.heads is not None and run.place is not None, "somebody asked for the head before"
-        following = run.entry(run.place + 1)
+    def advance(self, run: _Run, place: int) -> "_Head | None":
+        """Go past the job at the head, which is this one of this run; the next head."""
+        following = run.entry(place + 1)
         if following is None:
             heapq.heappop(self.heads)
         else:
@@ -73,14 +71,13 @@ class _Team:
 
     def leave(self, run: _Run) -> "_Head | None":
         """Nothing more is drawn from the run at the head; the next head."""
-        assert self.heads is not None, "somebody asked for the head before"
         run.place = None
         heapq.heappop(self.heads)
         return self.head()
 
     def back_to(self, run: _Run, place: int) -> None:
         head = run.entry(place)
-        if head is not None and self.heads is not None:
+        if head is not None:
             heapq.heappush(self.heads, head)
 
 
@@ -100,12 +97,13 @@ class Draw(NamedTuple):
 
 
 class _Level:
-    """Groups of one priority, and a heap of their teams by share."""
+    """Groups of one priority, and a heap of their teams by share, or by age alone where it is not `fair`."""
 
     def __init__(self, groups: Sequence[JobGroup], fair: bool) -> None:
+        self.fair = fair
         self._teams: dict[int, _Team] = {}
         for group in groups:
-            number = group.shape.team if fair else _EVERYBODY
+            number = group.shape.team
             team = self._teams.get(number)
             if team is None:
                 team = self._teams[number] = _Team(number, self)
@@ -124,7 +122,7 @@ class _Level:
         team.stamp += 1
         head = team.head()
         if head is not None and self.turns is not None:
-            share = 0.0 if team.number == _EVERYBODY else shares.of(team.number)
+            share = shares.of(team.number) if self.fair else 0.0
             heapq.heappush(self.turns, (share, head[0], head[1], team.stamp, team))
 
 
@@ -194,8 +192,8 @@ class Order:
             else:
                 drawn.append(Draw(self._step, run, shape, group.jobs[place], place))
                 held = shares.add(shape.team, shape.request, shape.nodes)
-                share = share if team.number == _EVERYBODY else held
-                following = team.advance(run)
+                share = held if level.fair else 0.0
+                following = team.advance(run, place)
             turn = None if following is None else (share, following[0], following[1], stamp, team)
         if turn is not None:
             heapq.heappush(turns, turn)

@@ -7,7 +7,7 @@ which change of the board it is true. Only machines that changed since are looke
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -71,7 +71,7 @@ class Refusal:
 class Pairs(NamedTuple):
     """Lines and machines that are to be scored, as columns of one length K; each machine can take its line's job.
 
-    `count` and `milli` are the devices that the job asks for; both are 0 for a job without GPUs. The first of the pairs
+    `gpus` and `milli` are the devices that the job asks for; both are 0 for a job without GPUs. The first of the pairs
     take devices that nobody uses, on machines whose devices are alike: any of them. For the last L of them, `usable`
     (L, G) marks the devices that the job could have, and `free` is what each device has left.
     """
@@ -79,7 +79,7 @@ class Pairs(NamedTuple):
     row: Ints
     cpu_milli: Ints
     memory_bytes: Ints
-    count: Ints
+    gpus: Ints
     milli: Ints
     usable: Bools
     free: Ints
