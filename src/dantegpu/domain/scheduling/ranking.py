@@ -41,7 +41,7 @@ WINDOW = 64
 """The most shapes that are prepared at once."""
 MAX_PLACES = 100_000
 """Shapes whose lines are known, and the same holds for them."""
-_FEW_LINES, _FEW_CHANGES, _MANY_CHANGES = 2, 48, 400
+_FEW_LINES, _FEW_CHANGES = 2, 48
 _CHUNK = 1 << 14
 _SCAN = 1 << 22
 
@@ -368,8 +368,11 @@ class ScoreTable:
             asked = [line for line in asked if not self._update_few(line, self._score_one)]
             if not asked:
                 return
-            # Many machines changed. Whatever line was asked no earlier will be asked again: all in one go.
-            lines = np.flatnonzero(seen[: self._size] >= seen[asked].min())
+            # Much was given back. Whatever line was asked since the time before will be asked again: all in one go.
+            known = seen[: self._size]
+            behind = (known >= board.given_back_before) & (known < board.given_back)
+            behind[asked] = True
+            lines = np.flatnonzero(behind)
         else:
             lines = np.array(asked, dtype=np.int64)
         lines = lines[seen[lines] < board.clock]
@@ -454,12 +457,11 @@ class ScoreTable:
         """The same for one line, one machine at a time. False: too many changed, or nobody knows which."""
         board = self._board
         rows = board.changed_since(int(self._seen[line]))
-        if rows is None or len(rows) > _MANY_CHANGES:
+        if rows is None:
             return False
-        if not rows:
-            return True
-        some = list(dict.fromkeys(rows))
-        some = [row for row, possible in zip(some, self._possible[line].take(some).tolist(), strict=True) if possible]
+        if len(rows):
+            rows = rows[self._possible[line].take(rows)]
+        some = set(rows.tolist())
         if len(some) > _FEW_CHANGES:
             return False
         scores, all_columns = self._scores[line], self._columns[line]
