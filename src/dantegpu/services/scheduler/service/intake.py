@@ -284,7 +284,7 @@ class Intake:
         if not specs:
             return []
         columns: dict[str, Any] = {
-            "ids": [JobId.new().uuid for _ in specs],
+            "ids": JobId.new_uuids(len(specs)),
             "specs": [spec.SerializeToString() for spec in specs],
             "priorities": [spec.priority for spec in specs],
             "team_id": actor.require_writer().uuid,
