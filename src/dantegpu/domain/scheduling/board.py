@@ -136,13 +136,20 @@ class Board:
         at, capacity = self.changed_since(self._synced), self._capacity
         assert at is not None, "nothing is forgotten before it is here"
         rows: list[int] = at.tolist()
-        capacity.cpu[at] = [self.cores[row] for row in rows]
-        capacity.memory[at] = [self.memory[row] for row in rows]
-        capacity.disk[at] = [self.disk[row] for row in rows]
-        capacity.device[at] = [self.device[row] for row in rows]
-        capacity.tenant[at] = [self.tenant[row] for row in rows]
-        self._untouched[at] = [self.untouched_rows[row] for row in rows]
-        self._last_change[at] = [self.changed_at[row] for row in rows]
+        columns: tuple[tuple[Ints, list[int] | list[list[int]]], ...] = (
+            (capacity.cpu, self.cores),
+            (capacity.memory, self.memory),
+            (capacity.disk, self.disk),
+            (capacity.device, self.device),
+            (capacity.tenant, self.tenant),
+            (self._untouched, self.untouched_rows),
+            (self._last_change, self.changed_at),
+        )
+        for column, values in columns:
+            if len(rows) == 1:
+                column[rows[0]] = values[rows[0]]
+            else:
+                column[at] = [values[row] for row in rows]
         self._synced = self.clock
 
     def _changed(self, row: int) -> None:

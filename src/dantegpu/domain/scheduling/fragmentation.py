@@ -186,19 +186,21 @@ class FragmentationScorer:
         tried = devices[len(changed) :]
         self._take_any(pairs, tried[:quick])
         self._take_whole(pairs, whole, tried[quick : quick + len(whole)])
-        left = self._take_part(pairs, parts.take(place), column, tried[quick + len(whole) :])
+        left = self._take_part(pairs, parts.take(place), column, tried[quick + len(whole) :]) if len(parts) else parts
+        cpu, memory = capacity.cpu.take(row) - pairs.cpu_milli, capacity.memory.take(row) - pairs.memory_bytes
         values = self._value.of(
             devices,
-            np.concatenate((capacity.cpu.take(changed), (capacity.cpu.take(row) - pairs.cpu_milli).take(at))),
-            np.concatenate((capacity.memory.take(changed), (capacity.memory.take(row) - pairs.memory_bytes).take(at))),
+            np.concatenate((capacity.cpu.take(changed), cpu.take(at))),
+            np.concatenate((capacity.memory.take(changed), memory.take(at))),
         )
         self._values[:, changed] = values[:, : len(changed)]
         falls = self._values.take(row.take(at), axis=1) - values[:, len(changed) :]
         losses = self._ties.take(row)
         losses[:quick] += np.where(pairs.gpus[:quick] > 0, falls[0, :quick], falls[1, :quick])
-        losses[:quick] += np.where(pairs.milli[:quick] % MILLI_PER_UNIT > 0, _TIE_PER_FREE_GPU, 0.0)
-        losses[whole] += falls[0, quick : quick + len(whole)]
+        losses[:quick] += (pairs.milli[:quick] % MILLI_PER_UNIT > 0) * _TIE_PER_FREE_GPU
         columns: Columns = np.full(len(part), -1, dtype=np.int16)
+        if len(whole):
+            losses[whole] += falls[0, quick : quick + len(whole)]
         if len(parts):
             options: Floats = np.full((len(parts), pairs.free.shape[1]), np.inf)
             options[place, column] = falls[0, quick + len(whole) :] + left * (_TIE_PER_FREE_GPU / MILLI_PER_UNIT)
@@ -227,7 +229,8 @@ class FragmentationScorer:
         full, gpus, milli = self._full.take(pairs.row[:quick]), pairs.gpus[:quick], pairs.milli[:quick]
         taken = self._value.devices.take(full, axis=0)
         parts = np.flatnonzero(milli % MILLI_PER_UNIT)
-        taken[parts] -= self._value.devices.take((full - milli).take(parts), axis=0)
+        if len(parts):
+            taken[parts] -= self._value.devices.take((full - milli).take(parts), axis=0)
         taken *= gpus[:, None]
         left -= taken
 

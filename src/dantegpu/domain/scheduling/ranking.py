@@ -138,6 +138,12 @@ class ScoreTable:
         self._score_one = scorer.score_one
         self._machines = len(board.snapshot.machines)
         self._nothing: Floats = np.zeros(self._machines)
+        no_devices = (0, board.snapshot.device_free.shape[1])
+        self._none_closer = (
+            np.zeros(0, dtype=np.int64),
+            np.zeros(no_devices, dtype=np.bool_),
+            np.zeros(no_devices, dtype=np.int64),
+        )
         self._any_unlike = bool(((board.alike < 0) & (board.snapshot.device_total > 0).any(axis=1)).any())
         self._limit = max(MAX_CELLS // max(self._machines, 1), 256)
         self._places: dict[Shape, Place] = {}
@@ -428,15 +434,18 @@ class ScoreTable:
         closer = shared | ((alike < 0) & (count > 0)) if self._any_unlike else shared
         quick = np.flatnonzero(fits & ~closer & self._eligible[line, alike])
         close = np.flatnonzero(fits & closer)
-        kept, usable, free = self._look_closer(line.take(close), row.take(close))
-        both = np.concatenate((quick, close.take(kept)))
+        # Calls are what is dear where few pairs are asked for: none for what is not there.
+        kept, usable, free = self._look_closer(line.take(close), row.take(close)) if len(close) else self._none_closer
+        both = np.concatenate((quick, close.take(kept))) if len(kept) else quick
         if not len(both):
             return
         line, row = line.take(both), row.take(both)
         asked = (cpu.take(both), memory.take(both), count.take(both), milli.take(both))
         scores, columns = self._scorer.score(Pairs(row, *asked, usable, free))
         self._scores[line, row] = scores + extra.take(row)
-        self._columns[line, row] = np.concatenate((np.full(len(quick), -1, dtype=np.int16), columns))
+        self._columns[line, row] = -1
+        if len(columns):
+            self._columns[line[len(quick) :], row[len(quick) :]] = columns
 
     def _look_closer(self, line: Ints, row: Ints) -> tuple[Ints, Bools, Ints]:
         """Which of the pairs have machines with devices for their jobs, which ones, and what each has free."""
