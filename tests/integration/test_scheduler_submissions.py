@@ -78,6 +78,19 @@ async def test_one_wrong_job_among_many_alike_is_named(world: World, wrong: dict
     assert await world.sql("SELECT count(*) FROM jobs") == [(0,)]
 
 
+async def test_a_priority_above_the_operators_limit_is_refused_with_the_limit(quiet_world: World) -> None:
+    world = quiet_world
+    trusted = a_member(TeamId.new())
+    await world.start(priority_max=50, team_priorities_max={str(trusted.team_id): 80})
+    await world.submit(a_spec(priority=50))
+    await world.submit(a_spec(priority=80), actor=trusted)
+    for actor, most in ((world.me, 50), (trusted, 80)):
+        with pytest.raises(RemoteError, match=f"job 2: priority {most + 1}: .* up to {most};"):
+            await world.submit(a_spec(), a_spec(priority=most + 1), actor=actor)
+    operator = Actor(world.me.kind, world.me.user_id, world.me.team_id, world.me.role, operator=True)
+    await world.submit(a_spec(priority=100), actor=operator)
+
+
 async def test_a_key_is_done_once_also_within_one_call_and_across_both_calls(world: World) -> None:
     first, same, other, unlike = await submit_many(
         world,

@@ -103,7 +103,10 @@ class _Uuid(_Module):
 class _Uuid7:
     """Rising ids without the wall clock and os.urandom."""
 
-    def next(self) -> UUID:
+    def next(self, count: int) -> list[UUID]:
+        return [self._next() for _ in range(count)]
+
+    def _next(self) -> UUID:
         world = _current()
         milliseconds = int((START_SECONDS + world.loop.time()) * 1000)
         self._last = max(getattr(self, "_last", 0) + 1, (milliseconds << 16) | world.random.getrandbits(8))

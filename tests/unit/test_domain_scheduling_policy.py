@@ -130,6 +130,11 @@ def test_a_job_that_would_leave_the_quota_borrows_and_one_that_would_not_does_no
     assert placed == [US, THEM]
 
 
+def test_an_older_job_that_borrows_does_not_hide_a_team_within_its_quota_where_shares_do_not_count():
+    policy = Policy(fair_share=False, quotas={US: Quota(1000)})
+    assert teams_placed(a_machine(gpus=1), [a_job(THEM), a_job(US, number=1)], policy) == [US]
+
+
 def test_borrowed_is_what_teams_hold_beyond_their_quotas():
     use = {US: TeamUse(3000, 8000, GIB), THEM: TeamUse(500, 1000, GIB)}
     assert borrowed(use, Policy(quotas={US: Quota(1000, 6000), THEM: Quota(500)})) == {US: TeamUse(2000, 2000)}

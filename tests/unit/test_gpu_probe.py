@@ -102,6 +102,18 @@ def test_an_ill_card_says_what_it_has_and_the_other_is_well(nvidia: Nvidia, ill:
 
 
 @needs_cc
+@pytest.mark.parametrize(("old", "used_bytes"), [(0, 1 << 30), (1, 3 << 29)])
+def test_what_the_driver_keeps_for_itself_is_not_used_memory_where_it_can_tell(
+    nvidia: Nvidia, old: int, used_bytes: int
+):
+    nvidia.add(H100, used=1 << 30, reserved=1 << 29, old=old)
+    driver = Nvml()
+    driver.open(first_index=0)
+    assert driver.sample()[0].vram_used_bytes == used_bytes
+    driver.close()
+
+
+@needs_cc
 def test_the_error_of_a_faulty_program_is_not_the_cards(nvidia: Nvidia):
     card = nvidia.add(H100)
     driver = Nvml()

@@ -157,6 +157,9 @@ def _print_job(job: "Job") -> None:
         ("nodes", spec.nodes if spec.nodes > 1 else ""),
         ("max price", f"{spec.max_price} $dGPU per GPU-hour" if spec.max_price else ""),
         ("max duration", spec.max_duration),
+        ("priority", spec.priority),
+        ("after", "\n".join(spec.after)),
+        ("deadline", _deadline(spec.deadline)),
         ("spot policy", spec.spot_policy if spec.spot_policy != "on-demand" else ""),
         ("checkpoint", _checkpoint(spec.checkpoint) if spec.checkpoint else ""),
         ("network", "yes" if spec.network else "no"),
@@ -184,6 +187,11 @@ def _ports(job: "Job") -> str:
         for port in attempt.ports
     ]
     return "\n".join(lines) or ", ".join(job.spec.ports)
+
+
+def _deadline(given: str | None) -> str | None:
+    """A moment as it is; a duration counts from the submission."""
+    return given if given is None or "T" in given else f"{given} after submission"
 
 
 def _checkpoint(saved: "Checkpoint") -> str:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 @click.option("--max-duration", metavar="D", help="Stop the job after this time, such as 90s or 8h.")
 @click.option("--spot", is_flag=True, help="Cheaper, but stopped when others need the machine; it goes on later.")
 @click.option("--checkpoint", metavar="PATH", help="Below /work: kept when the job is stopped, there when it goes on.")
+@click.option("--priority", type=click.IntRange(0, 100), metavar="N", help="0 to 100, which goes first; default: 50.")
 @click.option("-n", "--name", metavar="NAME", help="A name to know it by.")
 @click.option("--array", multiple=True, metavar="N|NAME=V,V|NAME=A..B",
               help="Many tasks: N of them, or one for each combination of the values given.")  # fmt: skip
@@ -87,7 +88,7 @@ def _document(words: tuple[str, ...], fields: dict[str, Any]) -> dict[str, Any]:
     resources = {name: fields[name] for name in ("gpu", "cpu", "memory", "disk") if fields[name] is not None}
     if resources:
         document["resources"] = resources
-    for name in ("nodes", "image", "max_price", "max_duration", "name", "deadline"):
+    for name in ("nodes", "image", "max_price", "max_duration", "name", "deadline", "priority"):
         if fields[name] is not None:
             document[name] = fields[name]
     env = [_env_item(item) for item in fields["env"]]

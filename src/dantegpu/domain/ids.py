@@ -5,6 +5,7 @@ Sources: RFC 9562 section 5.7 and 6.2 (UUIDv7, monotonic random); TypeID specifi
 """
 
 import os
+import struct
 import threading
 import time
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ _SUFFIX_LENGTH = 26
 _RANDOM_BITS = 74
 _RANDOM_LIMIT = 1 << _RANDOM_BITS
 _LOW_BITS_MASK = (1 << 62) - 1
+_STEP = struct.Struct(">I")
 REMEMBERED = 16_384
 """Texts and values of the last ids: each is written and read a dozen times while its job is on its way."""
 _DERIVED_NAMESPACE = UUID("5f9c3a52-7d0e-5c3e-9a0b-0d1f7c9be6a1")
@@ -50,22 +52,23 @@ class _Uuid7Source:
         self._milliseconds = 0
         self._random = 0
 
-    def next(self) -> UUID:
+    def next(self, count: int) -> list[UUID]:
         now_milliseconds = time.time_ns() // 1_000_000
         with self._lock:
             if now_milliseconds > self._milliseconds:
                 self._milliseconds = now_milliseconds
                 self._random = int.from_bytes(os.urandom(10)) & (_RANDOM_LIMIT - 1)
-            else:
-                # A random step keeps ids of one millisecond unguessable and apart in forked processes.
-                self._random += 1 + int.from_bytes(os.urandom(4))
-                if self._random >= _RANDOM_LIMIT:
-                    self._milliseconds += 1
-                    self._random = int.from_bytes(os.urandom(8))
-            milliseconds, random = self._milliseconds, self._random
-        value = (milliseconds & 0xFFFF_FFFF_FFFF) << 80
-        value |= 0x7 << 76 | (random >> 62) << 64
-        value |= 0b10 << 62 | random & _LOW_BITS_MASK
+            # A random step keeps ids of one millisecond unguessable and apart in forked processes.
+            return [self._step(step) for (step,) in _STEP.iter_unpack(os.urandom(_STEP.size * count))]
+
+    def _step(self, step: int) -> UUID:
+        self._random += 1 + step
+        if self._random >= _RANDOM_LIMIT:
+            self._milliseconds += 1
+            self._random = int.from_bytes(os.urandom(8))
+        value = (self._milliseconds & 0xFFFF_FFFF_FFFF) << 80
+        value |= 0x7 << 76 | (self._random >> 62) << 64
+        value |= 0b10 << 62 | self._random & _LOW_BITS_MASK
         return UUID(int=value)
 
 
@@ -100,7 +103,12 @@ class Id:
     @classmethod
     def new(cls) -> Self:
         """A fresh id, greater than every id that this process made before."""
-        return cls(_uuid7.next())
+        return cls(*_uuid7.next(1))
+
+    @classmethod
+    def new_uuids(cls, count: int) -> list[UUID]:
+        """What `count` fresh ids have inside: for those who make thousands of them at once."""
+        return _uuid7.next(count)
 
     @classmethod
     def parse(cls, text: str) -> Self:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -122,7 +123,9 @@ async def _cluster() -> list[Finding]:
     try:
         nodes = rented_nodes(await site_of(settings).slurm.nodes(), settings)
     except ExecutorError as error:
-        return [Finding("slurm", False, settings.executor == "slurm", "not usable", str(error))]
+        # Slurm's commands tell their way to the failure; the last step is the one to mend.
+        why = re.split(r"\b(?:error|fatal): ", str(error))[-1]
+        return [Finding("slurm", False, settings.executor == "slurm", "its commands reach no cluster", why)]
     usable = [node for node in nodes if not node.problem]
     gpus = sum(len(node.gpu_types) for node in usable)
     found = f"{len(usable)} of {len(nodes)} nodes take jobs, {gpus} GPUs"

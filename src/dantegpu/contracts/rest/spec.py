@@ -378,7 +378,9 @@ class JobSpec(Request):
         description="`spot`: cheaper, and stopped when others need the machine; `auto`: `spot` with a checkpoint",
     )
     checkpoint: Checkpoint | None = Field(default=None, description="What is kept when the job has to stop")
-    priority: int = Field(default=DEFAULT_PRIORITY, ge=0, le=100, description="Within your team; 100 is first")
+    priority: int = Field(
+        default=DEFAULT_PRIORITY, ge=0, le=100, description="100 goes first, before any team's jobs of a lower one"
+    )
     array: Annotated[int | dict[str, str | list[str]] | None, BeforeValidator(_array)] = Field(
         default=None, description="Many tasks: how many, or variables with their values (every combination is a task)",
         examples=[100, {"lr": ["0.1", "0.01"], "seed": "0..9"}],

@@ -193,7 +193,6 @@ class Nvml(GpuDriver):
 
     def _sample(self, card: _Card) -> GpuSample:
         nvml = self._library
-        memory = nvml.nvmlDeviceGetMemoryInfo(card.handle)
         celsius = self._optional(nvml.nvmlDeviceGetTemperature, card.parent, nvml.NVML_TEMPERATURE_GPU)
         reasons = int(self._optional(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, card.parent))
         rates = None
@@ -203,7 +202,7 @@ class Nvml(GpuDriver):
             index=card.index,
             utilisation=rates.gpu / 100 if rates else 0.0,
             memory_utilisation=rates.memory / 100 if rates else 0.0,
-            vram_used_bytes=int(memory.used),
+            vram_used_bytes=self._used_bytes(card.handle),
             temperature_celsius=float(celsius),
             # The watts of a card cannot be told apart by its parts.
             power_watts=0.0 if card.parent_uuid else self._optional(nvml.nvmlDeviceGetPowerUsage, card.parent) / 1000,
@@ -211,6 +210,14 @@ class Nvml(GpuDriver):
             pids=frozenset(int(process.pid) for process in self._processes(card.handle)),
             problem=self._problem(card),
         )
+
+    def _used_bytes(self, handle: Any) -> int:
+        """Without what the driver keeps for itself, as nvidia-smi shows it; drivers before R510 count that too."""
+        nvml = self._library
+        try:
+            return int(nvml.nvmlDeviceGetMemoryInfo(handle, nvml.nvmlMemory_v2).used)
+        except (nvml.NVMLError_FunctionNotFound, nvml.NVMLError_NotSupported):
+            return int(nvml.nvmlDeviceGetMemoryInfo(handle).used)
 
     def _processes(self, handle: Any) -> Sequence[Any]:
         return self._optional(self._library.nvmlDeviceGetComputeRunningProcesses, handle) or ()

@@ -90,7 +90,7 @@ _QUEUE_REASON_TEXTS: Mapping[QueueReason, str] = MappingProxyType({
     QueueReason.NO_FUNDS: "The team's wallet cannot cover the hold; the job starts when money comes in.",
     QueueReason.NO_PROVIDER_ONLINE: "No provider's machine is online.",
     QueueReason.NO_MATCHING_GPU: "No machine online has the requested GPUs.",
-    QueueReason.NO_MATCHING_MACHINE: "Machines with such GPUs are online, but none fits what else the job asks for.",
+    QueueReason.NO_MATCHING_MACHINE: "Machines are online, but none has all that the job asks for.",
     QueueReason.RESTRICTED: "The machines that fit take only jobs of their own team (simulated GPUs or no sandbox).",
     QueueReason.PRICE_ABOVE_MAX: "Every machine that fits costs more than the job's max_price.",
     QueueReason.TOO_FEW_MACHINES: "Fewer machines fit than the job has nodes.",

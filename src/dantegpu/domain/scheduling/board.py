@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,8 +25,7 @@ class DeviceShare:
     milli: int
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(NamedTuple):
     """A job's place: what the attempt will hold, at which rate."""
 
     job_id: JobId
@@ -56,55 +56,100 @@ class Placement:
 
 
 class Board:
-    """The one place where free capacity changes. Whoever keeps figures about machines looks at `last_change`."""
+    """The one place where free capacity changes. Whoever keeps figures about machines asks for `changed_since`.
+
+    What is free is kept in plain lists, which are read and changed far quicker one at a time; `capacity` has the same
+    as columns, brought up to date when they are asked for.
+    """
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
-        self.capacity = Capacity.of(snapshot)
+        self._capacity = capacity = Capacity.of(snapshot)
         self.clock = 1
         """Rises by one with every change of a machine."""
-        self._changes: Ints = np.zeros(2 * _REMEMBERED_CHANGES, dtype=np.int64)
-        self._changes_end = 0
+        self._synced = 1
+        self._changes: list[int] = []
         """The machines of the last changes, the latest at the end."""
         self.given_back = 0
         """The clock when something became free last. What did not fit since then does not fit now."""
-        self.last_change: Ints = np.ones(len(snapshot.machines), dtype=np.int64)
-        """(M,): the clock at each machine's last change."""
+        self.changed_at: list[int] = [1] * len(snapshot.machines)
+        """The clock at each machine's last change."""
+        self._last_change: Ints = np.ones(len(snapshot.machines), dtype=np.int64)
         self.classes, self.class_count = device_classes(snapshot)
         """(M, G): devices with equal numbers are equal to every request."""
         self.class_rows: list[list[int]] = self.classes.tolist()
         models = np.where(snapshot.device_total > 0, snapshot.device_model, -1)
         self.mixed = ((models != models.max(axis=1, initial=-1)[:, None]) & (models >= 0)).any(axis=1)
         """(M,): machines with devices of several models."""
-        self.cores: list[int] = self.capacity.cpu.tolist()
-        """`capacity.cpu` as plain numbers, which are read far quicker one at a time."""
-        self.gpu_milli: list[int] = self.capacity.device.sum(axis=1).tolist()
-        """The same of all devices of a machine together."""
-        self.alike: list[int] = _class_of_all(snapshot, self.classes).tolist()
-        """The class of each machine's devices; -1 when they are not alike, or there are none."""
-        self.untouched: Ints = _untouched(snapshot.device_free, snapshot.device_tenant).sum(axis=1)
-        """(M,): devices that nobody has a part of."""
+        self.alike = _class_of_all(snapshot, self.classes)
+        """(M,): the class of each machine's devices; -1 when they are not alike, or there are none."""
+        self.alike_rows: list[int] = self.alike.tolist()
+        self.cores: list[int] = capacity.cpu.tolist()
+        self.memory: list[int] = capacity.memory.tolist()
+        self.disk: list[int] = capacity.disk.tolist()
+        self.device: list[list[int]] = capacity.device.tolist()
+        self.tenant: list[list[int]] = capacity.tenant.tolist()
+        self.gpu_milli: list[int] = capacity.device.sum(axis=1).tolist()
+        """What all devices of a machine have left together."""
+        self._untouched: Ints = _untouched(capacity.device, capacity.tenant).sum(axis=1)
+        self.untouched_rows: list[int] = self._untouched.tolist()
         # Teams that own and hold nothing yet get a number here, or two of them could share a device.
         self._teams = dict(snapshot.team_index)
+        self._team_numbers = {team_id.uuid.int: number for team_id, number in self._teams.items()}
         self._shares: dict[tuple[int, int, int], DeviceShare] = {}
 
     def team_number(self, team_id: TeamId) -> int:
-        return self._teams.setdefault(team_id, len(self._teams))
+        number = self._team_numbers.get(team_id.uuid.int)
+        if number is None:
+            number = self._teams[team_id] = self._team_numbers[team_id.uuid.int] = len(self._teams)
+        return number
 
-    def changed_since(self, clock: int) -> Ints | None:
+    def changed_since(self, clock: int) -> list[int] | None:
         """Machines that changed after that time, some of them several times; None when that is not known any more."""
-        count, end = self.clock - clock, self._changes_end
-        return None if count > end else self._changes[end - count : end]
+        count = self.clock - clock
+        if not count:
+            return []
+        return None if count > len(self._changes) else self._changes[-count:]
+
+    @property
+    def capacity(self) -> Capacity:
+        """What is free, as columns; true until the next change."""
+        self._sync()
+        return self._capacity
+
+    @property
+    def untouched(self) -> Ints:
+        """(M,): devices that nobody has a part of."""
+        self._sync()
+        return self._untouched
+
+    @property
+    def last_change(self) -> Ints:
+        """(M,): `changed_at` as a column."""
+        self._sync()
+        return self._last_change
+
+    def _sync(self) -> None:
+        if self._synced == self.clock:
+            return
+        rows = self._changes[self._synced - self.clock :]
+        at, capacity = np.array(rows), self._capacity
+        capacity.cpu[at] = [self.cores[row] for row in rows]
+        capacity.memory[at] = [self.memory[row] for row in rows]
+        capacity.disk[at] = [self.disk[row] for row in rows]
+        capacity.device[at] = [self.device[row] for row in rows]
+        capacity.tenant[at] = [self.tenant[row] for row in rows]
+        self._untouched[at] = [self.untouched_rows[row] for row in rows]
+        self._last_change[at] = [self.changed_at[row] for row in rows]
+        self._synced = self.clock
 
     def _changed(self, row: int) -> None:
         self.clock += 1
-        self.last_change[row] = self.clock
-        if self._changes_end == len(self._changes):
-            half = len(self._changes) // 2
-            self._changes[:half] = self._changes[half:]
-            self._changes_end = half
-        self._changes[self._changes_end] = row
-        self._changes_end += 1
+        self.changed_at[row] = self.clock
+        self._changes.append(row)
+        if len(self._changes) == 2 * _REMEMBERED_CHANGES:
+            self._sync()
+            del self._changes[:_REMEMBERED_CHANGES]
 
     @property
     def free(self) -> Snapshot:
@@ -130,25 +175,23 @@ class Board:
         price_percent: int = FULL_PRICE_PERCENT,
     ) -> Placement:
         """Give the job these devices of machine `row`; the caller has seen that they are free."""
-        capacity, machine, gpu = self.capacity, self.snapshot.machines[row], request.gpu
-        capacity.cpu[row] -= request.cpu_milli
-        capacity.memory[row] -= request.memory_bytes
-        capacity.disk[row] -= request.disk_bytes
+        machine, gpu = self.snapshot.machines[row], request.gpu
+        self.cores[row] -= request.cpu_milli
+        self.memory[row] -= request.memory_bytes
+        self.disk[row] -= request.disk_bytes
         devices: tuple[DeviceShare, ...] = ()
         gpu_milli = 0
         if gpu is not None:
-            milli = gpu.milli
-            free, tenant = capacity.device[row], capacity.tenant[row]
+            milli, free, tenant = gpu.milli, self.device[row], self.tenant[row]
             team = self.team_number(team_id)
             for column in columns:
                 free[column] -= milli
                 if tenant[column] == NOBODY:
                     tenant[column] = team
-                    self.untouched[row] -= 1
+                    self.untouched_rows[row] -= 1
             devices = tuple([self._share(row, column, milli) for column in columns])
             gpu_milli = milli * len(columns)
-        self.cores[row] -= request.cpu_milli
-        self.gpu_milli[row] -= gpu_milli
+            self.gpu_milli[row] -= gpu_milli
         self._changed(row)
         return Placement(
             job_id,
@@ -170,25 +213,25 @@ class Board:
 
     def give_back(self, leases: Iterable[Lease]) -> None:
         """What these held is free again. Leases on machines or devices that the snapshot lacks are ignored."""
-        capacity, snapshot = self.capacity, self.snapshot
         for lease in leases:
-            row = snapshot.index_of.get(lease.machine_id)
+            row = self.snapshot.index_of.get(lease.machine_id)
             if row is None:
                 continue
-            capacity.cpu[row] += lease.cpu_milli
-            capacity.memory[row] += lease.memory_bytes
-            capacity.disk[row] += lease.disk_bytes
+            self.cores[row] += lease.cpu_milli
+            self.memory[row] += lease.memory_bytes
+            self.disk[row] += lease.disk_bytes
+            free, tenant = self.device[row], self.tenant[row]
             for device_id, milli in lease.devices:
                 column = self._column_of(row, device_id)
                 if column is None:
                     continue
-                capacity.device[row, column] += milli
+                free[column] += milli
                 self.gpu_milli[row] += milli
-                if capacity.device[row, column] >= MILLI_PER_UNIT:
-                    capacity.tenant[row, column] = NOBODY
-            self.cores[row] += lease.cpu_milli
+                if free[column] >= MILLI_PER_UNIT:
+                    tenant[column] = NOBODY
             if lease.devices:
-                self.untouched[row] = _untouched(capacity.device[row], capacity.tenant[row]).sum()
+                pairs = zip(free, tenant, strict=True)
+                self.untouched_rows[row] = sum([milli >= MILLI_PER_UNIT and team == NOBODY for milli, team in pairs])
             self._changed(row)
         self.given_back = self.clock
 

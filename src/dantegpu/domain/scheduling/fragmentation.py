@@ -33,7 +33,7 @@ from dantegpu.domain.scheduling.board import Board
 from dantegpu.domain.scheduling.constraints import eligible_devices
 from dantegpu.domain.scheduling.mix import MAX_SHAPES, MixShape
 from dantegpu.domain.scheduling.ranking import Columns, Floats, Pairs, tightest_group
-from dantegpu.domain.scheduling.snapshot import Bools, Ints, Snapshot
+from dantegpu.domain.scheduling.snapshot import Ints, Snapshot
 from dantegpu.domain.units import MILLI_PER_UNIT
 
 ALPHA = 0.75
@@ -46,7 +46,6 @@ _TIE_PER_FREE_CORE = 1e-9
 _TIE_PRICE = 1e-12
 
 LEVELS = MILLI_PER_UNIT + 1
-_DEDUPE_PAIRS = 1024
 _MAX_FITTING = 4 * MAX_SHAPES
 _BLOCK_ROWS = 256
 
@@ -135,128 +134,126 @@ class FragmentationScorer:
         self._board = board
         snapshot = board.snapshot
         price = snapshot.price_gpu
-        self._prices = price * (_TIE_PRICE / max(int(price.max(initial=0)), 1))
-        there = snapshot.device_total > 0
-        self._unlike: Bools = (there & (board.classes != board.classes[:, :1])).any(axis=1)
-        self._any_unlike = bool(self._unlike.any())
+        self.extra: Floats = np.multiply(price, _TIE_PRICE / max(int(price.max(initial=0)), 1), dtype=np.float64)
         self._offsets = board.classes * LEVELS
+        self._full: Ints = np.maximum(board.alike, 0) * LEVELS + MILLI_PER_UNIT
         # Odd random weights: two states with one sum are as good as impossible, and would only share a score.
-        random = np.random.default_rng(1).integers(1, 1 << 62, 3 + 2 * snapshot.device_free.shape[1], dtype=np.int64)
-        self._weights = random << 1 | 1
+        width = snapshot.device_free.shape[1]
+        random = np.random.default_rng(1).integers(1, 1 << 62, (2, width), dtype=np.int64)
+        self._weights, self._amounts = random << 1 | 1, (0x5851F42D4C957F2D, 0x14057B7EF767814F, 0x2545F4914F6CDD1D)
         self._fitting: dict[GpuRequest, Ints] = {}
         self.use(shapes)
 
     def use(self, shapes: Sequence[MixShape]) -> None:
         """Score by this mix from now on."""
-        board, machines = self._board, len(self._unlike)
+        board, machines = self._board, len(self.extra)
         if len(self._fitting) > _MAX_FITTING:
             self._fitting.clear()
         self._value = FragmentationValue(board.snapshot, board.classes, board.class_count, shapes, self._fitting)
         self._values = np.zeros((2, machines))
+        self._ties = np.zeros(machines)
         self._devices = np.zeros((machines, self._value.devices.shape[1]))
         self._seen = 0
-
-    def score(self, pairs: Pairs) -> tuple[Floats, Columns]:
-        if len(pairs.row) <= _DEDUPE_PAIRS:
-            losses, columns = self._loss(pairs)
-        else:
-            # Machines in the same state have the same score; an empty fleet has as many states as models.
-            _, first, inverse = np.unique(self._states(pairs), return_index=True, return_inverse=True)
-            losses, columns = self._loss(pairs.take(first))
-            losses, columns = losses.take(inverse), columns.take(inverse)
-        losses += self._prices.take(pairs.row)
-        return losses, columns
 
     @property
     def score_one(self) -> None:
         """What V falls by is a sum over all of the mix: never without arrays."""
         return None
 
-    def _states(self, pairs: Pairs) -> Ints:
-        capacity, weights, row = self._board.capacity, self._weights, pairs.row
-        width = pairs.free.shape[1]
-        states = pairs.line * weights[0]
-        states += capacity.cpu.take(row) * weights[1]
-        states += capacity.memory.take(row) * weights[2]
-        states += (self._offsets @ weights[3 + width :]).take(row)
-        states += pairs.free @ weights[3 : 3 + width]
-        states += pairs.usable @ weights[3 : 3 + width]
+    def states(self) -> Ints:
+        capacity, (free, tenant) = self._board.capacity, self._weights
+        cpu, memory, disk = self._amounts
+        states = capacity.cpu * cpu
+        states += capacity.memory * memory
+        states += capacity.disk * disk
+        states += (self._offsets + capacity.device) @ free
+        states += capacity.tenant @ tenant
         return states
 
-    def _loss(self, pairs: Pairs) -> tuple[Floats, Columns]:
+    def score(self, pairs: Pairs) -> tuple[Floats, Columns]:
         """What V falls by, with its tie-breakers, and the device to take of a fraction's candidates (else -1)."""
         capacity, row = self._board.capacity, pairs.row
         changed = self._look_at_changed()
-        cpu, memory = capacity.cpu.take(row), capacity.memory.take(row)
-        losses: Floats = np.multiply(pairs.free.sum(axis=1), _TIE_PER_FREE_GPU / MILLI_PER_UNIT, dtype=np.float64)
-        losses += cpu * (_TIE_PER_FREE_CORE / MILLI_PER_UNIT)
-        part = (pairs.milli > 0) & (pairs.milli < MILLI_PER_UNIT)
-        whole, parts = np.flatnonzero(~part), np.flatnonzero(part)
-        # One row per place that is tried: whole devices have one each, a fraction each unlike device.
-        tried, (place, column, left, split) = self._left_by_whole(pairs, whole), self._left_by_part(pairs, parts)
-        of = np.concatenate((whole, parts.take(place)))
+        quick = len(row) - len(pairs.usable)
+        part = pairs.milli[quick:] < MILLI_PER_UNIT
+        whole, parts = quick + np.flatnonzero(~part), quick + np.flatnonzero(part)
+        # One row per place that is tried: a fraction has one for each device that is in use or unlike the others.
+        tried = [self._devices.take(changed, axis=0), self._left_by_any(pairs, quick)]
+        of = [np.arange(quick)]
+        if len(whole):
+            tried.append(self._left_by_whole(pairs, quick, whole))
+            of.append(whole)
+        place, column, left, split = self._left_by_part(pairs, quick, parts)
+        tried.append(split)
+        of.append(parts.take(place))
+        at = np.concatenate(of)
         # One call for the values after and for the present values of machines that changed: calls are what is dear.
         values = self._value.of(
-            np.concatenate((self._devices.take(changed, axis=0), tried, split)),
-            np.concatenate((capacity.cpu.take(changed), (cpu - pairs.cpu_milli).take(of))),
-            np.concatenate((capacity.memory.take(changed), (memory - pairs.memory_bytes).take(of))),
+            np.concatenate(tried),
+            np.concatenate((capacity.cpu.take(changed), (capacity.cpu.take(row) - pairs.cpu_milli).take(at))),
+            np.concatenate((capacity.memory.take(changed), (capacity.memory.take(row) - pairs.memory_bytes).take(at))),
         )
         self._values[:, changed] = values[:, : len(changed)]
-        falls = self._values.take(row.take(of), axis=1) - values[:, len(changed) :]
-        losses[whole] += np.where(pairs.count.take(whole) > 0, falls[0, : len(whole)], falls[1, : len(whole)])
-        columns: Columns = np.full(len(row), -1, dtype=np.int16)
+        falls = self._values.take(row.take(at), axis=1) - values[:, len(changed) :]
+        losses = self._ties.take(row)
+        losses[:quick] += np.where(pairs.gpus[:quick] > 0, falls[0, :quick], falls[1, :quick])
+        losses[:quick] += np.where(pairs.milli[:quick] % MILLI_PER_UNIT > 0, _TIE_PER_FREE_GPU, 0.0)
+        losses[whole] += falls[0, quick : quick + len(whole)]
+        columns: Columns = np.full(len(part), -1, dtype=np.int16)
         if len(parts):
             options: Floats = np.full((len(parts), pairs.free.shape[1]), np.inf)
-            options[place, column] = falls[0, len(whole) :] + left * (_TIE_PER_FREE_GPU / MILLI_PER_UNIT)
+            options[place, column] = falls[0, quick + len(whole) :] + left * (_TIE_PER_FREE_GPU / MILLI_PER_UNIT)
             best = options.argmin(axis=1)
             losses[parts] += options[np.arange(len(parts)), best]
-            columns[parts] = best
+            columns[parts - quick] = best
         return losses, columns
 
     def _look_at_changed(self) -> Ints:
         """Machines that changed since this was asked last; what their devices are worth is up to date after it."""
-        board = self._board
+        board, capacity = self._board, self._board.capacity
         changed = np.flatnonzero(board.last_change > self._seen)
-        kinds = self._offsets.take(changed, axis=0) + board.capacity.device.take(changed, axis=0)
-        self._devices[changed] = self._value.devices.take(kinds, axis=0).sum(axis=1)
+        if len(changed):
+            free = capacity.device.take(changed, axis=0)
+            kinds = self._offsets.take(changed, axis=0) + free
+            self._devices[changed] = self._value.devices.take(kinds, axis=0).sum(axis=1)
+            ties = np.multiply(free.sum(axis=1), _TIE_PER_FREE_GPU / MILLI_PER_UNIT, dtype=np.float64)
+            ties += capacity.cpu.take(changed) * (_TIE_PER_FREE_CORE / MILLI_PER_UNIT)
+            self._ties[changed] = ties
         self._seen = board.clock
         return changed
 
-    def _left_by_whole(self, pairs: Pairs, whole: Ints) -> Floats:
-        """What devices are worth once the whole ones are taken that each of these pairs would get."""
-        row, count, usable = pairs.row.take(whole), pairs.count.take(whole), pairs.usable.take(whole, axis=0)
-        full = self._offsets.take(row, axis=0) + MILLI_PER_UNIT
-        left = self._devices.take(row, axis=0)
-        if not full.size:  # nothing asked for, or a fleet without any device
-            return left
-        left -= self._value.devices.take(full[np.arange(len(row)), usable.argmax(axis=1)], axis=0) * count[:, None]
-        for place in np.flatnonzero(self._unlike.take(row) & (count > 0)).tolist() if self._any_unlike else ():
-            columns = np.flatnonzero(usable[place]).tolist()
-            if self._board.mixed[row[place]]:
-                models = self._board.snapshot.device_model[row[place]].tolist()
-                columns = tightest_group(models, columns, int(count[place]))
-            taken = full[place, columns[: int(count[place])]]
-            left[place] = self._devices[row[place]] - self._value.devices[taken].sum(axis=0)
+    def _left_by_any(self, pairs: Pairs, quick: int) -> Floats:
+        """What devices are worth once some that nobody uses are taken, or a part of one, where all are alike."""
+        row, count, milli = pairs.row[:quick], pairs.gpus[:quick], pairs.milli[:quick]
+        left, full = self._devices.take(row, axis=0), self._full.take(row)
+        taken = self._value.devices.take(full, axis=0)
+        taken -= self._value.devices.take(full - milli, axis=0)
+        taken *= count[:, None]
+        left -= taken
         return left
 
-    def _left_by_part(self, pairs: Pairs, parts: Ints) -> tuple[Ints, Ints, Ints, Floats]:
+    def _left_by_whole(self, pairs: Pairs, quick: int, whole: Ints) -> Floats:
+        """The same of whole devices where they are not alike."""
+        row, left = pairs.row.take(whole), self._devices.take(pairs.row.take(whole), axis=0)
+        for number, place in enumerate(whole.tolist()):
+            at, count = int(row[number]), int(pairs.gpus[place])
+            columns = np.flatnonzero(pairs.usable[place - quick]).tolist()
+            if self._board.mixed[at]:
+                columns = tightest_group(self._board.snapshot.device_model[at].tolist(), columns, count)
+            taken = self._offsets[at, columns[:count]] + MILLI_PER_UNIT
+            left[number] -= self._value.devices.take(taken, axis=0).sum(axis=0)
+        return left
+
+    def _left_by_part(self, pairs: Pairs, quick: int, parts: Ints) -> tuple[Ints, Ints, Ints, Floats]:
         """Each device that these pairs may take a part of, as columns.
 
         The place in `parts`, the device's column, what is free there, and what the machine's devices are worth then.
         """
-        if not len(parts):
-            return parts, parts, parts, self._devices[:0]
-        row, free, usable = pairs.row.take(parts), pairs.free.take(parts, axis=0), pairs.usable.take(parts, axis=0)
-        # Of devices that nobody uses the first one will do, where all are alike.
-        others = (free == MILLI_PER_UNIT) & (usable.cumsum(axis=1) > 1)
-        if self._any_unlike:
-            others &= ~self._unlike.take(row)[:, None]
-        found: tuple[Ints, ...] = (usable & ~others).nonzero()
-        place, column = found
-        left = free[place, column]
+        row, milli = pairs.row.take(parts), pairs.milli.take(parts)
+        place, column = pairs.usable.take(parts - quick, axis=0).nonzero()
+        left = pairs.free[parts.take(place) - quick, column]
         before = self._offsets[row.take(place), column] + left
-        after = before - pairs.milli.take(parts).take(place)
         split = self._devices.take(row.take(place), axis=0)
         split -= self._value.devices.take(before, axis=0)
-        split += self._value.devices.take(after, axis=0)
+        split += self._value.devices.take(before - milli.take(place), axis=0)
         return place, column, left, split

@@ -13,18 +13,14 @@ from dantegpu.domain.scheduling.policy import Policy
 from dantegpu.domain.scheduling.queue import JobGroup, JobQueue, QueuedJob, Shape
 from dantegpu.domain.scheduling.shares import Shares
 
-_EVERYBODY = -1
-"""The team of all jobs where teams make no difference."""
-
 
 class _Run:
     """A group in a round. `place` is where its next job is; its entry in a heap is true while it says the same."""
 
-    __slots__ = ("group", "level", "place", "team")
+    __slots__ = ("group", "place", "team")
 
-    def __init__(self, group: JobGroup, level: "_Level", team: int) -> None:
+    def __init__(self, group: JobGroup, team: "_Team") -> None:
         self.group = group
-        self.level = level
         self.team = team
         self.place: int | None = 0
 
@@ -37,8 +33,57 @@ class _Run:
         return job.at, job.id.uuid.int, place, self
 
 
+class _Team:
+    """A team's groups of one level. `heads` is a heap by the age of the job that is next in each.
+
+    Entries that are no longer true stay in it until they come up. `runs` are not in it yet: nobody has asked for them.
+    `stamp` is that of the team's only true turn.
+    """
+
+    __slots__ = ("heads", "level", "number", "runs", "stamp")
+
+    def __init__(self, number: int, level: "_Level") -> None:
+        self.number = number
+        self.level = level
+        self.runs: list[_Run] = []
+        self.heads: list[_Head] = []
+        self.stamp = 0
+
+    def head(self) -> "_Head | None":
+        """The oldest of the jobs that are next in their groups."""
+        heads = self.heads
+        if self.runs:
+            heads += [head for run in self.runs if (head := run.entry(0)) is not None]
+            heapq.heapify(heads)
+            self.runs.clear()
+        while heads and heads[0][3].place != heads[0][2]:
+            heapq.heappop(heads)
+        return heads[0] if heads else None
+
+    def advance(self, run: _Run, place: int) -> "_Head | None":
+        """Go past the job at the head, which is this one of this run; the next head."""
+        following = run.entry(place + 1)
+        if following is None:
+            heapq.heappop(self.heads)
+        else:
+            heapq.heapreplace(self.heads, following)
+        return self.head()
+
+    def leave(self, run: _Run) -> "_Head | None":
+        """Nothing more is drawn from the run at the head; the next head."""
+        run.place = None
+        heapq.heappop(self.heads)
+        return self.head()
+
+    def back_to(self, run: _Run, place: int) -> None:
+        head = run.entry(place)
+        if head is not None:
+            heapq.heappush(self.heads, head)
+
+
 type _Head = tuple[float, int, int, _Run]
-type _Turn = tuple[float, float, int, int, int]
+type _Turn = tuple[float, float, int, int, _Team]
+"""The team's share, the age and number of its next job, and the stamp: an older turn of a team has a lower one."""
 
 
 class Draw(NamedTuple):
@@ -52,73 +97,33 @@ class Draw(NamedTuple):
 
 
 class _Level:
-    """Groups of one priority: per team a heap by the age of the next job, and a heap of teams by share.
-
-    Entries that are no longer true stay in the heaps until they come up: an older turn of a team has a lower stamp.
-    """
+    """Groups of one priority, and a heap of their teams by share, or by age alone where it is not `fair`."""
 
     def __init__(self, groups: Sequence[JobGroup], fair: bool) -> None:
-        self._runs: dict[int, list[_Run]] = {}
+        self.fair = fair
+        self._teams: dict[int, _Team] = {}
         for group in groups:
-            team = group.shape.team if fair else _EVERYBODY
-            self._runs.setdefault(team, []).append(_Run(group, self, team))
-        self._heads: dict[int, list[_Head]] = {}
-        self._stamps: dict[int, int] = {}
+            number = group.shape.team
+            team = self._teams.get(number)
+            if team is None:
+                team = self._teams[number] = _Team(number, self)
+            team.runs.append(_Run(group, team))
         self.turns: list[_Turn] | None = None
 
     def line_up(self, shares: Shares) -> list[_Turn]:
         """All teams by their shares of now."""
         self.turns = []
-        for team, runs in self._runs.items():
-            if team not in self._heads:
-                heads = [head for run in runs if (head := run.entry(0)) is not None]
-                heapq.heapify(heads)
-                self._heads[team] = heads
+        for team in self._teams.values():
             self.take_turn(team, shares)
         return self.turns
 
-    def take_turn(self, team: int, shares: Shares) -> None:
+    def take_turn(self, team: _Team, shares: Shares) -> None:
         """The team's turn comes by what it has now; it loses the turn that it had."""
-        turn = self.next_turn(team, shares)
-        if turn is not None and self.turns is not None:
-            heapq.heappush(self.turns, turn)
-
-    def next_turn(self, team: int, shares: Shares) -> "_Turn | None":
-        """The same for a caller that looks at the turn itself. None: the team has nobody left."""
-        stamp = self._stamps[team] = self._stamps.get(team, 0) + 1
-        head = self.head(team)
-        if head is None:
-            return None
-        return (0.0 if team == _EVERYBODY else shares.of(team)), head[0], head[1], team, stamp
-
-    def is_true(self, turn: _Turn) -> bool:
-        return self._stamps[turn[3]] == turn[4]
-
-    def head(self, team: int) -> _Head | None:
-        """The oldest of the jobs that are next in their groups."""
-        heads = self._heads[team]
-        while heads and heads[0][3].place != heads[0][2]:
-            heapq.heappop(heads)
-        return heads[0] if heads else None
-
-    def advance(self, head: _Head) -> None:
-        """Go past the job, which is the head of its team."""
-        run, heads = head[3], self._heads[head[3].team]
-        following = run.entry(head[2] + 1)
-        if following is None:
-            heapq.heappop(heads)
-        else:
-            heapq.heapreplace(heads, following)
-
-    def leave(self, head: _Head) -> None:
-        """Nothing more is drawn from this group."""
-        head[3].place = None
-        heapq.heappop(self._heads[head[3].team])
-
-    def back_to(self, run: _Run, place: int) -> None:
-        head = run.entry(place)
-        if head is not None:
-            heapq.heappush(self._heads[run.team], head)
+        team.stamp += 1
+        head = team.head()
+        if head is not None and self.turns is not None:
+            share = shares.of(team.number) if self.fair else 0.0
+            heapq.heappush(self.turns, (share, head[0], head[1], team.stamp, team))
 
 
 class Order:
@@ -166,48 +171,47 @@ class Order:
                 turn = heapq.heappop(turns)
             elif turns and turns[0] < turn:
                 turn = heapq.heapreplace(turns, turn)
-            if not level.is_true(turn):
+            share, _, _, stamp, team = turn
+            if team.stamp != stamp:
                 turn = None
                 continue
-            team = turn[3]
-            head = level.head(team)
+            head = team.head()
             assert head is not None, "a turn is taken with a job in hand"
             place, run = head[2], head[3]
-            shape = run.group.shape
+            group = run.group
+            shape = group.shape
             if closed(shape):
                 if drawn and self._pauses:
-                    heapq.heappush(turns, turn)
-                    return True
-                self.refused.append((run.group, place))
-                level.leave(head)
-                following = level.head(team)
+                    break
                 # The team holds what it held: only its next job is another one.
-                turn = None if following is None else (turn[0], following[0], following[1], team, turn[4])
-                continue
-            if own and not shares.within_quota(shape.team, shape.request, shape.nodes):
+                self.refused.append((group, place))
+                following = team.leave(run)
+            elif own and not shares.within_quota(shape.team, shape.request, shape.nodes):
                 turn = None
                 continue  # until what is left is given to all
-            drawn.append(Draw(self._step, run, shape, run.group.jobs[place], place))
-            shares.add(shape.team, shape.request, shape.nodes)
-            level.advance(head)
-            turn = level.next_turn(team, shares)
+            else:
+                drawn.append(Draw(self._step, run, shape, group.jobs[place], place))
+                held = shares.add(shape.team, shape.request, shape.nodes)
+                share = held if level.fair else 0.0
+                following = team.advance(run, place)
+            turn = None if following is None else (share, following[0], following[1], stamp, team)
         if turn is not None:
             heapq.heappush(turns, turn)
-        return len(drawn) == count
+        return len(drawn) == count or bool(turns)
 
     def pass_over(self, draws: Iterable[Draw]) -> None:
         """These found no place: their teams hold less than was thought when they were drawn."""
-        teams: dict[tuple[_Level, int], None] = {}
+        teams: dict[_Team, None] = {}
         for draw in draws:
             self._shares.add(draw.shape.team, draw.shape.request, -draw.shape.nodes)
-            teams[draw.run.level, draw.run.team] = None
-        for level, team in teams:
-            level.take_turn(team, self._shares)
+            teams[draw.run.team] = None
+        for team in teams:
+            team.level.take_turn(team, self._shares)
 
     def put_back(self, draws: Sequence[Draw]) -> None:
         """These, the last that were drawn, are to be drawn again."""
         for draw in reversed(draws):
-            draw.run.level.back_to(draw.run, draw.place)
+            draw.run.team.back_to(draw.run, draw.place)
         self.pass_over(draws)
         first = draws[0].step
         if first < self._step:

@@ -7,9 +7,9 @@ which change of the board it is true. Only machines that changed since are looke
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +41,7 @@ WINDOW = 64
 """The most shapes that are prepared at once."""
 MAX_PLACES = 100_000
 """Shapes whose lines are known, and the same holds for them."""
-_FEW_LINES, _FEW_CHANGES, _MACHINES_PER_CHANGE = 2, 48, 4
+_FEW_LINES, _FEW_CHANGES, _MANY_CHANGES = 2, 48, 400
 _CHUNK = 1 << 14
 _SCAN = 1 << 22
 
@@ -68,46 +68,40 @@ class Refusal:
         return f"{head}: {', '.join(parts)}" if parts else head
 
 
-@dataclass(frozen=True, slots=True)
-class Pairs:
+class Pairs(NamedTuple):
     """Lines and machines that are to be scored, as columns of one length K; each machine can take its line's job.
 
-    `usable` (K, G) marks the devices that the job could have, `free` what each device has left. `count` and `milli` are
-    the devices that the job asks for; both are 0 for a job without GPUs.
+    `gpus` and `milli` are the devices that the job asks for; both are 0 for a job without GPUs. The first of the pairs
+    take devices that nobody uses, on machines whose devices are alike: any of them. For the last L of them, `usable`
+    (L, G) marks the devices that the job could have, and `free` is what each device has left.
     """
 
     row: Ints
-    line: Ints
     cpu_milli: Ints
     memory_bytes: Ints
-    count: Ints
+    gpus: Ints
     milli: Ints
     usable: Bools
     free: Ints
-
-    def take(self, places: Ints) -> "Pairs":
-        return Pairs(
-            self.row.take(places),
-            self.line.take(places),
-            self.cpu_milli.take(places),
-            self.memory_bytes.take(places),
-            self.count.take(places),
-            self.milli.take(places),
-            self.usable.take(places, axis=0),
-            self.free.take(places, axis=0),
-        )
 
 
 class Scorer(Protocol):
     """An objective. The lowest score wins, of equal scores the machine with the lower number."""
 
+    extra: Floats
+    """(M,): what is added to a machine's scores whatever its state."""
+
     def score(self, pairs: Pairs) -> tuple[Floats, Columns]:
-        """(K,): the score, and the device to take for a part of one (else -1)."""
+        """(K,): the score but for `extra`; (L,): the device to take for a part of one (else -1)."""
+        ...
+
+    def states(self) -> Ints | None:
+        """(M,): machines with equal numbers have equal scores. None: each is to be looked at."""
         ...
 
     @property
-    def score_one(self) -> Callable[[int, int], float] | None:
-        """Scores one machine with devices that are alike, for so many whole ones. None: only score() can."""
+    def score_one(self) -> "Callable[[int, int, Sequence[int] | None], float] | None":
+        """Scores one machine for a job with so many devices, `usable` when they are not alike. None: only score()."""
         ...
 
 
@@ -143,7 +137,8 @@ class ScoreTable:
         self._scorer = scorer
         self._score_one = scorer.score_one
         self._machines = len(board.snapshot.machines)
-        self._any_mixed = bool(board.mixed.any())
+        self._nothing: Floats = np.zeros(self._machines)
+        self._any_unlike = bool(((board.alike < 0) & (board.snapshot.device_total > 0).any(axis=1)).any())
         self._limit = max(MAX_CELLS // max(self._machines, 1), 256)
         self._places: dict[Shape, Place] = {}
         self._closed: set[int] = set()
@@ -152,7 +147,10 @@ class ScoreTable:
         self._conditions: dict[tuple[object, ...], _Conditions] = {}
         self._lines_of_team: dict[int, Ints] = {}
         """Of each team: lines over devices that it has parts of, and those over free devices that they go with."""
-        self._shown: Ints = np.zeros(0, dtype=np.int64)
+        self._shown: dict[int, Floats] = {}
+        self._several: Floats | None = None
+        self._rows_of_team: dict[int, set[int]] = {}
+        """Machines on which those lines have been told that the team has something there."""
         self._size = 0
         self._allocate(64)
 
@@ -175,39 +173,50 @@ class ScoreTable:
 
     def closed(self, shape: Shape) -> bool:
         """Is it known that no job of the shape fits anywhere? Until something is given back that stays so."""
-        if self._closed_at < self._board.given_back:
-            self._closed.clear()
-            self._closed_at = self._board.given_back
         closed = self._closed
-        place = self._places.get(shape) if closed else None
+        if not closed:
+            return False
+        if self._closed_at < self._board.given_back:
+            closed.clear()
+        place = self._places.get(shape)
         return place is not None and place.lines[0] in closed and place.lines[-1] in closed
 
     def close(self, shape: Shape) -> None:
         """`best` found nothing after `refresh`. Shapes of other teams that share its lines are closed with it."""
+        if self._closed_at < self._board.given_back:
+            self._closed.clear()
+            self._closed_at = self._board.given_back
         self._closed.update(self._place(shape).lines)
 
     def refusal(self, shape: Shape) -> Refusal:
         return self._place(shape).refusal
 
-    def prepare(self, shapes: Iterable[Shape]) -> None:
+    def prepare(self, shapes: Sequence[Shape]) -> None:
         """Bring the lines of these shapes up to date; hide() works on them from now on."""
         if self._size + 2 * WINDOW > self._limit or len(self._places) > MAX_PLACES:
             self._forget_lines()
-        places = [self._place(shape) for shape in shapes]
-        if len(places) == 1:
-            self._shown = places[0].line_numbers
-        else:
-            lines = list(dict.fromkeys(line for place in places for line in place.lines))
-            self._shown = np.array(lines, dtype=np.int64)
-        self._update(self._shown)
+        if len(shapes) == 1:
+            lines = self._place(shapes[0]).lines
+            self._update(lines)
+            self._several, self._shown = None, {line: self._scores[line] for line in lines}
+            return
+        lines = list({line: None for shape in shapes for line in self._place(shape).lines})
+        self._update(lines)
+        # A copy, in which one machine is one step through memory: hide() is called for each placement.
+        self._several = self._scores[np.array(lines, dtype=np.int64)]
+        self._shown = dict(zip(lines, self._several, strict=True))
 
     def refresh(self, shape: Shape) -> None:
         """Bring one more shape up to date, and show it what hide() took from it."""
-        self._update(self._place(shape).line_numbers)
+        lines = self._place(shape).lines
+        self._update(lines)
+        for line in lines:
+            self._shown[line][:] = self._scores[line]
 
     def hide(self, row: int) -> None:
         """The machine has changed: nobody takes it by its old score."""
-        self._scores[self._shown, row] = NEVER
+        if self._several is not None:
+            self._several[:, row] = NEVER
 
     def best(self, shape: Shape, holds: Holds | None = None) -> tuple[int, list[int]] | None:
         """The machine and its devices for a job of this shape; None when no machine that is shown can take it.
@@ -221,15 +230,16 @@ class ScoreTable:
         closed = [row for row, columns in beside.items() if columns is None]
         found, lowest, row = -1, NEVER, -1
         for line in place.lines:
-            scores = self._scores[line]
+            scores = self._shown[line]
             if closed:
                 scores = scores.copy()
                 scores[closed] = NEVER
             if place.avoided is not None:
                 scores = _without(scores, place.avoided)
             best = int(scores.argmin())
-            if scores[best] < lowest:
-                found, lowest, row = line, scores[best], best
+            score = scores.item(best)
+            if score < lowest:
+                found, lowest, row = line, score, best
         if found < 0:
             return None
         gpu = shape.request.gpu
@@ -242,8 +252,10 @@ class ScoreTable:
 
     def joined(self, team: int, row: int) -> None:
         """The team holds a part of a device there now, and may take more of it."""
-        lines = self._lines_of_team.get(team)
-        if lines is not None:
+        rows = self._rows_of_team.get(team)
+        if rows is not None and row not in rows:
+            rows.add(row)
+            lines = self._lines_of_team[team]
             self._possible[lines[0], row] = self._possible[lines[1], row]
 
     def rescore(self) -> None:
@@ -255,29 +267,22 @@ class ScoreTable:
         board, gpu = self._board, shape.request.gpu
         if held is None or gpu is None:
             return None if held is None else []
-        free, tenant = board.capacity.device[row].tolist(), board.capacity.tenant[row].tolist()
-        teams = (NOBODY, board.team_number(shape.team_id)) if gpu.milli < MILLI_PER_UNIT else (NOBODY,)
-        usable = [
-            column
-            for column, number in enumerate(board.class_rows[row])
-            if column not in held and place.eligible[number] and free[column] >= gpu.milli and tenant[column] in teams
-        ]
-        if gpu.milli < MILLI_PER_UNIT:
-            return [min(usable, key=lambda column: (free[column], column))] if usable else None
+        whole = gpu.milli == MILLI_PER_UNIT
+        teams = (NOBODY,) if whole else (NOBODY, board.team_number(shape.team_id))
+        usable = [column for column in self._usable(row, place.eligible, gpu.milli, teams) if column not in held]
+        if not self._are_enough(row, usable, gpu.count_min):
+            return None
         models = board.snapshot.device_model[row].tolist()
-        return tightest_group(models, usable, gpu.count_min) if _has_count(models, usable, gpu.count_min) else None
+        return tightest_group(models, usable, gpu.count_min) if whole else [self._fullest(row, usable)]
 
     def _whole_devices(self, row: int, eligible: Sequence[bool], count: int) -> list[int]:
-        board = self._board
-        free, classes = board.capacity.device[row].tolist(), board.class_rows[row]
-        usable = [
-            column
-            for column, (milli, number) in enumerate(zip(free, classes, strict=True))
-            if milli == MILLI_PER_UNIT and eligible[number]
-        ]
-        if len(usable) == count or not board.mixed[row]:
+        """Of those that nobody uses."""
+        if self._board.alike_rows[row] >= 0:
+            return [column for column, free in enumerate(self._board.device[row]) if free == MILLI_PER_UNIT][:count]
+        usable = self._usable(row, eligible, MILLI_PER_UNIT, (NOBODY,))
+        if len(usable) == count or not self._board.mixed[row]:
             return usable[:count]
-        return tightest_group(board.snapshot.device_model[row].tolist(), usable, count)
+        return tightest_group(self._board.snapshot.device_model[row].tolist(), usable, count)
 
     # --- lines --------------------------------------------------------------------------------------------------------
 
@@ -338,16 +343,17 @@ class ScoreTable:
             gpu.milli if gpu is not None else 0,
             tenant,
         )
-        self._eligible[line] = conditions.eligible
+        self._eligible[line] = conditions.eligible | (gpu is None)
         self._possible[line] = conditions.possible
         if base is not None:
             self._possible[line] &= (self._board.capacity.tenant == tenant).any(axis=1)
             lines = self._lines_of_team.get(tenant, np.zeros((2, 0), dtype=np.int64))
             self._lines_of_team[tenant] = np.column_stack((lines, (line, base)))
+            self._rows_of_team[tenant] = set()
         return line
 
     def _forget_lines(self) -> None:
-        for known in (self._places, self._numbers, self._lines_of_team, self._conditions):
+        for known in (self._places, self._numbers, self._lines_of_team, self._rows_of_team, self._conditions):
             known.clear()
         self._closed.clear()
         self._size = 0
@@ -356,97 +362,149 @@ class ScoreTable:
 
     # --- scores -------------------------------------------------------------------------------------------------------
 
-    def _update(self, lines: Ints) -> None:
-        board = self._board
-        score_one = self._score_one if len(lines) <= _FEW_LINES else None
-        if score_one is not None and all(self._update_changed(line, score_one) for line in lines.tolist()):
+    def _update(self, asked: Sequence[int]) -> None:
+        board, seen = self._board, self._seen
+        if len(asked) <= _FEW_LINES and self._score_one is not None:
+            asked = [line for line in asked if not self._update_few(line, self._score_one)]
+            if not asked:
+                return
+            # Many machines changed. Whatever line was asked no earlier will be asked again: all in one go.
+            lines = np.flatnonzero(seen[: self._size] >= seen[asked].min())
+        else:
+            lines = np.array(asked, dtype=np.int64)
+        lines = lines[seen[lines] < board.clock]
+        if not len(lines):
             return
-        lines = lines[self._seen[lines] < board.clock]
+        new = seen[lines] == 0
+        states = self._scorer.states() if self._machines > _FEW_CHANGES and new.any() else None
+        if states is not None:
+            self._score_all(lines[new], states)
+            lines = lines[~new]
         step = max(_SCAN // max(self._machines, 1), 1)
         for first in range(0, len(lines), step):
+            self._score_changed(lines[first : first + step])
+
+    def _score_all(self, lines: Ints, states: Ints) -> None:
+        """These know nothing yet, or by weights that were others: machines in the same state are scored once."""
+        _, rows, state = np.unique(states, return_index=True, return_inverse=True)
+        step = max(_CHUNK // len(rows), 1)
+        for first in range(0, len(lines), step):
             some = lines[first : first + step]
-            stale = board.last_change > self._seen[some][:, None]
-            stale &= self._possible[some]
-            which, rows = stale.nonzero()
-            which = some[which]
-            for start in range(0, len(rows), _CHUNK):
-                self._score(which[start : start + _CHUNK], rows[start : start + _CHUNK])
-        self._seen[lines] = board.clock
+            self._scores[some] = NEVER
+            self._score(some.repeat(len(rows)), np.tile(rows, len(some)), self._nothing)
+            scores = self._scores[some][:, rows[state]]
+            scores[~self._possible[some]] = NEVER
+            scores += self._scorer.extra
+            self._scores[some] = scores
+            self._columns[some] = self._columns[some][:, rows[state]]
+        self._seen[lines] = self._board.clock
 
-    def _update_changed(self, line: int, score_one: Callable[[int, int], float]) -> bool:
-        """The same for one line, by a list of what changed instead of a look at all machines. False: there is none."""
-        board = self._board
-        rows = board.changed_since(int(self._seen[line]))
-        if rows is None or len(rows) > max(_FEW_CHANGES, self._machines // _MACHINES_PER_CHANGE):
-            return False
-        if len(rows) > _FEW_CHANGES:
-            rows = rows[self._possible[line].take(rows)]
-        if len(rows) > _FEW_CHANGES:
-            rows = np.unique(rows)
-        else:
-            rows = np.array(self._score_few(line, set(rows.tolist()), score_one), dtype=np.int64)
-        if len(rows):
-            self._score(np.full(len(rows), line, dtype=np.int64), rows)
-        self._seen[line] = board.clock
-        return True
-
-    def _score_few(self, line: int, rows: Iterable[int], score_one: Callable[[int, int], float]) -> list[int]:
-        """Score a few machines; those are left that need a look at each device."""
-        board, scores, possible = self._board, self._scores[line], self._possible[line]
-        cores, untouched, alike = board.cores, board.untouched, board.alike
-        cpu, memory, disk, count, milli, tenant = self._asked[:, line].tolist()
-        quick = tenant == NOBODY and (milli == MILLI_PER_UNIT or not count)
-        eligible = self._eligible[line]
-        left: list[int] = []
-        for row in rows:
-            if not possible[row]:
-                continue
-            score: float | None = NEVER
-            if cores[row] >= cpu and (tenant != NOBODY or untouched[row] >= count):
-                if not quick or (count and alike[row] < 0):
-                    score = None
-                elif (
-                    board.capacity.memory[row] >= memory
-                    and board.capacity.disk[row] >= disk
-                    and (not count or eligible[alike[row]])
-                ):
-                    score = score_one(row, count)
-            if score is None:
-                left.append(row)
-            else:
-                scores[row] = score
-                self._columns[line, row] = -1
-        return left
-
-    def _score(self, line: Ints, row: Ints) -> None:
-        """Score these pairs anew."""
-        board, capacity = self._board, self._board.capacity
+    def _score_changed(self, lines: Ints) -> None:
+        """These know all but what changed since they were asked last."""
+        last_change, seen = self._board.last_change, self._seen[lines]
+        rows = np.flatnonzero(last_change > seen.min())
+        stale = last_change.take(rows) > seen[:, None]
+        stale &= self._possible[lines].take(rows, axis=1)
+        which, at = stale.nonzero()
+        line, row = lines.take(which), rows.take(at)
         self._scores[line, row] = NEVER
+        for first in range(0, len(line), _CHUNK):
+            self._score(line[first : first + _CHUNK], row[first : first + _CHUNK], self._scorer.extra)
+        self._seen[lines] = self._board.clock
+
+    def _score(self, line: Ints, row: Ints, extra: Floats) -> None:
+        """Score those of these pairs where the job fits."""
+        board, capacity = self._board, self._board.capacity
         cpu, memory, disk, count, milli, tenant = self._asked.take(line, axis=1)
+        alike, shared = board.alike.take(row), tenant != NOBODY
         # What needs no look at each device first: most machines lack cores or have no device that is free.
         fits = capacity.cpu.take(row) >= cpu
         fits &= capacity.memory.take(row) >= memory
         fits &= capacity.disk.take(row) >= disk
-        fits &= (board.untouched.take(row) >= count) | (tenant != NOBODY)
-        some = np.flatnonzero(fits)
-        if not len(some):
+        fits &= (board.untouched.take(row) >= count) | shared
+        closer = shared | ((alike < 0) & (count > 0)) if self._any_unlike else shared
+        quick = np.flatnonzero(fits & ~closer & self._eligible[line, alike])
+        close = np.flatnonzero(fits & closer)
+        kept, usable, free = self._look_closer(line.take(close), row.take(close))
+        both = np.concatenate((quick, close.take(kept)))
+        if not len(both):
             return
-        row, line, cpu, memory = row.take(some), line.take(some), cpu.take(some), memory.take(some)
-        count, milli, tenant = count.take(some), milli.take(some), tenant.take(some)
+        line, row = line.take(both), row.take(both)
+        asked = (cpu.take(both), memory.take(both), count.take(both), milli.take(both))
+        scores, columns = self._scorer.score(Pairs(row, *asked, usable, free))
+        self._scores[line, row] = scores + extra.take(row)
+        self._columns[line, row] = np.concatenate((np.full(len(quick), -1, dtype=np.int16), columns))
+
+    def _look_closer(self, line: Ints, row: Ints) -> tuple[Ints, Bools, Ints]:
+        """Which of the pairs have machines with devices for their jobs, which ones, and what each has free."""
+        board, capacity = self._board, self._board.capacity
         free = capacity.device.take(row, axis=0)
+        _, _, _, count, milli, tenant = self._asked.take(line, axis=1)
         usable = free >= milli[:, None]
         usable &= capacity.tenant.take(row, axis=0) == tenant[:, None]
         usable &= self._eligible[line[:, None], board.classes.take(row, axis=0)]
         fits = usable.sum(axis=1) >= count
-        for place in np.flatnonzero(fits & board.mixed.take(row) & (count > 1)) if self._any_mixed else ():
+        for place in np.flatnonzero(fits & board.mixed.take(row) & (count > 1)) if self._any_unlike else ():
             models = board.snapshot.device_model[row[place]]
             fits[place] = has_count_of_one_model(usable[place][None], models[None], int(count[place]))[0]
         kept = np.flatnonzero(fits)
-        if len(kept):
-            pairs = Pairs(row, line, cpu, memory, count, milli, usable, free)
-            if len(kept) < len(row):
-                pairs = pairs.take(kept)
-            self._scores[pairs.line, pairs.row], self._columns[pairs.line, pairs.row] = self._scorer.score(pairs)
+        return kept, usable.take(kept, axis=0), free.take(kept, axis=0)
+
+    def _update_few(self, line: int, score_one: "Callable[[int, int, Sequence[int] | None], float]") -> bool:
+        """The same for one line, one machine at a time. False: too many changed, or nobody knows which."""
+        board = self._board
+        rows = board.changed_since(int(self._seen[line]))
+        if rows is None or len(rows) > _MANY_CHANGES:
+            return False
+        if not rows:
+            return True
+        some = list(dict.fromkeys(rows))
+        some = [row for row, possible in zip(some, self._possible[line].take(some).tolist(), strict=True) if possible]
+        if len(some) > _FEW_CHANGES:
+            return False
+        scores, all_columns = self._scores[line], self._columns[line]
+        cpu, memory, disk, count, milli, tenant = self._asked[:, line].tolist()
+        eligible = self._eligible[line].tolist()
+        for row in some:
+            score, column = NEVER, -1
+            if (
+                board.cores[row] >= cpu
+                and board.memory[row] >= memory
+                and board.disk[row] >= disk
+                and (tenant != NOBODY or board.untouched_rows[row] >= count)
+            ):
+                if tenant == NOBODY and (not count or board.alike_rows[row] >= 0):
+                    if not count or eligible[board.alike_rows[row]]:
+                        score = score_one(row, count, None)
+                else:
+                    usable = self._usable(row, eligible, milli, (tenant,))
+                    if self._are_enough(row, usable, count):
+                        score = score_one(row, count, usable)
+                        column = self._fullest(row, usable) if milli < MILLI_PER_UNIT else -1
+            scores[row], all_columns[row] = score, column
+        self._seen[line] = board.clock
+        return True
+
+    # --- devices of one machine ---------------------------------------------------------------------------------------
+
+    def _usable(self, row: int, eligible: Sequence[bool], milli: int, tenants: Sequence[int]) -> list[int]:
+        board = self._board
+        devices = zip(board.device[row], board.tenant[row], board.class_rows[row], strict=True)
+        return [
+            column
+            for column, (free, tenant, number) in enumerate(devices)
+            if free >= milli and tenant in tenants and eligible[number]
+        ]
+
+    def _are_enough(self, row: int, usable: Sequence[int], count: int) -> bool:
+        if count > 1 and self._board.mixed[row]:
+            models = self._board.snapshot.device_model[row].tolist()
+            return max(Counter(models[column] for column in usable).values(), default=0) >= count
+        return len(usable) >= count
+
+    def _fullest(self, row: int, usable: Sequence[int]) -> int:
+        free = self._board.device[row]
+        return min(usable, key=lambda column: (free[column], column))
 
 
 def _without(scores: Floats, rows: Ints) -> Floats:
@@ -454,10 +512,6 @@ def _without(scores: Floats, rows: Ints) -> Floats:
     others = scores.copy()
     others[rows] = NEVER
     return others if (others < NEVER).any() else scores
-
-
-def _has_count(models: Sequence[int], usable: Sequence[int], count: int) -> bool:
-    return max(Counter(models[column] for column in usable).values(), default=0) >= count
 
 
 def tightest_group(models: Sequence[int], usable: Sequence[int], count: int) -> list[int]:

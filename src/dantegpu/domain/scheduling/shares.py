@@ -83,24 +83,25 @@ class Shares:
         quota = self._quotas.get(team)
         return quota is not None and quota.allows(TeamUse(*self._use.get(team, _NOTHING)), request, nodes)
 
-    def add(self, team: int, request: ResourceRequest, times: int = 1) -> None:
-        """The team holds so much more (less, when `times` is negative)."""
+    def add(self, team: int, request: ResourceRequest, times: int = 1) -> float:
+        """The team holds so much more (less, when `times` is negative). What `of` says then."""
         milli = request.gpu.total_milli * times if request.gpu is not None else 0
-        self._change(team, milli, request.cpu_milli * times, request.memory_bytes * times)
+        return self._change(team, milli, request.cpu_milli * times, request.memory_bytes * times) + self._past.of(team)
 
     def remove_lease(self, lease: Lease) -> None:
         """The team no longer holds this."""
         milli = sum([milli for _, milli in lease.devices])
         self._change(lease.team_id.uuid.int, -milli, -lease.cpu_milli, -lease.memory_bytes)
 
-    def _change(self, team: int, gpu_milli: int, cpu_milli: int, memory_bytes: int) -> None:
+    def _change(self, team: int, gpu_milli: int, cpu_milli: int, memory_bytes: int) -> float:
         use = self._use.get(team)
         if use is None:
             use = self._use[team] = [0, 0, 0]
         use[0] += gpu_milli
         use[1] += cpu_milli
         use[2] += memory_bytes
-        self.held[team] = self._dominant(use)
+        held = self.held[team] = self._dominant(use)
+        return held
 
     def _dominant(self, use: Sequence[int]) -> float:
         gpu, cpu, memory = self._totals

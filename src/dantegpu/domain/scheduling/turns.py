@@ -110,7 +110,14 @@ class Turns:
 
     def _one(self, shape: Shape, *, hidden: bool) -> list[Place] | None:
         """Where a job of the shape goes. None: nowhere, and the shape is closed."""
-        table, holds = self._table, self._holds(shape)
+        table = self._table
+        if self._backfill is None:
+            found = self._best(shape, {}, hidden)
+            if found is None:
+                table.close(shape)
+                return None
+            return [found]
+        holds = self._holds(shape)
         found = self._best(shape, holds, hidden)
         if found is not None and self._reserved():
             holds = self._holds(shape)

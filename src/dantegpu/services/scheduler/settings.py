@@ -4,6 +4,7 @@ from typing import ClassVar
 
 from pydantic import Field, field_validator
 
+from dantegpu.contracts.rest.spec import DEFAULT_PRIORITY
 from dantegpu.domain.ids import TeamId
 from dantegpu.domain.scheduling import DEFAULT_POLICY, Objective, Policy, Quota
 from dantegpu.domain.units import MILLI_PER_UNIT
@@ -56,6 +57,15 @@ class SchedulerSettings(ServiceSettings):
         default={},
         description='GPUs that a team has for certain, by team id: `{"team_...": 16}`; others borrow what is idle',
     )
+    priority_max: int = Field(
+        default=100,
+        ge=DEFAULT_PRIORITY,
+        le=100,
+        description="the highest `priority` that jobs may have: it goes before the fair share of other teams",
+    )
+    team_priorities_max: dict[str, int] = Field(
+        default={}, description='the same for single teams, by team id: `{"team_...": 100}`'
+    )
     spot_price_percent: int = Field(
         default=70,
         ge=1,
@@ -72,6 +82,18 @@ class SchedulerSettings(ServiceSettings):
         """How placement ranks machines and teams."""
         quotas = {TeamId.parse(team): Quota(round(gpus * MILLI_PER_UNIT)) for team, gpus in self.gpu_quotas.items()}
         return Policy(self.objective, self.fair_share, self.fair_share_half_life_seconds, quotas)
+
+    def priority_max_of(self, team_id: TeamId) -> int:
+        return self.team_priorities_max.get(str(team_id), self.priority_max)
+
+    @field_validator("team_priorities_max")
+    @classmethod
+    def _check_priorities(cls, priorities: dict[str, int]) -> dict[str, int]:
+        for team, most in priorities.items():
+            TeamId.parse(team)
+            if not DEFAULT_PRIORITY <= most <= 100:
+                raise ValueError(f"the highest priority of {team} is {most}; expected {DEFAULT_PRIORITY} to 100")
+        return priorities
 
     @field_validator("gpu_quotas")
     @classmethod

@@ -266,6 +266,8 @@ _NEW_JOB: Record = {
     "array_id": None, "array_index": None, "held": False, "deadline_at": None, "schedule_id": None, "due_at": None,
 }  # fmt: skip
 """What insert_jobs writes into every row: reading it back would cost as much as writing it."""
+JOBS_PER_INSERT = 1000
+"""So many fit into a socket's buffer at once: PostgreSQL writes them while the next ones are put together."""
 
 
 # --- jobs -------------------------------------------------------------------------------------------------------------
@@ -276,10 +278,12 @@ async def insert_jobs(
     submitted_at: datetime, traceparent: str,
 ) -> list[JobRow]:  # fmt: skip
     """The new jobs with the first line of their history, in the order of `ids`."""
-    await tx.send(
-        QUERIES["insert_jobs"], ids=ids, specs=specs, priorities=priorities, team_id=team_id, user_id=user_id,
-        submitted_at=submitted_at, traceparent=traceparent,
-    )  # fmt: skip
+    for first in range(0, len(ids), JOBS_PER_INSERT):
+        some = slice(first, first + JOBS_PER_INSERT)
+        await tx.send(
+            QUERIES["insert_jobs"], ids=ids[some], specs=specs[some], priorities=priorities[some], team_id=team_id,
+            user_id=user_id, submitted_at=submitted_at, traceparent=traceparent,
+        )  # fmt: skip
     shared: dict[str, Any] = {
         **_NEW_JOB, "team_id": team_id, "user_id": user_id, "submitted_at": submitted_at, "traceparent": traceparent
     }  # fmt: skip

@@ -134,7 +134,7 @@ class Arrays:
             jobs_pb2.JobSpec(env=array.environment(index)).SerializeToString()
             for index in range(row.created, row.created + count)
         ]
-        ids = [JobId.new().uuid for _ in environments]
+        ids = JobId.new_uuids(len(environments))
         async with self._db.transaction() as tx:
             await self._assert_held(tx)
             tasks = await store_arrays.create_tasks(

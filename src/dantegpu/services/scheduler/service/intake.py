@@ -133,6 +133,7 @@ class Intake:
             shape = _shape(spec) if len(specs) > 1 else b""
             if shape not in alike:
                 self._check_spec(spec, where)
+                self._check_priority(actor, team_id, spec, where)
                 alike.add(shape)
         await self._check_inputs(team_id, specs)
         await self._check_after(actor, specs)
@@ -176,6 +177,14 @@ class Intake:
             raise InvalidJob(f"{where}{error}", field="resources.gpu") from error
         except ValueError as error:
             raise InvalidJob(f"{where}{error}") from error
+
+    def _check_priority(self, actor: Actor, team_id: TeamId, spec: jobs_pb2.JobSpec, where: str) -> None:
+        most = self._settings.priority_max_of(team_id)
+        if spec.priority > most and not actor.operator:
+            raise InvalidJob(
+                f"{where}priority {spec.priority}: your team's jobs may have up to {most}; the operator can allow more",
+                field="priority",
+            )
 
     def _check_array(self, spec: jobs_pb2.JobSpec) -> None:
         """Raises ValueError."""
@@ -284,7 +293,7 @@ class Intake:
         if not specs:
             return []
         columns: dict[str, Any] = {
-            "ids": [JobId.new().uuid for _ in specs],
+            "ids": JobId.new_uuids(len(specs)),
             "specs": [spec.SerializeToString() for spec in specs],
             "priorities": [spec.priority for spec in specs],
             "team_id": actor.require_writer().uuid,

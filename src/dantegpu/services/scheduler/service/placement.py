@@ -73,10 +73,15 @@ SWEEP_SECONDS = 15.0
 """How often the queue in memory is compared with PostgreSQL."""
 
 
-def pending_of(row: JobRow, spot_price_percent: int, spec: jobs_pb2.JobSpec | None = None) -> PendingJob:
-    """A waiting job as placement sees it. `spec` is the row's, when it has been read."""
+def pending_of(
+    row: JobRow, spot_price_percent: int, spec: jobs_pb2.JobSpec | None = None, max_duration_seconds: int | None = None
+) -> PendingJob:
+    """A waiting job as placement sees it. `spec` is the row's, when it has been read; `max_duration_seconds` holds for
+    a job that names none."""
     spec = spec or jobs_pb2.JobSpec.FromString(row.spec)
-    pending = pending_of_spec(JobId(row.id), TeamId(row.team_id), row.submitted_at, spec, spot_price_percent)
+    pending = pending_of_spec(
+        JobId(row.id), TeamId(row.team_id), row.submitted_at, spec, spot_price_percent, max_duration_seconds
+    )
     if not row.avoided_machines and row.not_before is None:
         return pending
     avoided = frozenset(MachineId(machine) for machine in row.avoided_machines)
@@ -89,7 +94,12 @@ def is_spot(spec: jobs_pb2.JobSpec) -> bool:
 
 
 def pending_of_spec(
-    job_id: JobId, team_id: TeamId, submitted_at: datetime, spec: jobs_pb2.JobSpec, spot_price_percent: int
+    job_id: JobId,
+    team_id: TeamId,
+    submitted_at: datetime,
+    spec: jobs_pb2.JobSpec,
+    spot_price_percent: int,
+    max_duration_seconds: int | None = None,
 ) -> PendingJob:
     """A job that was just submitted as placement sees it."""
     spot = is_spot(spec)
@@ -107,7 +117,7 @@ def pending_of_spec(
         nodes=max(spec.nodes, 1),
         spot=spot,
         price_percent=spot_price_percent if spot else FULL_PRICE_PERCENT,
-        max_duration_seconds=spec.max_duration_seconds or None,
+        max_duration_seconds=spec.max_duration_seconds or max_duration_seconds,
     )
 
 
@@ -266,13 +276,11 @@ class PlacementLeader:
                 spec = jobs_pb2.JobSpec.FromString(row.spec)
                 duration = spec.max_duration_seconds or self._settings.max_duration_seconds
                 try:
-                    pending = pending_of(row, self._settings.spot_price_percent, spec)
+                    pending = pending_of(row, self._settings.spot_price_percent, spec, duration)
                 except ValueError as error:
                     # It passed the intake's check once; it must not keep the others from being placed now.
                     log.error("job_unreadable", job_id=str(JobId(row.id)), error=str(error))
                     continue
-                if pending.max_duration_seconds is None:
-                    pending = replace(pending, max_duration_seconds=duration)
                 told = (row.reason or "", row.reason_detail)
                 note = Note(duration, told, row.traceparent, row.array_id, row.deadline_at, pending.spot)
                 note.saves = spec.HasField("checkpoint")
