@@ -3,12 +3,14 @@
 import asyncio
 from collections.abc import Callable
 
+from tests.simulation.hardware import Hardware
 from tests.simulation.loop import Process
 from tests.simulation.nats import SimClient
 from tests.simulation.scenario import Fault
 from tests.simulation.world import BILLING, SCHEDULERS, World
 
 MAX_STEPS_TO_FAULT = 30
+START_TO_FAULT_SECONDS = 2.0
 DAEMON_BACK_SECONDS = 1.2
 """A daemon that died is started again this soon, as systemd does: what runs under it must not outlive its lease."""
 SCHEDULER_DEAD_SECONDS = 3.0
@@ -45,9 +47,13 @@ class Chaos:
             ),
             Fault.LEADER_STOPPED: self._stop_leader,
             Fault.BILLING_KILLED: lambda: self._kill(Fault.BILLING_KILLED, BILLING, BILLING_DEAD_SECONDS),
-            Fault.DAEMON_KILLED: lambda: self._kill(Fault.DAEMON_KILLED, self._a_machine(), DAEMON_BACK_SECONDS),
-            Fault.DAEMON_STOPPED: lambda: self._stop(Fault.DAEMON_STOPPED, self._a_machine(), DAEMON_STOPPED_SECONDS),
-            Fault.MACHINE_LOST: self._lose_machine,
+            Fault.DAEMON_KILLED: lambda: self._at_a_machine(
+                lambda machine: self._kill(Fault.DAEMON_KILLED, machine.name, DAEMON_BACK_SECONDS)
+            ),
+            Fault.DAEMON_STOPPED: lambda: self._at_a_machine(
+                lambda machine: self._stop(Fault.DAEMON_STOPPED, machine.name, DAEMON_STOPPED_SECONDS)
+            ),
+            Fault.MACHINE_LOST: lambda: self._at_a_machine(self._lose_machine),
             Fault.LINE_CUT: self._cut_line,
             Fault.CONNECTION_BROKEN: self._break_connection,
             Fault.NATS_DOWN: lambda: self._nats_down(empty=False),
@@ -101,6 +107,7 @@ class Chaos:
         if self._random.random() < CALM_SHARE:
             self._calm()
         world.stop_next_plan_seconds = 0.0
+        world.when_started.clear()
         world.network.cut.clear()
         world.database_up = True
         for machine in world.machines:
@@ -124,8 +131,13 @@ class Chaos:
 
     # --- processes ----------------------------------------------------------------------------------------------------
 
-    def _a_machine(self) -> str:
-        return self._random.choice(self._world.machines).name
+    def _at_a_machine(self, action: Callable[[Hardware], None]) -> None:
+        """At any, now; or soon after the next job has started, at its machine: there is the most to lose."""
+        if self._random.random() < 0.5:
+            action(self._random.choice(self._world.machines))
+        else:
+            seconds = self._random.uniform(0.0, START_TO_FAULT_SECONDS)
+            self._world.when_started.append(lambda machine: self._world.loop.later(seconds, action, machine))
 
     def _later(self, most_seconds: float, action: Callable[[], object]) -> None:
         seconds = self._random.uniform(0.2, most_seconds)
@@ -166,8 +178,7 @@ class Chaos:
         """Whoever applies the next plan stops in the middle of it, for longer than its lease."""
         self._world.stop_next_plan_seconds = self._random.uniform(*LEADER_STOPPED_SECONDS)
 
-    def _lose_machine(self) -> None:
-        machine = self._random.choice(self._world.machines)
+    def _lose_machine(self, machine: Hardware) -> None:
         if not machine.powered:
             return
         self._world.say("loses power", machine.name)

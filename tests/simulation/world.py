@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import shutil
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -186,6 +186,8 @@ class World:
         self.database_up = True
         self.unknown_commit_chance = 0.0
         self.stop_next_plan_seconds = 0.0
+        self.when_started: deque[Callable[[Hardware], None]] = deque()
+        """Each is called once, with the next machine on which a job's process starts."""
         self.folder = folder
         self.tracing = tracing
         self.trace: list[TraceLine] = []
@@ -330,13 +332,18 @@ class World:
         disk = self.folder / name
         disk.mkdir(parents=True)
         machine = Hardware(self.loop, self.random, name, disk, gpus, TeamId.new())
-        machine.on_start = self.watchers.started
+        machine.on_start = self._started
         machine.on_end = self.watchers.ended
         self.machines.append(machine)
         self.name(machine.id, name)
         for index, device in enumerate(machine.device_ids):
             self.name(device, f"{name}/gpu{index}")
         self.start(name, self._daemon(machine))
+
+    def _started(self, machine: Hardware, process: JobProcess) -> None:
+        self.watchers.started(machine, process)
+        if self.when_started:
+            self.when_started.popleft()(machine)
 
     def _database_pause(self, tx: MemoryTx, at: str) -> Awaitable[None] | None:
         process = tx.process
