@@ -4,6 +4,8 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -139,3 +141,38 @@ async def test_the_groups_of_what_another_daemon_had_prepared_are_removed(tmp_pa
     await other.destroy(handle)
     assert not [path for path in folders if path.exists()]
     await other.close()
+
+
+def mount_points(pid: int | str) -> set[str]:
+    lines = Path(f"/proc/{pid}/mountinfo").read_text().splitlines()
+    return {line.split()[4].replace(r"\040", " ") for line in lines}
+
+
+@pytest.fixture
+def two_mounts(tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """Two file systems of this machine; a mount made below the second one appears everywhere."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    kept, other = (str(tmp_path / name) for name in ("kept", "an other"))
+    for folder in (kept, other):
+        Path(folder).mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], check=True)
+    subprocess.run(["mount", "--make-shared", other], check=True)
+    yield kept, other
+    subprocess.run(["umount", "--lazy", kept, other], check=True)
+
+
+async def test_a_cell_for_sandboxes_has_the_mounts_they_need_and_the_machine_keeps_all(two_mounts: tuple[str, str]):
+    kept, other = two_mounts
+    keeper = Keeper()
+    keeper.needed_mounts = [f"{kept}/", "/proc/", "/dev/"]
+    cell = await keeper.cell([])
+    assert mount_points(cell.pid) & {kept, other, "/", "/proc"} == {kept, "/", "/proc"}
+    assert mount_points("self") >= {kept, other}
+    cell.close()
+    keeper.needed_mounts = []
+    keeper.close()
+    cell = await keeper.cell([])
+    assert mount_points(cell.pid) >= {kept, other}
+    cell.close()
+    keeper.close()

@@ -190,6 +190,8 @@ class Keeper:
     """The keeper process of this daemon, started when the first cell is asked for and again if it dies."""
 
     def __init__(self) -> None:
+        self.needed_mounts: Sequence[str] = ()
+        """What its cells need of the machine's mounts, see `keeper.py`; none: they see all."""
         self._control: socket.socket | None = None
         self._pid = 0
 
@@ -233,7 +235,7 @@ class Keeper:
         # What the daemon itself inherited without close-on-exec must not end up in a job.
         actions += [(os.POSIX_SPAWN_CLOSE, number) for number in _inheritable() if number > _CONTROL]
         try:
-            command = [sys.executable, "-I", "-S", str(KEEPER)]
+            command = [sys.executable, "-I", "-S", str(KEEPER), *self.needed_mounts]
             self._pid = os.posix_spawn(sys.executable, command, {"LANG": "C.UTF-8"}, file_actions=actions)
         finally:
             for number in (null, *inherited):

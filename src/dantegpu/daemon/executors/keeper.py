@@ -11,6 +11,9 @@ end `exit CODE`, or only `already`.
 
 While a cell waits, it may keep a sandbox ready (`park`), in which a shell waits for its script. It is for one attempt:
 the next one, or nobody.
+
+The keeper's arguments are what sandboxes need of the machine's mounts: a path, or a folder with all below it when a
+slash ends it. Without any it leaves the mounts alone.
 """
 
 import errno
@@ -35,6 +38,7 @@ SPARE_STARTED, SPARE_EXIT = "started.spare", "exit.spare"
 MARK_BYTES, EXIT_BYTES = 40, 16
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126
 _SHELL = "/bin/sh"
+_MS_REC, _MS_PRIVATE, _MNT_DETACH = 1 << 14, 1 << 18, 2  # mount(2), umount2(2)
 # Python ignores them; a job must not.
 _DEFAULT_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ)
 
@@ -454,10 +458,52 @@ def prepare_process() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def main() -> None:
+def _leave_mounts(needed: Sequence[str]) -> None:
+    """A mount namespace of its own with no others: for each that it adds, bubblewrap reads the list of all mounts.
+
+    Where that is not allowed, or the machine's own mounts could be touched by it, everything stays.
+    """
+    try:
+        os.unshare(os.CLONE_NEWNS)
+    except OSError:
+        return
+    if (pid := os.fork()) == 0:
+        # A process of its own for this: ctypes would stay in the memory of every cell.
+        try:
+            _unmount_others(needed)
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+
+
+def _unmount_others(needed: Sequence[str]) -> None:
+    import ctypes
+
+    mount, umount2 = (getattr(ctypes.CDLL(None), name) for name in ("mount", "umount2"))
+    if mount(None, b"/", None, ctypes.c_ulong(_MS_REC | _MS_PRIVATE), None):
+        return
+    with open("/proc/self/mountinfo", "rb") as file:
+        mounts = [line.split() for line in file]
+    if any(field.startswith(b"shared:") for fields in mounts for field in fields[6:]):
+        return  # what is unmounted here would be unmounted everywhere
+    for fields in reversed(mounts):
+        point = fields[4].decode("unicode_escape").encode("latin-1")
+        if not _is_needed(os.fsdecode(point), needed):
+            umount2(point, _MNT_DETACH)
+
+
+def _is_needed(point: str, needed: Sequence[str]) -> bool:
+    """Whether one of the paths lies on the mount, or above it."""
+    folder = point.rstrip("/") + "/"
+    return any(f"{path}/".startswith(folder) or (path.endswith("/") and folder.startswith(path)) for path in needed)
+
+
+def main(needed_mounts: Sequence[str] = ()) -> None:
     """Fork a cell for each packet, until the daemon is gone."""
     os.setsid()
     prepare_process()
+    if needed_mounts:
+        _leave_mounts(needed_mounts)
     _write_optional("/proc/self/comm", "dante-keeper")
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     control = socket.socket(fileno=os.dup(CONTROL))
@@ -478,4 +524,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -49,6 +49,7 @@ from dantegpu.daemon.executors.sandbox import (
     Bubblewrap,
     Layout,
     PythonRuntime,
+    needed_mounts,
     parked,
     sandboxed,
     unsandboxed,
@@ -195,6 +196,9 @@ class ProcessExecutor(Executor):
             if isinstance(tools, Bubblewrap):
                 self._tools = tools
                 self._choose_uids()
+                if tools.as_root:
+                    kept = (self._workspace.root, *self._tree.parents.values())
+                    self._slots.need_mounts(needed_mounts(tools, self._python, kept))
                 kind = SandboxKind.BUBBLEWRAP
             else:
                 missing["sandbox"] = tools

@@ -84,6 +84,16 @@ class PythonRuntime:
         return cls(tuple(mounts), ":".join((*folders, SEARCH_PATH)), ":".join((*on_host, SEARCH_PATH)))
 
 
+def needed_mounts(tools: "Bubblewrap", python: PythonRuntime, others: Iterable[Path]) -> list[str]:
+    """What bubblewrap needs of the machine's mounts, in the words of `keeper.py`. `others`: with all below them."""
+    whole = ["/usr", "/etc", "/dev", "/proc", *(f"/{name}" for name in _MERGED), *(host for host, _ in python.mounts)]
+    whole += map(str, others)
+    single = ["/sys", "/tmp", tools.bwrap, tools.setpriv, *(f"/etc/{name}" for name in _NETWORK_ETC)]
+    # A link has to be there, and what it leads to.
+    folders = dict.fromkeys((*whole, *map(os.path.realpath, whole)))
+    return [*(f"{folder}/" for folder in folders), *dict.fromkeys((*single, *map(os.path.realpath, single)))]
+
+
 def _is_below(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip("/") + "/")
 

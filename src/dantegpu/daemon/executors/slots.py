@@ -3,7 +3,7 @@
 import asyncio
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dantegpu.daemon.executors import cgroup
@@ -77,6 +77,10 @@ class Slots:
     def open(self, tree: cgroup.CgroupTree) -> None:
         self._tree = tree
         self._open = True
+
+    def need_mounts(self, paths: Sequence[str]) -> None:
+        """All cells from now on are for sandboxes, which show nothing of the machine but this."""
+        self._keeper.needed_mounts = paths
 
     def park_with(self, park: "Callable[[Slot], Parked | None]") -> None:
         """Idle slots are to have a sandbox waiting in them, which `park` makes."""
