@@ -28,7 +28,7 @@ FEWEST_OF: dict[Fault | Outcome, int] = {
 }  # fmt: skip
 """What takes several things that come together is rarer than the rest."""
 SEEDS_TO_FIND_A_BUG = 60
-SEARCHED_FROM: dict[str, int] = {}
+SEARCHED_FROM = {"ack_before_commit": 31, "device_freed_before_the_process_died": 61, "killed_too_late": 251}
 """Bugs that need a rare turn of events: the suite does not go through all the seeds before it each time."""
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -81,7 +81,7 @@ def _traced(seed: int, hash_seed: str) -> list[dict[str, object]]:
 
 
 def test_a_seed_is_the_same_run_in_every_process():
-    first, second = _traced(7, "1"), _traced(7, "2")
+    first, second = _traced(199, "1"), _traced(199, "2")
     assert len(first) > 50
     assert first == second
 
