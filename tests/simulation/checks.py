@@ -11,6 +11,8 @@ from typing import Any
 from uuid import UUID
 
 from dantegpu.domain.ids import AttemptId
+from tests.simulation import coverage
+from tests.simulation.coverage import Outcome
 from tests.simulation.hardware import Hardware, JobProcess
 from tests.simulation.loop import Process
 from tests.simulation.memory.billing import ledger_problems
@@ -18,11 +20,11 @@ from tests.simulation.memory.engine import Change, MemoryTx, Row
 from tests.simulation.memory.scheduler import TERMINAL
 from tests.simulation.world import Accepted, World
 
-UNSUPERVISED_SECONDS = 3.0
+UNSUPERVISED_SECONDS = 2.5
 """After its daemon was stopped or dead, a machine needs so long to end what has lost its lease."""
 ROUNDING_SECONDS = 1
 CLOCK_SLACK_SECONDS = 0.5
-MAX_LATE_SECONDS = 25.0
+MAX_LATE_SECONDS = 16.0
 """A renewal counts from its receipt; the longest that a message is under way here (a cut line, a stopped scheduler)."""
 GPU_MILLI = 1000
 
@@ -58,6 +60,10 @@ class Checks:
         if not self._world.stopped:
             self._world.violate(invariant, what)
 
+    def _note(self, outcome: Outcome | None) -> None:
+        if outcome is not None:
+            self._world.happened[outcome] += 1
+
     # --- what happens -------------------------------------------------------------------------------------------------
 
     def answered(self, accepted: Accepted) -> None:
@@ -89,6 +95,7 @@ class Checks:
         self._one_process_per_job(attempt)
         self._devices_of(hardware)
         if process.restored:
+            self._note(Outcome.RESTORED)
             self._goes_on(attempt, AttemptId.parse(process.restored).uuid)
 
     def _goes_on(self, attempt: Row, saved_id: UUID) -> None:
@@ -111,6 +118,7 @@ class Checks:
             self._violate("I1", f"job {before and before['id']} was deleted")
             return
         self._tell_job(before, after)
+        self._note(coverage.of_job(before, after))
         if before is None:
             return
         if before["state"] in TERMINAL and any(before[it] != after[it] for it in ("state", "outcome", "exit_code")):
@@ -121,7 +129,9 @@ class Checks:
     def _attempt(self, before: Row | None, after: Row | None) -> None:
         if after is None:
             self._violate("I2", f"attempt {before and before['id']} was deleted")
-        elif before is None:
+            return
+        self._note(coverage.of_attempt(before, after))
+        if before is None:
             self._attempt_opened(after)
         else:
             self._attempt_changed(before, after)
@@ -241,6 +251,8 @@ class Checks:
     def _leader(self, before: Row | None, after: Row | None) -> None:
         if before is not None and after is not None and after["epoch"] < before["epoch"]:
             self._violate("I2", "the leader's epoch fell")
+        elif before is not None and after is not None and after["epoch"] > before["epoch"]:
+            self._note(Outcome.LEADER_CHANGED)
 
     # --- I3 -----------------------------------------------------------------------------------------------------------
 
@@ -289,6 +301,7 @@ class Checks:
         elif before is not None and before["state"] != "open":
             self._violate("I5", f"the hold of window {after['window_index']} of {after['attempt_id']} was closed twice")
         elif before is not None and after["used_seconds"] is not None:
+            self._note(Outcome.LATER_WINDOW if after["window_index"] and after["used_seconds"] else None)
             self._world.say(
                 f"window {after['window_index']} of {after['attempt_id']}: {after['used_seconds']} s billed"
             )

@@ -6,18 +6,19 @@ wait), as SIGKILL and SIGSTOP do, while everything else goes on.
 """
 
 import asyncio
-import heapq
 import itertools
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from contextlib import contextmanager
 from contextvars import Context, ContextVar, copy_context
+from heapq import heappop, heappush
 from typing import Any, override
 
 MAX_STEPS = 150_000
 """Far more than any seed needs: a run that never ends is a finding too, and must not hang the tests."""
 
 
+LEAST_TASKS_KEPT = 100
 UNWIND_ROUNDS = 30
 UNWIND_STEPS = 20_000
 
@@ -117,6 +118,41 @@ class Handle:
         return self.when_seconds
 
 
+class Nap:
+    """A sleep in one step where asyncio.sleep takes two. Await it once, in the task that made it."""
+
+    __slots__ = ("_asyncio_future_blocking", "_cancelled", "_handle", "_loop", "_seconds")
+
+    def __init__(self, loop: "SimLoop", seconds: float) -> None:
+        self._loop = loop
+        self._seconds = seconds
+        self._cancelled = False
+
+    def __await__(self) -> Generator["Nap"]:
+        self._asyncio_future_blocking = True
+        yield self
+
+    # --- what a task asks of a future ---------------------------------------------------------------------------------
+
+    def get_loop(self) -> "SimLoop":
+        return self._loop
+
+    def add_done_callback(self, callback: Callable[[Any], Any], *, context: Context) -> None:
+        self._handle = self._loop.call_later(self._seconds, callback, self, context=context)
+
+    def cancel(self, msg: object = None) -> bool:
+        if self._cancelled:
+            return False
+        self._cancelled = True
+        self._handle.cancel()
+        self._loop.call_soon(self._handle.callback, self, context=self._handle.context)
+        return True
+
+    def result(self) -> None:
+        if self._cancelled:
+            raise asyncio.CancelledError
+
+
 class SimTask(asyncio.Task[Any]):
     """Hashes by its number: sets of tasks are iterated in the same order in every run."""
 
@@ -146,6 +182,8 @@ class SimLoop(asyncio.AbstractEventLoop):
         self.steps = 0
         self.ending = False
         self.tasks: list[SimTask] = []
+        """Those that are not done, and some that are: kept so long, they would only cost memory."""
+        self._tasks_kept = LEAST_TASKS_KEPT
         self.crashes: list[dict[str, Any]] = []
         self.outside = copy_context()
         """The context of what belongs to no process: the network, the hardware, the faults."""
@@ -157,8 +195,7 @@ class SimLoop(asyncio.AbstractEventLoop):
     def run_until_complete(self, future: Any) -> Any:
         task = asyncio.ensure_future(future, loop=self)
         with self._as_running():
-            while not task.done():
-                self._step()
+            self._run(task.done)
         return task.result()
 
     @contextmanager
@@ -181,53 +218,60 @@ class SimLoop(asyncio.AbstractEventLoop):
                     break
                 for task in left:
                     task.cancel()
-                for _ in range(UNWIND_STEPS):
-                    if not self._ready:
-                        break
-                    self._step()
+                self._run_for(UNWIND_STEPS)
         self._closed = True
         self._ready.clear()
         self._timers.clear()
         self.tasks.clear()
 
-    def _step(self) -> None:
-        if not self._ready:
-            self._jump()
-        handle = self._ready.popleft()
-        if handle.gone:
-            return
-        process = handle.process
-        if process is not None and not self.ending:
-            if not process.alive:
-                return
-            if process.frozen:
-                process.held.append(handle)
-                return
-        self.steps += 1
-        if self.steps > MAX_STEPS and not self.ending:
-            raise Stuck(f"more than {MAX_STEPS} steps")
-        try:
-            handle.context.run(handle.callback, *handle.args)
-        except ProcessKilled:
-            return
-        except Exception as error:  # noqa: BLE001 - the loop itself
-            self.call_exception_handler({"message": f"callback {handle.callback!r} raised", "exception": error})
+    def _run_for(self, most_steps: int) -> None:
+        """What is ready now; no timer."""
+        last = self.steps + most_steps
+        self._run(lambda: not self._ready or self.steps >= last)
+
+    def _run(self, over: Callable[[], bool]) -> None:
+        """Callback after callback until it is over. All that happens in a run happens here, so it is made fast."""
+        ready, ending = self._ready, self.ending
+        while not over():
+            if not ready:
+                self._jump()
+            handle = ready.popleft()
+            if handle.gone:
+                continue
+            process = handle.process
+            if process is not None and not ending:
+                if not process.alive:
+                    continue
+                if process.frozen:
+                    process.held.append(handle)
+                    continue
+            self.steps += 1
+            if self.steps > MAX_STEPS and not ending:
+                raise Stuck(f"more than {MAX_STEPS} steps")
+            try:
+                handle.context.run(handle.callback, *handle.args)
+            except ProcessKilled:
+                continue
+            except Exception as error:  # noqa: BLE001 - the loop itself
+                self.call_exception_handler({"message": f"callback {handle.callback!r} raised", "exception": error})
 
     def _jump(self) -> None:
-        while self._timers:
-            when, _, handle = heapq.heappop(self._timers)
+        timers = self._timers
+        while timers:
+            when, _, handle = heappop(timers)
             if handle.gone or (handle.process is not None and not handle.process.alive):
                 continue
-            self._now_seconds = max(self._now_seconds, when)
+            if when > self._now_seconds:
+                self._now_seconds = when
             self._ready.append(handle)
-            while self._timers and self._timers[0][0] <= when:
-                self._ready.append(heapq.heappop(self._timers)[2])
+            while timers and timers[0][0] <= when:
+                self._ready.append(heappop(timers)[2])
             return
         raise Stuck("nothing is left to happen")
 
     def later(self, seconds: float, callback: Callable[..., Any], *args: Any) -> Any:
         """Like call_later, for what goes on whatever happens to the process that asks for it."""
-        return self.call_at(self._now_seconds + seconds, callback, *args, context=self.outside)
+        return self._push(self._now_seconds + seconds, callback, args, self.outside)
 
     def ready(self, handle: Handle) -> None:
         """Take back what a stopped process could not run."""
@@ -248,14 +292,17 @@ class SimLoop(asyncio.AbstractEventLoop):
 
     @override
     def call_later(self, delay: float, callback: Callable[..., Any], *args: Any, context: Context | None = None) -> Any:
-        return self.call_at(self._now_seconds + delay, callback, *args, context=context)
+        return self._push(self._now_seconds + delay, callback, args, context)
 
     @override
     def call_at(self, when: float, callback: Callable[..., Any], *args: Any, context: Context | None = None) -> Any:
+        return self._push(when, callback, args, context)
+
+    def _push(self, when: float, callback: Callable[..., Any], args: tuple[Any, ...], context: Context | None) -> Any:
         handle = Handle(callback, args, context if context is not None else copy_context(), when)
         if not self._closed:
             self._numbers += 1
-            heapq.heappush(self._timers, (when, self._numbers, handle))
+            heappush(self._timers, (when, self._numbers, handle))
         return handle
 
     @override
@@ -269,6 +316,9 @@ class SimLoop(asyncio.AbstractEventLoop):
         task = SimTask(coro, loop=self, name=name, context=context)
         task._log_destroy_pending = False  # pyright: ignore[reportAttributeAccessIssue]
         self.tasks.append(task)
+        if len(self.tasks) > 2 * self._tasks_kept:
+            self.tasks = [each for each in self.tasks if not each.done()]
+            self._tasks_kept = max(LEAST_TASKS_KEPT, len(self.tasks))
         return task
 
     @override
@@ -300,6 +350,8 @@ class SimLoop(asyncio.AbstractEventLoop):
     @override
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         process = current_process()
+        if isinstance(context.get("exception"), ProcessKilled):
+            return  # of a task that nobody waits for any more
         if not self.ending and (process is None or process.alive):
             self.crashes.append(context)
 

@@ -20,8 +20,8 @@ from dantegpu.kit.bus import Bus
 from dantegpu.kit.errors import NotFound, Unavailable
 from tests.simulation.hardware import Hardware
 
-UNKNOWN_AFTER_SECONDS = 12.0
-LOOK_SECONDS = 3.0
+UNKNOWN_AFTER_SECONDS = 6.5
+LOOK_SECONDS = 2.0
 DEFAULT_PRICE_UDGPU = 3_600_000
 
 

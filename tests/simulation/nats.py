@@ -6,7 +6,7 @@ streams deliver again what was not acknowledged.
 
 import asyncio
 import itertools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -18,9 +18,10 @@ from nats.errors import TimeoutError as NatsTimeout
 from nats.js.errors import NotFoundError, ServiceUnavailableError
 
 from tests.simulation.loop import Process, SimLoop, current_process
+from tests.simulation.scenario import Fault
 
-ACK_WAIT_SECONDS = 30.0
-DUPLICATE_WINDOW_SECONDS = 120.0
+ACK_WAIT_SECONDS = 8.0
+DUPLICATE_WINDOW_SECONDS = 30.0
 NOTICED_AFTER_SECONDS = 1.5
 """How soon a client knows that a broken connection is broken."""
 
@@ -191,14 +192,16 @@ def matches(pattern: str, subject: str) -> bool:
 class SimNats:
     """The server."""
 
-    def __init__(self, loop: SimLoop, random: Random) -> None:
+    def __init__(self, loop: SimLoop, random: Random, happened: Counter[str]) -> None:
         self.loop = loop
         self.random = random
+        self.happened = happened
         self.weather = Weather()
         self.up = True
         self.clients: list[SimClient] = []
         self.streams: dict[str, _Stream] = {}
-        self.subscriptions: list[SimSubscription] = []
+        self._subscriptions: dict[str, dict[SimSubscription, None]] = {}
+        """By subject."""
         self._sequences = itertools.count(1)
         self.inboxes = itertools.count(1)
 
@@ -227,18 +230,32 @@ class SimNats:
         delay = low + (high - low) * self.random.random()
         if self.weather.late_chance and self.random.random() < self.weather.late_chance:
             delay += self.weather.late_seconds * self.random.random()
+            self.happened[Fault.MESSAGES_LATE] += 1
         return delay
 
     def publish(self, subject: str, data: bytes, reply: str = "") -> int:
         """At the server now; how many core subscriptions it goes to."""
+        chosen: list[SimSubscription] = []
         groups: dict[str, list[SimSubscription]] = {}
-        for subscription in self.subscriptions:
-            if subscription.active and subscription.client.online and matches(subscription.subject, subject):
-                groups.setdefault(subscription.queue or f"one {id(subscription)}", []).append(subscription)
-        for members in groups.values():
-            chosen = members[0] if len(members) == 1 else self.random.choice(members)
-            self.deliver(chosen, SimMsg(subject, data, reply))
-        return len(groups)
+        for pattern, subscriptions in self._subscriptions.items():
+            if matches(pattern, subject):
+                for subscription in subscriptions:
+                    if subscription.client.online:
+                        members = groups.setdefault(subscription.queue, []) if subscription.queue else chosen
+                        members.append(subscription)
+        chosen += [members[0] if len(members) == 1 else self.random.choice(members) for members in groups.values()]
+        for subscription in chosen:
+            self.deliver(subscription, SimMsg(subject, data, reply))
+        return len(chosen)
+
+    def add(self, subscription: SimSubscription) -> None:
+        self._subscriptions.setdefault(subscription.subject, {})[subscription] = None
+
+    def remove(self, subscription: SimSubscription) -> None:
+        same = self._subscriptions[subscription.subject]
+        del same[subscription]
+        if not same:
+            del self._subscriptions[subscription.subject]
 
     def store(self, subject: str, data: bytes, message_id: str) -> None:
         """Raises NotFoundError when no stream wants it."""
@@ -259,6 +276,7 @@ class SimNats:
 
     def deliver(self, subscription: SimSubscription, message: SimMsg) -> None:
         copies = 2 if self.weather.twice_chance and self.random.random() < self.weather.twice_chance else 1
+        self.happened[Fault.MESSAGES_TWICE] += copies - 1
         for _ in range(copies):
             self.loop.later(self.delay_seconds(), subscription.client.arrive, subscription, message)
 
@@ -419,7 +437,7 @@ class SimClient:
             subscription.active = False
             if subscription in self._subscriptions:  # not one of a stream's consumer
                 self._subscriptions.remove(subscription)
-                self._broker.subscriptions.remove(subscription)
+                self._broker.remove(subscription)
 
     async def subscribe(
         self, subject: str, queue: str = "", cb: Callable[[Any], Awaitable[None]] | None = None
@@ -428,7 +446,7 @@ class SimClient:
         self.check_alive()
         subscription = SimSubscription(self, subject, queue, cb)
         self._subscriptions.append(subscription)
-        self._broker.subscriptions.append(subscription)
+        self._broker.add(subscription)
         return subscription
 
     async def flush(self, timeout: float = 10) -> None:
@@ -458,6 +476,7 @@ class SimClient:
     def _answer_later(self, answer: "asyncio.Future[None]", error: Exception | None) -> None:
         broker = self._broker
         if broker.weather.lost_ack_chance and broker.random.random() < broker.weather.lost_ack_chance:
+            broker.happened[Fault.ACKS_LOST] += 1
             return
 
         def tell() -> None:

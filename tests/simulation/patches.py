@@ -20,10 +20,11 @@ from structlog._config import BoundLoggerLazyProxy
 
 from dantegpu.daemon import leases
 from dantegpu.domain import ids
+from dantegpu.domain.job import model
 from dantegpu.kit import bus, telemetry
 from dantegpu.services.billing import module as billing_module
 from dantegpu.services.scheduler import module as scheduler_module
-from dantegpu.services.scheduler.service import settlement
+from dantegpu.services.scheduler.service import settlement, waiting
 from tests.simulation.hardware import Hardware
 from tests.simulation.loop import Process, SimLoop, current_process
 from tests.simulation.memory.engine import MemoryDatabase, MemoryServer
@@ -31,9 +32,11 @@ from tests.simulation.nats import SimClient, SimNats
 
 START_SECONDS = 1_767_225_600.0
 """The wall time at which every run begins: 2026-01-01, UTC."""
-WINDOW_SECONDS = 20
-OPEN_AHEAD_SECONDS = 6.0
-STREAM_CHECK_SECONDS = 12.0
+WINDOW_SECONDS = 5
+OPEN_AHEAD_SECONDS = 3.5
+STREAM_CHECK_SECONDS = 6.0
+NO_FUNDS_RETRY_SECONDS = 3.0
+RETRY_BACKOFF_MAX_SECONDS = 2
 _PACKAGES = ("dantegpu.kit", "dantegpu.services", "dantegpu.daemon", "dantegpu.domain")
 
 
@@ -187,6 +190,9 @@ def installed() -> Generator[None]:
             put(built, "Database", _database)
             put(built, "Migrations", _NoMigrations)
         put(settlement, "OPEN_AHEAD_SECONDS", OPEN_AHEAD_SECONDS)
+        put(waiting, "NO_FUNDS_RETRY_SECONDS", NO_FUNDS_RETRY_SECONDS)
+        put(model, "RETRY_BACKOFF_BASE_SECONDS", 1)
+        put(model, "RETRY_BACKOFF_MAX_SECONDS", RETRY_BACKOFF_MAX_SECONDS)
         yield
     finally:
         enter(None)

@@ -1,7 +1,8 @@
 """gRPC for the simulation: generated stubs and servicers, the real kit/rpc.py on both ends, a network in between."""
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -11,6 +12,7 @@ from grpc import aio
 
 from dantegpu.kit import rpc
 from tests.simulation.loop import Process, ProcessKilled, SimLoop, current_process
+from tests.simulation.scenario import Fault
 
 REFUSED_SECONDS = 0.01
 _NO_METADATA = aio.Metadata()
@@ -28,7 +30,7 @@ class RpcWeather:
 @dataclass(slots=True)
 class _Door:
     process: Process
-    handlers: dict[str, Any] = field(default_factory=dict[str, Any])
+    methods: "dict[str, _Method]" = field(default_factory=dict[str, "_Method"])
     waiting: "dict[asyncio.Future[bytes], None]" = field(default_factory=dict["asyncio.Future[bytes]", None])
     """Callers whose call is being served: when the process dies, their connections break."""
 
@@ -36,9 +38,10 @@ class _Door:
 class SimNetwork:
     """Who serves what, and which pairs of processes cannot reach one another."""
 
-    def __init__(self, loop: SimLoop, random: Random) -> None:
+    def __init__(self, loop: SimLoop, random: Random, happened: Counter[str]) -> None:
         self.loop = loop
         self.random = random
+        self.happened = happened
         self.weather = RpcWeather()
         self.doors: dict[str, _Door] = {}
         self.cut: set[tuple[str, str]] = set()
@@ -66,8 +69,7 @@ class SimServer:
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
         for name, handler in handlers.items():
-            served = rpc.served(name, handler.unary_unary)
-            self._door.handlers[f"/{service}/{name}"] = (handler, served)
+            self._door.methods[f"/{service}/{name}"] = _Method(name, handler)
 
 
 class _Aborted(Exception):
@@ -89,6 +91,21 @@ class _Context:
 
     async def abort(self, code: grpc.StatusCode, details: str, trailing_metadata: Any = ()) -> None:
         raise _Aborted(code, details, trailing_metadata)
+
+
+class _Method:
+    """One method of a server, made ready when somebody calls it: most are never called."""
+
+    def __init__(self, name: str, handler: Any) -> None:
+        self._name = name
+        self._handler = handler
+        self._served: Callable[[Any, Any], Awaitable[Any]] | None = None
+
+    async def __call__(self, data: bytes, metadata: Sequence[tuple[str, Any]]) -> bytes:
+        if self._served is None:
+            self._served = rpc.served(self._name, self._handler.unary_unary)
+        response = await self._served(self._handler.request_deserializer(data), _Context(metadata))
+        return self._handler.response_serializer(response)
 
 
 class SimChannels:
@@ -142,6 +159,7 @@ class SimChannel:
         door = network.doors.get(self._name)
         names = (caller.name if caller else "", door.process.name if door else "")
         lost = network.weather.lost_request_chance and network.random.random() < network.weather.lost_request_chance
+        network.happened[Fault.CALLS_LOST] += bool(lost)
         if door is None or not door.process.alive or names in network.cut or lost:
             self._answer(answer, _error(grpc.StatusCode.UNAVAILABLE, "connection refused"))
             return
@@ -153,11 +171,9 @@ class SimChannel:
         self, door: _Door, path: str, data: bytes, metadata: Sequence[tuple[str, Any]], names: tuple[str, str],
         answer: "asyncio.Future[bytes]",
     ) -> None:  # fmt: skip
-        handler, served = door.handlers[path]
         result: bytes | aio.AioRpcError
         try:
-            response = await served(handler.request_deserializer(data), _Context(metadata))
-            result = handler.response_serializer(response)
+            result = await door.methods[path](data, metadata)
         except _Aborted as error:
             result = _error(error.code, error.details, error.trailing)
         except ProcessKilled:
@@ -166,6 +182,7 @@ class SimChannel:
             result = _error(grpc.StatusCode.INTERNAL, repr(error))
         network = self._network
         lost = network.weather.lost_reply_chance and network.random.random() < network.weather.lost_reply_chance
+        network.happened[Fault.CALLS_LOST] += bool(lost)
         if lost or names in network.cut:
             result = _error(grpc.StatusCode.UNAVAILABLE, "connection reset before the answer")
         network.loop.later(network.delay_seconds(), self._answer, answer, result)

@@ -6,6 +6,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from tests.simulation.world import TraceLine, Violation, World
 END_SECONDS = 400.0
 """After the repair everything must be over within so long (virtual)."""
 LOOK_SECONDS = 1.0
-COLLECT_EVERY = 25
+COLLECT_EVERY = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,8 @@ class SeedResult:
     virtual_seconds: float
     cpu_seconds: float
     violations: list[Violation]
+    happened: Counter[str]
+    """How often each Fault and each Outcome was there."""
     trace: list[TraceLine] = field(default_factory=list[TraceLine])
 
 
@@ -78,7 +81,9 @@ def run_scenario(scenario: Scenario, folder: Path, *, tracing: bool = False) -> 
         world.forget()
         patches.enter(None)
     spent = time.process_time() - began
-    return SeedResult(scenario.seed, world.loop.steps, world.loop.time(), spent, world.violations, world.trace)
+    return SeedResult(
+        scenario.seed, world.loop.steps, world.loop.time(), spent, world.violations, world.happened, world.trace
+    )
 
 
 @contextmanager
@@ -95,10 +100,12 @@ def simulated() -> Generator[Path]:
         # Worlds end in the middle of everything: what their coroutines do when they are thrown away means nothing.
         sys.unraisablehook = lambda unraisable: None
         gc.disable()
+        gc.freeze()
         try:
             yield Path(folder)
         finally:
             gc.collect()
+            gc.unfreeze()
             sys.unraisablehook = hook
             if collecting:
                 gc.enable()

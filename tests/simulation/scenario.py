@@ -4,9 +4,13 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from random import Random
 
-GANG_SHARE = 0.25
-SPOT_SHARE = 0.4
-SAVES_SHARE = 0.5
+FAULT_SHARE = 0.28
+GANG_SHARE = 0.4
+SPOT_SHARE = 0.5
+SAVES_SHARE = 0.8
+LONG_SHARE = 0.35
+BIG_SHARE = 0.03
+"""Most runs are small: a bug needs few machines and few jobs, but many tries. Some are big, for what only many do."""
 
 
 class Fault(StrEnum):
@@ -74,14 +78,31 @@ class Scenario:
     """Wall clocks of the two schedulers."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Size:
+    """What the seeds draw from. `fault_pause_seconds`: from ... to."""
+
+    machines: tuple[int, ...]
+    jobs: tuple[int, ...]
+    chaos_seconds: tuple[float, float]
+    fault_pause_seconds: tuple[float, float]
+
+
+SMALL = _Size(
+    machines=(1, 1, 1, 1, 2, 2, 3), jobs=(1, 1, 1, 2, 2, 2, 3), chaos_seconds=(3, 10), fault_pause_seconds=(0.4, 2.5)
+)
+BIG = _Size(machines=(1, 2, 3), jobs=(3, 4, 5), chaos_seconds=(12, 24), fault_pause_seconds=(1, 5))
+
+
 def scenario_of(seed: int) -> Scenario:
     """The same seed is the same scenario, for ever (of this version)."""
     random = Random(f"scenario {seed}")
     teams = random.randint(1, 2)
-    faults = [fault for fault in Fault if random.random() < 0.35]
-    chaos_seconds = random.uniform(15, 32)
-    machines = tuple(random.randint(1, 2) for _ in range(random.randint(1, 3)))
-    jobs = [_job(random, teams, machines, chaos_seconds) for _ in range(random.randint(3, 5))]
+    faults = [fault for fault in Fault if random.random() < (0.5 if fault is Fault.DAEMON_KILLED else FAULT_SHARE)]
+    size = BIG if random.random() < BIG_SHARE else SMALL
+    chaos_seconds = random.uniform(*size.chaos_seconds)
+    machines = tuple(random.choice((1, 1, 2)) for _ in range(random.choice(size.machines)))
+    jobs = [_job(random, teams, machines, chaos_seconds) for _ in range(random.choice(size.jobs))]
     jobs = _some_of_them_spot(seed, jobs)
     return Scenario(
         seed=seed,
@@ -89,7 +110,7 @@ def scenario_of(seed: int) -> Scenario:
         teams=teams,
         jobs=tuple(sorted(jobs, key=lambda job: job.at_seconds)),
         faults=frozenset(faults),
-        fault_pause_seconds=random.uniform(1, 6),
+        fault_pause_seconds=random.uniform(*size.fault_pause_seconds),
         chaos_seconds=chaos_seconds,
         clock_skew_seconds=(random.uniform(-0.05, 0.05), random.uniform(-0.05, 0.05)),
     )
@@ -104,16 +125,18 @@ def _some_of_them_spot(seed: int, jobs: list[JobPlan]) -> list[JobPlan]:
 def _job(random: Random, teams: int, machines: tuple[int, ...], chaos_seconds: float) -> JobPlan:
     nodes = min(len(machines), 2) if random.random() < GANG_SHARE else 1
     gpus = min(max(machines) if nodes == 1 else min(machines), random.choice((0, 1, 1, 1, 2)))
-    long = random.random() < 0.3
+    long = random.random() < LONG_SHARE
+    # What fails and is tried again is short: the same, five times over, shows nothing new the fifth time.
+    retries_errors = not long and random.random() < 0.12
     return JobPlan(
-        at_seconds=random.uniform(0.5, chaos_seconds * 0.7),
+        at_seconds=random.uniform(0.2, chaos_seconds * 0.4),
         team=random.randrange(teams),
         gpus=gpus,
         nodes=nodes,
         cpu_milli=random.choice((500, 1500, 2500)),
-        runs_seconds=random.uniform(12, 30) if long else random.uniform(0.05, 5),
+        runs_seconds=random.uniform(4, 11) if long else random.uniform(0.05, 1.5),
         exit_code=random.choice((0, 0, 0, 1, 3)),
         stubborn=random.random() < 0.2,
-        max_duration_seconds=random.choice((15, 120, 120, 120)),
-        retries_errors=random.random() < 0.3,
+        max_duration_seconds=random.choice((4, 60, 60, 60, 60)),
+        retries_errors=retries_errors,
     )

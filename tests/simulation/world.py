@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import shutil
 import sys
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -47,8 +48,9 @@ from dantegpu.services.billing import module as billing_module
 from dantegpu.services.billing.settings import BillingSettings
 from dantegpu.services.scheduler import module as scheduler_module
 from dantegpu.services.scheduler.settings import SchedulerSettings
+from tests.simulation import coverage
 from tests.simulation.hardware import DiskJournal, Hardware, JobProcess, SimExecutor, SimProbe, SimShipper
-from tests.simulation.loop import Process, ProcessKilled, SimLoop, current_process
+from tests.simulation.loop import Nap, Process, ProcessKilled, SimLoop, current_process
 from tests.simulation.market import Market
 from tests.simulation.memory.billing import billing_schema
 from tests.simulation.memory.engine import IDLE_IN_TRANSACTION_SECONDS, Change, MemoryServer, MemoryTx
@@ -56,22 +58,25 @@ from tests.simulation.memory.scheduler import scheduler_schema
 from tests.simulation.nats import SimClient, SimNats
 from tests.simulation.patches import START_SECONDS
 from tests.simulation.rpc import SimChannels, SimNetwork, SimServer
-from tests.simulation.scenario import JobPlan, Scenario
+from tests.simulation.scenario import Fault, JobPlan, Scenario
 
 SCHEDULERS = ("scheduler-a", "scheduler-b")
 BILLING = "billing"
 MARKET = "market"
-LEASE_SECONDS = 10.0
-LEASE_GRACE_SECONDS = 2.5
+LEASE_SECONDS = 6.0
+LEASE_GRACE_SECONDS = 1.5
+ORPHAN_AGE_SECONDS = 20
+"""Less than the settings allow: nothing here holds up a plan for that long."""
 SERVICE_START_SECONDS = 1.0
 DATABASE_AT_ONCE_CHANCE = 0.8
 _SCHEDULER_SETTINGS = SchedulerSettings(
-    lease_seconds=LEASE_SECONDS, lease_grace_seconds=LEASE_GRACE_SECONDS, stop_grace_seconds=2.0,
-    stop_timeout_seconds=40.0, timer_seconds=1.0, settlement_seconds=4.0, orphan_sweep_seconds=15.0,
-    orphan_age_seconds=30, inventory_refresh_seconds=6.0, max_duration_seconds=300, quarantine_seconds=5.0,
-)  # fmt: skip
+    lease_seconds=LEASE_SECONDS, lease_grace_seconds=LEASE_GRACE_SECONDS, stop_grace_seconds=1.5,
+    stop_timeout_seconds=20.0, timer_seconds=2.5, settlement_seconds=2.5, orphan_sweep_seconds=6.0,
+    inventory_refresh_seconds=7.0, max_duration_seconds=300, quarantine_seconds=3.0,
+    array_seconds=5.0,
+).model_copy(update={"orphan_age_seconds": ORPHAN_AGE_SECONDS})  # fmt: skip
 _BILLING_SETTINGS = BillingSettings()
-_DAEMON_SETTINGS = DaemonSettings(sync_interval_seconds=2.5, heartbeat_interval_seconds=4.0)
+_DAEMON_SETTINGS = DaemonSettings(sync_interval_seconds=2.0, heartbeat_interval_seconds=3.0)
 
 
 class SimClock:
@@ -80,9 +85,13 @@ class SimClock:
     def __init__(self, loop: SimLoop, skew_seconds: float = 0.0) -> None:
         self._loop = loop
         self._began = datetime.fromtimestamp(START_SECONDS, UTC) + timedelta(seconds=skew_seconds)
+        self._known = (0.0, self._began)
 
     def now(self) -> datetime:
-        return self._began + timedelta(seconds=self._loop.time())
+        seconds = self._loop.time()
+        if seconds != self._known[0]:
+            self._known = (seconds, self._began + timedelta(seconds=seconds))
+        return self._known[1]
 
     def monotonic(self) -> float:
         return self._loop.time()
@@ -168,13 +177,17 @@ class World:
         self.random = Random(f"production {scenario.seed}")
         self.network_random = Random(f"network {scenario.seed}")
         self.fault_random = Random(f"faults {scenario.seed}")
-        self.broker = SimNats(self.loop, self.network_random)
-        self.network = SimNetwork(self.loop, self.network_random)
+        self.happened: Counter[str] = Counter()
+        """How often each Fault and each Outcome was there."""
+        self.broker = SimNats(self.loop, self.network_random, self.happened)
+        self.network = SimNetwork(self.loop, self.network_random, self.happened)
         self.clock = SimClock(self.loop)
         self.database = MemoryServer(self.clock.now)
         self.database_up = True
         self.unknown_commit_chance = 0.0
         self.stop_next_plan_seconds = 0.0
+        self.when_started: deque[Callable[[Hardware], None]] = deque()
+        """Each is called once, with the next machine on which a job's process starts."""
         self.folder = folder
         self.tracing = tracing
         self.trace: list[TraceLine] = []
@@ -221,6 +234,8 @@ class World:
         process = current_process()
         if self.loop.ending:
             return
+        if (outcome := coverage.of_log(event, fields)) is not None:
+            self.happened[outcome] += 1
         error = sys.exc_info()[1]
         if (level == "exception" or event == "loop_failed") and error is not None and _is_crash(error):
             self.violate("crash", f"{process.name if process else ''}: {module} {event} {fields} {error!r}")
@@ -317,7 +332,7 @@ class World:
         disk = self.folder / name
         disk.mkdir(parents=True)
         machine = Hardware(self.loop, self.random, name, disk, gpus, TeamId.new())
-        machine.on_start = self.watchers.started
+        machine.on_start = self._started
         machine.on_end = self.watchers.ended
         self.machines.append(machine)
         self.name(machine.id, name)
@@ -325,28 +340,37 @@ class World:
             self.name(device, f"{name}/gpu{index}")
         self.start(name, self._daemon(machine))
 
-    async def _database_pause(self, tx: MemoryTx, at: str) -> None:
+    def _started(self, machine: Hardware, process: JobProcess) -> None:
+        self.watchers.started(machine, process)
+        if self.when_started:
+            self.when_started.popleft()(machine)
+
+    def _database_pause(self, tx: MemoryTx, at: str) -> Awaitable[None] | None:
         process = tx.process
         if process is not None:
             process.failpoint()
-            if self.stop_next_plan_seconds and at in ("statement", "commit") and tx.schema.name == "scheduler":
-                await self._stop_if_planning(process, tx)
-        chance = self.network_random.random()
         if not self.database_up:
             tx.abort("the database system is shutting down")
-        elif at in ("commit", "committed") and chance < self.unknown_commit_chance:
+            return None
+        if at in ("begin", "answer"):
+            return None
+        chance = self.network_random.random()
+        if at != "statement" and chance < self.unknown_commit_chance:
+            self.happened[Fault.COMMIT_UNKNOWN] += 1
             tx.abort("server closed the connection unexpectedly")
-        elif at in ("statement", "commit") and chance > DATABASE_AT_ONCE_CHANCE:
-            # Most statements are so fast that nobody else comes in between: it would cost, and show little more.
-            await asyncio.sleep(0.01 * (chance - DATABASE_AT_ONCE_CHANCE))
-            if process is not None:
-                process.failpoint()
+        elif at != "committed":
+            if self.stop_next_plan_seconds and process is not None and tx.adds_to("attempts"):
+                return self._stop_planning(process)
+            if chance > DATABASE_AT_ONCE_CHANCE:
+                # Most statements are so fast that nobody else comes in between: it would cost, and show little more.
+                return Nap(self.loop, 0.01 * (chance - DATABASE_AT_ONCE_CHANCE))
+        return None
 
-    async def _stop_if_planning(self, process: Process, tx: MemoryTx) -> None:
-        if tx.adds_to("attempts"):
-            seconds, self.stop_next_plan_seconds = self.stop_next_plan_seconds, 0.0
-            self.loop.outside.run(self.freeze, process, seconds)
-            await asyncio.sleep(0)
+    async def _stop_planning(self, process: Process) -> None:
+        seconds, self.stop_next_plan_seconds = self.stop_next_plan_seconds, 0.0
+        self.happened[Fault.LEADER_STOPPED] += 1
+        self.loop.outside.run(self.freeze, process, seconds)
+        await asyncio.sleep(0)
 
     async def _connected_bus(self, name: str) -> Bus:
         bus = Bus("sim", None, name=name)

@@ -15,6 +15,8 @@ _UNUSED: Final = ("rich", "aiohttp", "click", "pygments")
 17 MB, and half of the time that the imports take."""
 _DROPPED: Final = ("nvml", "_nvml", "c_nvml", "NVML_")
 _M_ARENA_MAX: Final = -8
+GC_ALLOCATIONS: Final = 10_000
+"""Objects made before the collector looks at the young ones: as many as some dozens of attempts make."""
 
 
 def keep_lean() -> None:
@@ -70,6 +72,7 @@ def give_back_memory() -> None:
     """After the start: what only the start needed goes back to the system."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(GC_ALLOCATIONS, *gc.get_threshold()[1:])
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)

@@ -6,8 +6,7 @@ for memory raises UnknownStatement. tests/conformance/test_stores.py runs the sa
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, override
@@ -73,13 +72,13 @@ class Schema:
         return self.serials[name]
 
 
-@dataclass(slots=True)
 class _Lock:
-    owners: dict["MemoryTx", bool] = field(default_factory=dict["MemoryTx", bool])
-    """Transaction -> whether exclusively."""
-    waiting: list[tuple["MemoryTx", bool, "asyncio.Future[None]"]] = field(
-        default_factory=list[tuple["MemoryTx", bool, "asyncio.Future[None]"]]
-    )
+    __slots__ = ("owners", "waiting")
+
+    def __init__(self, owners: "dict[MemoryTx, bool]") -> None:
+        """`owners`: transaction -> whether exclusively."""
+        self.owners = owners
+        self.waiting: list[tuple[MemoryTx, bool, asyncio.Future[None]]] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +90,8 @@ class Change:
     after: Row | None
 
 
-async def _no_pause(tx: "MemoryTx", at: str) -> None:
-    await asyncio.sleep(0)
+def _no_pause(tx: "MemoryTx", at: str) -> Awaitable[None]:
+    return asyncio.sleep(0)
 
 
 def _nobody_looks(tx: "MemoryTx", changes: Sequence[Change]) -> None:
@@ -100,14 +99,15 @@ def _nobody_looks(tx: "MemoryTx", changes: Sequence[Change]) -> None:
 
 
 class MemoryServer:
-    """One PostgreSQL server. `pause` is awaited around each statement and commit: time passes there, or it fails."""
+    """One PostgreSQL server. `pause` is called around each statement and commit: it fails there, or time passes."""
 
     def __init__(self, now: Callable[[], datetime]) -> None:
         self.now = now
         self.schemas: dict[str, Schema] = {}
         self.locks: dict[tuple[str, str, Key], _Lock] = {}
         self.sessions: dict[MemoryTx, None] = {}
-        self.pause: Callable[[MemoryTx, str], Awaitable[None]] = _no_pause
+        self.pause: Callable[[MemoryTx, str], Awaitable[None] | None] = _no_pause
+        """What it returns, if anything, is awaited."""
         self.on_commit: Callable[[MemoryTx, Sequence[Change]], None] = _nobody_looks
         self.deadlocks = 0
 
@@ -206,7 +206,8 @@ class MemoryTx(Tx):
     async def _execute(self, sql: str, params: Mapping[str, Any]) -> list[Row] | int:
         self._check()
         handler = self.schema.handler(sql)
-        await self.server.pause(self, "statement")
+        if (pause := self.server.pause(self, "statement")) is not None:
+            await pause
         self._check()
         if self._failed:
             raise pg.InFailedSqlTransaction("current transaction is aborted, commands ignored until end of block")
@@ -215,7 +216,8 @@ class MemoryTx(Tx):
         except psycopg.Error:
             self._failed = True
             raise
-        await self.server.pause(self, "answer")
+        if (pause := self.server.pause(self, "answer")) is not None:
+            await pause
         self._check()
         return result
 
@@ -302,8 +304,11 @@ class MemoryTx(Tx):
             await self._lock((self.schema.name, table, key), exclusive=not share)
 
     async def _lock(self, name: tuple[str, str, Key], *, exclusive: bool) -> None:
-        lock = self.server.locks.setdefault(name, _Lock())
+        lock = self.server.locks.get(name)
         self._held[name] = None
+        if lock is None:
+            self.server.locks[name] = _Lock({self: exclusive})
+            return
         if self._may_have(lock, exclusive):
             lock.owners[self] = exclusive or lock.owners.get(self, False)
             return
@@ -351,7 +356,8 @@ class MemoryTx(Tx):
             if lock is None:
                 continue
             lock.owners.pop(self, None)
-            self._grant(lock)
+            if lock.waiting:
+                self._grant(lock)
             if not lock.owners and not lock.waiting:
                 del self.server.locks[name]
         self._held.clear()
@@ -375,7 +381,8 @@ class MemoryTx(Tx):
     async def commit(self) -> None:
         """Raises OperationalError when the connection breaks: then the commit may have happened or not."""
         self._check()
-        await self.server.pause(self, "commit")
+        if (pause := self.server.pause(self, "commit")) is not None:
+            await pause
         self._check()
         if self._failed:
             self.rollback()
@@ -392,7 +399,8 @@ class MemoryTx(Tx):
                 changes.append(Change(name, before, row))
         self._end()
         self.server.on_commit(self, changes)
-        await self.server.pause(self, "committed")
+        if (pause := self.server.pause(self, "committed")) is not None:
+            await pause
         if self._broken:
             raise psycopg.OperationalError(self._broken)
 
@@ -422,6 +430,41 @@ class MemoryTx(Tx):
             self._release()
 
 
+_UNREACHABLE = (psycopg.OperationalError, psycopg.InterfaceError)
+
+
+class _Transaction:
+    """What `async with db.transaction()` enters."""
+
+    def __init__(self, server: MemoryServer, schema: Schema) -> None:
+        self._server = server
+        self._schema = schema
+
+    async def __aenter__(self) -> Tx:
+        self._tx = MemoryTx(self._server, self._schema)
+        try:
+            if (pause := self._server.pause(self._tx, "begin")) is not None:
+                await pause
+        except BaseException:
+            self._tx.rollback()
+            raise
+        return self._tx
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        try:
+            if error is None:
+                await self._tx.commit()
+        except _UNREACHABLE as broken:
+            raise Unavailable("the database") from broken
+        finally:
+            self._tx.rollback()
+        if isinstance(error, _UNREACHABLE):
+            raise Unavailable("the database") from error
+        if error is None:
+            for callback in self._tx.after_commit:
+                callback()
+
+
 class MemoryDatabase(Database):
     """A process's connections to one schema of a MemoryServer."""
 
@@ -439,26 +482,12 @@ class MemoryDatabase(Database):
         return
 
     @override
-    @asynccontextmanager
-    async def transaction(self, *, durable: bool = True) -> AsyncGenerator[Tx]:
-        try:
-            tx = MemoryTx(self._server, self._server.schemas[self.schema])
-            try:
-                await self._server.pause(tx, "begin")
-                yield tx
-                await tx.commit()
-            finally:
-                tx.rollback()
-        except (psycopg.OperationalError, psycopg.InterfaceError) as error:
-            raise Unavailable("the database") from error
-        for callback in tx.after_commit:
-            callback()
+    def transaction(self, *, durable: bool = True) -> Any:
+        return _Transaction(self._server, self._server.schemas[self.schema])
 
     @override
-    @asynccontextmanager
-    async def statement(self) -> AsyncGenerator[Tx]:
-        async with self.transaction() as tx:
-            yield tx
+    def statement(self) -> Any:
+        return self.transaction()
 
     @override
     async def ready(self) -> None:

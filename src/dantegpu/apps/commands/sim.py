@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
 from importlib import import_module
@@ -71,6 +72,7 @@ def _figures(results: Iterable[Any]) -> dict[str, Any]:
         "steps": sum(result.steps for result in done),
         "virtual_seconds": round(sum(result.virtual_seconds for result in done), 1),
         "cpu_seconds": round(sum(result.cpu_seconds for result in done), 3),
+        "happened": dict(sorted(sum((result.happened for result in done), Counter[str]()).items())),
         "violations": [{"seed": result.seed} | asdict(violation) for result in done for violation in result.violations],
     }
 
