@@ -18,6 +18,7 @@ MAX_STEPS = 150_000
 """Far more than any seed needs: a run that never ends is a finding too, and must not hang the tests."""
 
 
+LEAST_TASKS_KEPT = 100
 UNWIND_ROUNDS = 30
 UNWIND_STEPS = 20_000
 
@@ -140,6 +141,8 @@ class Nap:
         self._handle = self._loop.call_later(self._seconds, callback, self, context=context)
 
     def cancel(self, msg: object = None) -> bool:
+        if self._cancelled:
+            return False
         self._cancelled = True
         self._handle.cancel()
         self._loop.call_soon(self._handle.callback, self, context=self._handle.context)
@@ -179,6 +182,8 @@ class SimLoop(asyncio.AbstractEventLoop):
         self.steps = 0
         self.ending = False
         self.tasks: list[SimTask] = []
+        """Those that are not done, and some that are: kept so long, they would only cost memory."""
+        self._tasks_kept = LEAST_TASKS_KEPT
         self.crashes: list[dict[str, Any]] = []
         self.outside = copy_context()
         """The context of what belongs to no process: the network, the hardware, the faults."""
@@ -311,6 +316,9 @@ class SimLoop(asyncio.AbstractEventLoop):
         task = SimTask(coro, loop=self, name=name, context=context)
         task._log_destroy_pending = False  # pyright: ignore[reportAttributeAccessIssue]
         self.tasks.append(task)
+        if len(self.tasks) > 2 * self._tasks_kept:
+            self.tasks = [each for each in self.tasks if not each.done()]
+            self._tasks_kept = max(LEAST_TASKS_KEPT, len(self.tasks))
         return task
 
     @override
@@ -342,6 +350,8 @@ class SimLoop(asyncio.AbstractEventLoop):
     @override
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         process = current_process()
+        if isinstance(context.get("exception"), ProcessKilled):
+            return  # of a task that nobody waits for any more
         if not self.ending and (process is None or process.alive):
             self.crashes.append(context)
 

@@ -5,7 +5,7 @@ from enum import StrEnum
 from random import Random
 
 FAULT_SHARE = 0.28
-GANG_SHARE = 0.3
+GANG_SHARE = 0.4
 SPOT_SHARE = 0.5
 SAVES_SHARE = 0.8
 LONG_SHARE = 0.35
@@ -89,7 +89,7 @@ class _Size:
 
 
 SMALL = _Size(
-    machines=(1, 1, 1, 2, 2, 3), jobs=(1, 1, 1, 2, 2, 2, 3), chaos_seconds=(3, 10), fault_pause_seconds=(0.4, 2.5)
+    machines=(1, 1, 1, 1, 2, 2, 3), jobs=(1, 1, 1, 2, 2, 2, 3), chaos_seconds=(3, 10), fault_pause_seconds=(0.4, 2.5)
 )
 BIG = _Size(machines=(1, 2, 3), jobs=(3, 4, 5), chaos_seconds=(12, 24), fault_pause_seconds=(1, 5))
 
@@ -101,7 +101,7 @@ def scenario_of(seed: int) -> Scenario:
     faults = [fault for fault in Fault if random.random() < (0.5 if fault is Fault.DAEMON_KILLED else FAULT_SHARE)]
     size = BIG if random.random() < BIG_SHARE else SMALL
     chaos_seconds = random.uniform(*size.chaos_seconds)
-    machines = tuple(random.randint(1, 2) for _ in range(random.choice(size.machines)))
+    machines = tuple(random.choice((1, 1, 2)) for _ in range(random.choice(size.machines)))
     jobs = [_job(random, teams, machines, chaos_seconds) for _ in range(random.choice(size.jobs))]
     jobs = _some_of_them_spot(seed, jobs)
     return Scenario(

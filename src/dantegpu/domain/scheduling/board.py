@@ -68,10 +68,13 @@ class Board:
         self.clock = 1
         """Rises by one with every change of a machine."""
         self._synced = 1
-        self._changes: list[int] = []
+        self._changes: Ints = np.zeros(2 * _REMEMBERED_CHANGES, dtype=np.int64)
+        self._changes_end = 0
         """The machines of the last changes, the latest at the end."""
         self.given_back = 0
         """The clock when something became free last. What did not fit since then does not fit now."""
+        self.given_back_before = 0
+        """The same of the time before."""
         self.changed_at: list[int] = [1] * len(snapshot.machines)
         """The clock at each machine's last change."""
         self._last_change: Ints = np.ones(len(snapshot.machines), dtype=np.int64)
@@ -104,12 +107,10 @@ class Board:
             number = self._teams[team_id] = self._team_numbers[team_id.uuid.int] = len(self._teams)
         return number
 
-    def changed_since(self, clock: int) -> list[int] | None:
+    def changed_since(self, clock: int) -> Ints | None:
         """Machines that changed after that time, some of them several times; None when that is not known any more."""
-        count = self.clock - clock
-        if not count:
-            return []
-        return None if count > len(self._changes) else self._changes[-count:]
+        count, end = self.clock - clock, self._changes_end
+        return None if count > end else self._changes[end - count : end]
 
     @property
     def capacity(self) -> Capacity:
@@ -132,24 +133,34 @@ class Board:
     def _sync(self) -> None:
         if self._synced == self.clock:
             return
-        rows = self._changes[self._synced - self.clock :]
-        at, capacity = np.array(rows), self._capacity
-        capacity.cpu[at] = [self.cores[row] for row in rows]
-        capacity.memory[at] = [self.memory[row] for row in rows]
-        capacity.disk[at] = [self.disk[row] for row in rows]
-        capacity.device[at] = [self.device[row] for row in rows]
-        capacity.tenant[at] = [self.tenant[row] for row in rows]
-        self._untouched[at] = [self.untouched_rows[row] for row in rows]
-        self._last_change[at] = [self.changed_at[row] for row in rows]
+        at, capacity = self.changed_since(self._synced), self._capacity
+        assert at is not None, "nothing is forgotten before it is here"
+        rows: list[int] = at.tolist()
+        columns: tuple[tuple[Ints, list[int] | list[list[int]]], ...] = (
+            (capacity.cpu, self.cores),
+            (capacity.memory, self.memory),
+            (capacity.disk, self.disk),
+            (capacity.device, self.device),
+            (capacity.tenant, self.tenant),
+            (self._untouched, self.untouched_rows),
+            (self._last_change, self.changed_at),
+        )
+        for column, values in columns:
+            if len(rows) == 1:
+                column[rows[0]] = values[rows[0]]
+            else:
+                column[at] = [values[row] for row in rows]
         self._synced = self.clock
 
     def _changed(self, row: int) -> None:
+        if self._changes_end == len(self._changes):
+            self._sync()
+            self._changes[:_REMEMBERED_CHANGES] = self._changes[_REMEMBERED_CHANGES:]
+            self._changes_end = _REMEMBERED_CHANGES
         self.clock += 1
         self.changed_at[row] = self.clock
-        self._changes.append(row)
-        if len(self._changes) == 2 * _REMEMBERED_CHANGES:
-            self._sync()
-            del self._changes[:_REMEMBERED_CHANGES]
+        self._changes[self._changes_end] = row
+        self._changes_end += 1
 
     @property
     def free(self) -> Snapshot:
@@ -233,7 +244,7 @@ class Board:
                 pairs = zip(free, tenant, strict=True)
                 self.untouched_rows[row] = sum([milli >= MILLI_PER_UNIT and team == NOBODY for milli, team in pairs])
             self._changed(row)
-        self.given_back = self.clock
+        self.given_back_before, self.given_back = self.given_back, self.clock
 
     def _column_of(self, row: int, device_id: DeviceId) -> int | None:
         for column, device in enumerate(self.snapshot.machines[row].devices):

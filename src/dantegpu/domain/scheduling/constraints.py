@@ -308,23 +308,21 @@ def constraint_counts(masks: Mapping[Constraint, Bools]) -> tuple[ConstraintCoun
 
 
 def _gpu_masks(snapshot: Snapshot, gpu: GpuRequest) -> dict[Constraint, Bools]:
-    has_device = snapshot.device_total > 0
-    eligible = eligible_devices(snapshot, gpu)
-    parts = {
-        Constraint.GPU_MODEL: (_models(snapshot, gpu) & has_device).any(axis=1),
-        Constraint.VRAM: (_vram(snapshot, gpu) & has_device).any(axis=1),
-        Constraint.COMPUTE_CAPABILITY: (_capability(snapshot, gpu) & has_device).any(axis=1),
-    }
-    possible = parts[Constraint.GPU_MODEL] & parts[Constraint.VRAM] & parts[Constraint.COMPUTE_CAPABILITY]
-    masks = {Constraint.GPU_MODEL: parts[Constraint.GPU_MODEL]}
-    if gpu.vram is not None:
-        masks[Constraint.VRAM] = parts[Constraint.VRAM]
-    if gpu.compute_capability is not None:
-        masks[Constraint.COMPUTE_CAPABILITY] = parts[Constraint.COMPUTE_CAPABILITY]
+    models, vram, capability = _models(snapshot, gpu), _vram(snapshot, gpu), _capability(snapshot, gpu)
+    masks = {Constraint.GPU_MODEL: (models & (snapshot.device_total > 0)).any(axis=1)}
+    possible = masks[Constraint.GPU_MODEL]
+    for constraint, asked, devices in (
+        (Constraint.VRAM, gpu.vram, vram),
+        (Constraint.COMPUTE_CAPABILITY, gpu.compute_capability, capability),
+    ):
+        if asked is not None:
+            masks[constraint] = devices.any(axis=1)
+            possible = possible & masks[constraint]
     if gpu.milli < MILLI_PER_UNIT:
         masks[Constraint.FRACTION] = snapshot.allows_fractions
     # The count is to blame only where such GPUs are there at all.
-    masks[Constraint.GPU_COUNT] = ~possible | has_count_of_one_model(eligible, snapshot.device_model, gpu.count_min)
+    enough = has_count_of_one_model(models & vram & capability, snapshot.device_model, gpu.count_min)
+    masks[Constraint.GPU_COUNT] = ~possible | enough
     return masks
 
 

@@ -96,13 +96,14 @@ class FragmentationValue:
         `devices` (B, ...) are sums of what each of a machine's devices adds.
         """
         values = np.empty((2, len(cpu)))
+        cores, sizes = cpu.astype(np.float64), memory.astype(np.float64)
         # So many machines at a time stay in the processor's cache between the steps.
         for first in range(0, len(cpu), _BLOCK_ROWS):
             block = slice(first, first + _BLOCK_ROWS)
-            self._block(devices[block], cpu[block], memory[block], values[:, block])
+            self._block(devices[block], cores[block], sizes[block], values[:, block])
         return values
 
-    def _block(self, devices: Floats, cpu: Ints, memory: Ints, values: Floats) -> None:
+    def _block(self, devices: Floats, cpu: Floats, memory: Floats, values: Floats) -> None:
         # Shapes down, machines across: what is looked up are whole rows then.
         lanes = devices.T.copy()
         slots = lanes.take(self._slots_of, axis=0)
@@ -178,28 +179,28 @@ class FragmentationScorer:
         part = pairs.milli[quick:] < MILLI_PER_UNIT
         whole, parts = quick + np.flatnonzero(~part), quick + np.flatnonzero(part)
         # One row per place that is tried: a fraction has one for each device that is in use or unlike the others.
-        tried = [self._devices.take(changed, axis=0), self._left_by_any(pairs, quick)]
-        of = [np.arange(quick)]
-        if len(whole):
-            tried.append(self._left_by_whole(pairs, quick, whole))
-            of.append(whole)
-        place, column, left, split = self._left_by_part(pairs, quick, parts)
-        tried.append(split)
-        of.append(parts.take(place))
-        at = np.concatenate(of)
+        place, column = pairs.usable.take(parts - quick, axis=0).nonzero()
+        at = np.concatenate((np.arange(quick), whole, parts.take(place)))
         # One call for the values after and for the present values of machines that changed: calls are what is dear.
+        devices = self._devices.take(np.concatenate((changed, row.take(at))), axis=0)
+        tried = devices[len(changed) :]
+        self._take_any(pairs, tried[:quick])
+        self._take_whole(pairs, whole, tried[quick : quick + len(whole)])
+        left = self._take_part(pairs, parts.take(place), column, tried[quick + len(whole) :]) if len(parts) else parts
+        cpu, memory = capacity.cpu.take(row) - pairs.cpu_milli, capacity.memory.take(row) - pairs.memory_bytes
         values = self._value.of(
-            np.concatenate(tried),
-            np.concatenate((capacity.cpu.take(changed), (capacity.cpu.take(row) - pairs.cpu_milli).take(at))),
-            np.concatenate((capacity.memory.take(changed), (capacity.memory.take(row) - pairs.memory_bytes).take(at))),
+            devices,
+            np.concatenate((capacity.cpu.take(changed), cpu.take(at))),
+            np.concatenate((capacity.memory.take(changed), memory.take(at))),
         )
         self._values[:, changed] = values[:, : len(changed)]
         falls = self._values.take(row.take(at), axis=1) - values[:, len(changed) :]
         losses = self._ties.take(row)
         losses[:quick] += np.where(pairs.gpus[:quick] > 0, falls[0, :quick], falls[1, :quick])
-        losses[:quick] += np.where(pairs.milli[:quick] % MILLI_PER_UNIT > 0, _TIE_PER_FREE_GPU, 0.0)
-        losses[whole] += falls[0, quick : quick + len(whole)]
+        losses[:quick] += (pairs.milli[:quick] % MILLI_PER_UNIT > 0) * _TIE_PER_FREE_GPU
         columns: Columns = np.full(len(part), -1, dtype=np.int16)
+        if len(whole):
+            losses[whole] += falls[0, quick : quick + len(whole)]
         if len(parts):
             options: Floats = np.full((len(parts), pairs.free.shape[1]), np.inf)
             options[place, column] = falls[0, quick + len(whole) :] + left * (_TIE_PER_FREE_GPU / MILLI_PER_UNIT)
@@ -222,38 +223,32 @@ class FragmentationScorer:
         self._seen = board.clock
         return changed
 
-    def _left_by_any(self, pairs: Pairs, quick: int) -> Floats:
-        """What devices are worth once some that nobody uses are taken, or a part of one, where all are alike."""
-        row, count, milli = pairs.row[:quick], pairs.gpus[:quick], pairs.milli[:quick]
-        left, full = self._devices.take(row, axis=0), self._full.take(row)
+    def _take_any(self, pairs: Pairs, left: Floats) -> None:
+        """Take off `left` what goes with devices that nobody uses, or a part of one, where all are alike."""
+        quick = len(left)
+        full, gpus, milli = self._full.take(pairs.row[:quick]), pairs.gpus[:quick], pairs.milli[:quick]
         taken = self._value.devices.take(full, axis=0)
-        taken -= self._value.devices.take(full - milli, axis=0)
-        taken *= count[:, None]
+        parts = np.flatnonzero(milli % MILLI_PER_UNIT)
+        if len(parts):
+            taken[parts] -= self._value.devices.take((full - milli).take(parts), axis=0)
+        taken *= gpus[:, None]
         left -= taken
-        return left
 
-    def _left_by_whole(self, pairs: Pairs, quick: int, whole: Ints) -> Floats:
+    def _take_whole(self, pairs: Pairs, whole: Ints, left: Floats) -> None:
         """The same of whole devices where they are not alike."""
-        row, left = pairs.row.take(whole), self._devices.take(pairs.row.take(whole), axis=0)
+        quick = len(pairs.row) - len(pairs.usable)
         for number, place in enumerate(whole.tolist()):
-            at, count = int(row[number]), int(pairs.gpus[place])
+            row, count = int(pairs.row[place]), int(pairs.gpus[place])
             columns = np.flatnonzero(pairs.usable[place - quick]).tolist()
-            if self._board.mixed[at]:
-                columns = tightest_group(self._board.snapshot.device_model[at].tolist(), columns, count)
-            taken = self._offsets[at, columns[:count]] + MILLI_PER_UNIT
+            if self._board.mixed[row]:
+                columns = tightest_group(self._board.snapshot.device_model[row].tolist(), columns, count)
+            taken = self._offsets[row, columns[:count]] + MILLI_PER_UNIT
             left[number] -= self._value.devices.take(taken, axis=0).sum(axis=0)
-        return left
 
-    def _left_by_part(self, pairs: Pairs, quick: int, parts: Ints) -> tuple[Ints, Ints, Ints, Floats]:
-        """Each device that these pairs may take a part of, as columns.
-
-        The place in `parts`, the device's column, what is free there, and what the machine's devices are worth then.
-        """
-        row, milli = pairs.row.take(parts), pairs.milli.take(parts)
-        place, column = pairs.usable.take(parts - quick, axis=0).nonzero()
-        left = pairs.free[parts.take(place) - quick, column]
-        before = self._offsets[row.take(place), column] + left
-        split = self._devices.take(row.take(place), axis=0)
-        split -= self._value.devices.take(before, axis=0)
-        split += self._value.devices.take(before - milli.take(place), axis=0)
-        return place, column, left, split
+    def _take_part(self, pairs: Pairs, places: Ints, column: Ints, left: Floats) -> Ints:
+        """The same of a part of one device each; what is free there before."""
+        free = pairs.free[places - (len(pairs.row) - len(pairs.usable)), column]
+        before = self._offsets[pairs.row.take(places), column] + free
+        left -= self._value.devices.take(before, axis=0)
+        left += self._value.devices.take(before - pairs.milli.take(places), axis=0)
+        return free

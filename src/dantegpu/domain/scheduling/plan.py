@@ -19,11 +19,11 @@ from dantegpu.domain.scheduling.gangs import Waits
 from dantegpu.domain.scheduling.mix import RequestMix
 from dantegpu.domain.scheduling.objectives import scorer_of
 from dantegpu.domain.scheduling.policy import DEFAULT_POLICY, Objective, Policy
-from dantegpu.domain.scheduling.queue import JobGroup, JobQueue, QueuedJob, Shape, ShapeBook
+from dantegpu.domain.scheduling.queue import JobQueue, Shape, ShapeBook
 from dantegpu.domain.scheduling.ranking import WINDOW, Refusal, ScoreTable
 from dantegpu.domain.scheduling.shares import PastShares, Shares
 from dantegpu.domain.scheduling.snapshot import Lease, Snapshot
-from dantegpu.domain.scheduling.turns import Decided, Turns
+from dantegpu.domain.scheduling.turns import Blocked, Decided, Turns
 
 __all__ = ["Blocked", "DeviceShare", "Placement", "Plan", "SchedulerState", "Unplaced", "schedule"]
 
@@ -58,18 +58,6 @@ class Unplaced:
     @property
     def detail(self) -> str:
         return self.refusal.detail
-
-
-@dataclass(frozen=True, slots=True)
-class Blocked:
-    """Jobs of one group that go on waiting for one reason: those from the place `first` on."""
-
-    group: JobGroup
-    first: int
-    refusal: Refusal
-
-    def jobs(self) -> Iterable[QueuedJob]:
-        return self.group.from_index(self.first)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,17 +150,14 @@ def schedule(
         round_ = state.begin(snapshot, policy, pending.take_arrivals(), now)
         backfill = None if ends is None else Backfill(ends, now)
         decided = round_.place(pending, limit, backfill)
-        blocked = tuple(Blocked(*it) for it in decided.refused)
         reservations = () if backfill is None else tuple(backfill.reservations)
-        return Plan(decided.placements, (), blocked, decided.told, reservations)
+        return Plan(decided.placements, (), decided.blocked, decided.told, reservations)
     queue, arrivals = state.queue_of(pending)
     queue.wake(now)
     round_ = state.begin(snapshot, policy, arrivals, now)
     decided = round_.place(queue, limit)
     unplaced = [Unplaced(job.id, _EARLY) for job in queue.sleeping()]
-    unplaced += [
-        Unplaced(job.id, refusal) for group, first, refusal in decided.refused for job in group.from_index(first)
-    ]
+    unplaced += [Unplaced(job.id, each.refusal) for each in decided.blocked for job in each.jobs()]
     state.end(unplaced)
     return Plan(decided.placements, tuple(unplaced))
 

@@ -41,7 +41,7 @@ WINDOW = 64
 """The most shapes that are prepared at once."""
 MAX_PLACES = 100_000
 """Shapes whose lines are known, and the same holds for them."""
-_FEW_LINES, _FEW_CHANGES, _MANY_CHANGES = 2, 48, 400
+_FEW_LINES, _FEW_CHANGES = 2, 48
 _CHUNK = 1 << 14
 _SCAN = 1 << 22
 
@@ -138,6 +138,12 @@ class ScoreTable:
         self._score_one = scorer.score_one
         self._machines = len(board.snapshot.machines)
         self._nothing: Floats = np.zeros(self._machines)
+        no_devices = (0, board.snapshot.device_free.shape[1])
+        self._none_closer = (
+            np.zeros(0, dtype=np.int64),
+            np.zeros(no_devices, dtype=np.bool_),
+            np.zeros(no_devices, dtype=np.int64),
+        )
         self._any_unlike = bool(((board.alike < 0) & (board.snapshot.device_total > 0).any(axis=1)).any())
         self._limit = max(MAX_CELLS // max(self._machines, 1), 256)
         self._places: dict[Shape, Place] = {}
@@ -368,8 +374,11 @@ class ScoreTable:
             asked = [line for line in asked if not self._update_few(line, self._score_one)]
             if not asked:
                 return
-            # Many machines changed. Whatever line was asked no earlier will be asked again: all in one go.
-            lines = np.flatnonzero(seen[: self._size] >= seen[asked].min())
+            # Much was given back. Whatever line was asked since the time before will be asked again: all in one go.
+            known = seen[: self._size]
+            behind = (known >= board.given_back_before) & (known < board.given_back)
+            behind[asked] = True
+            lines = np.flatnonzero(behind)
         else:
             lines = np.array(asked, dtype=np.int64)
         lines = lines[seen[lines] < board.clock]
@@ -425,15 +434,18 @@ class ScoreTable:
         closer = shared | ((alike < 0) & (count > 0)) if self._any_unlike else shared
         quick = np.flatnonzero(fits & ~closer & self._eligible[line, alike])
         close = np.flatnonzero(fits & closer)
-        kept, usable, free = self._look_closer(line.take(close), row.take(close))
-        both = np.concatenate((quick, close.take(kept)))
+        # Calls are what is dear where few pairs are asked for: none for what is not there.
+        kept, usable, free = self._look_closer(line.take(close), row.take(close)) if len(close) else self._none_closer
+        both = np.concatenate((quick, close.take(kept))) if len(kept) else quick
         if not len(both):
             return
         line, row = line.take(both), row.take(both)
         asked = (cpu.take(both), memory.take(both), count.take(both), milli.take(both))
         scores, columns = self._scorer.score(Pairs(row, *asked, usable, free))
         self._scores[line, row] = scores + extra.take(row)
-        self._columns[line, row] = np.concatenate((np.full(len(quick), -1, dtype=np.int16), columns))
+        self._columns[line, row] = -1
+        if len(columns):
+            self._columns[line[len(quick) :], row[len(quick) :]] = columns
 
     def _look_closer(self, line: Ints, row: Ints) -> tuple[Ints, Bools, Ints]:
         """Which of the pairs have machines with devices for their jobs, which ones, and what each has free."""
@@ -454,12 +466,11 @@ class ScoreTable:
         """The same for one line, one machine at a time. False: too many changed, or nobody knows which."""
         board = self._board
         rows = board.changed_since(int(self._seen[line]))
-        if rows is None or len(rows) > _MANY_CHANGES:
+        if rows is None:
             return False
-        if not rows:
-            return True
-        some = list(dict.fromkeys(rows))
-        some = [row for row, possible in zip(some, self._possible[line].take(some).tolist(), strict=True) if possible]
+        if len(rows):
+            rows = rows[self._possible[line].take(rows)]
+        some = set(rows.tolist())
         if len(some) > _FEW_CHANGES:
             return False
         scores, all_columns = self._scores[line], self._columns[line]

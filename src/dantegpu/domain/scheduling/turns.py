@@ -1,6 +1,6 @@
 """One call of `schedule`: jobs are drawn in their order and placed one after the other, until nobody fits any more."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from dantegpu.domain.job import QueueReason
@@ -9,7 +9,7 @@ from dantegpu.domain.scheduling.board import Board, Placement
 from dantegpu.domain.scheduling.gangs import Waits, find_gang
 from dantegpu.domain.scheduling.ordering import Draw, Order
 from dantegpu.domain.scheduling.policy import Policy
-from dantegpu.domain.scheduling.queue import JobGroup, JobQueue, Shape
+from dantegpu.domain.scheduling.queue import JobGroup, JobQueue, QueuedJob, Shape
 from dantegpu.domain.scheduling.ranking import Refusal, ScoreTable
 from dantegpu.domain.scheduling.shares import Shares
 from dantegpu.domain.units import MILLI_PER_UNIT
@@ -18,11 +18,22 @@ type Place = tuple[int, list[int]]
 """A machine row and its device columns."""
 
 
+class Blocked(NamedTuple):
+    """Jobs of one group that go on waiting for one reason: those from the place `first` on."""
+
+    group: JobGroup
+    first: int
+    refusal: Refusal
+
+    def jobs(self) -> Iterable[QueuedJob]:
+        return self.group.from_index(self.first)
+
+
 class Decided(NamedTuple):
-    """`refused` are groups with the place of the first of their jobs that waits, and why."""
+    """What a Plan is made of."""
 
     placements: tuple[Placement, ...]
-    refused: list[tuple[JobGroup, int, Refusal]]
+    blocked: tuple[Blocked, ...]
     told: tuple[Waits, ...]
 
 
@@ -64,8 +75,8 @@ class Turns:
         if self._backfill is not None:
             # A large job hears when it will start, also while nobody is there whom that could keep waiting.
             self._backfill.reserve(self._board.free, only_large=True)
-        refused = [(group, first, self._refusal(group.shape)) for group, first in order.refused]
-        return Decided(tuple(placements), refused, self._told())
+        blocked = [Blocked(group, first, self._refusal(group.shape)) for group, first in order.refused]
+        return Decided(tuple(placements), tuple(blocked), self._told())
 
     def _closed(self, shape: Shape) -> bool:
         if shape in self._behind:
