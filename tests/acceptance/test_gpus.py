@@ -84,14 +84,14 @@ def test_a_card_that_the_machine_itself_uses_is_offered_to_nobody_until_it_is_fr
     assert resident.stdout is not None
     assert json.loads(resident.stdout.readline())[1] > 0
 
-    def health() -> str:
+    def problem() -> str:
         return _machine(platform).devices[0].problem
 
-    wait_until(lambda: "processes of the machine itself" in health(), "the card is withheld")
+    wait_until(lambda: "processes of the machine itself" in problem(), "the card is withheld")
     with platform.operator as operator:
         job = operator.jobs.submit({"command": ["true"], "resources": {"gpu": "1"}})
         wait_until(lambda: operator.jobs.get(job.id).reason, "the job is told why it waits")
         assert resident.stdin is not None
         resident.stdin.close()
         wait_until(lambda: operator.jobs.get(job.id).state == "SUCCEEDED", "the job runs once the card is free")
-    assert health() == ""
+    assert problem() == ""
